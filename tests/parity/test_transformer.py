@@ -1,0 +1,86 @@
+"""The S3-DiT against diffusers, with the same weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from zimage_core.checkpoint import Snapshot
+
+from .conftest import TRANSFORMERS, relative
+
+# (caption lengths, latent height, latent width); 32 tokens is the unit of padding
+CASES = {
+    "caption and image multiples of 32": ([32, 32], 16, 16),
+    "caption not a multiple": ([19], 16, 16),
+    "image not a multiple": ([64], 12, 20),
+    "neither, portrait": ([33, 33], 22, 6),
+    "mixed lengths": ([5, 40, 96], 10, 14),
+    "mixed lengths, same padding": ([40, 64], 8, 8),
+}
+
+
+@pytest.fixture(scope="module", params=[(name, seed) for name in TRANSFORMERS for seed in (0, 1)], ids=str)
+def models(request, make_transformer, tmp_path_factory):
+    name, seed = request.param
+    reference = make_transformer(name, seed)
+    folder = tmp_path_factory.mktemp("snapshot")
+    reference.save_pretrained(folder / "transformer")
+    return reference, Snapshot(folder)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward(models, case):
+    reference, snapshot = models
+    ours, theirs = _both(reference, snapshot.transformer(), case, torch.float32)
+    assert relative(ours, theirs) <= 1e-5
+
+
+def test_captions_as_one_tensor_equal_captions_as_a_list(models):
+    _, snapshot = models
+    model = snapshot.transformer()
+    latents, t, cap_feats = _inputs(model.config.cap_feat_dim, [40, 40], 8, 12)
+    assert torch.equal(model(latents, t, torch.stack(cap_feats)), model(latents, t, cap_feats))
+
+
+def test_a_mixed_batch_equals_its_items_run_alone(models):
+    _, snapshot = models
+    model = snapshot.transformer()
+    latents, t, cap_feats = _inputs(model.config.cap_feat_dim, [5, 40, 96], 10, 14)
+    batch = model(latents, t, cap_feats)
+    alone = torch.cat([model(latents[i : i + 1], t[i : i + 1], cap_feats[i : i + 1]) for i in range(3)])
+    assert relative(batch, alone) <= 1e-5
+
+
+def test_bfloat16_is_no_further_from_float32_than_diffusers(make_transformer, tmp_path):
+    """Distances are summed over several models and cases: a single one is luck."""
+    ours = theirs = 0.0
+    for seed in range(4):
+        reference = make_transformer("wide", seed)
+        folder = tmp_path / str(seed)
+        reference.save_pretrained(folder / "transformer")
+        model = Snapshot(folder).transformer(dtype=torch.bfloat16)
+        exact = {case: _both(reference, None, case, torch.float32)[1] for case in CASES}
+        reference = reference.to(torch.bfloat16)
+        for case in CASES:
+            a, b = _both(reference, model, case, torch.bfloat16)
+            ours += relative(a, exact[case])
+            theirs += relative(b, exact[case])
+    assert ours <= 1.1 * theirs
+
+
+def _inputs(cap_feat_dim, lengths, height, width):
+    generator = torch.Generator().manual_seed(len(lengths) * 1000 + lengths[0])
+    latents = torch.randn(len(lengths), 16, height, width, generator=generator)
+    t = torch.rand(len(lengths), generator=generator)
+    return latents, t, [3 * torch.randn(length, cap_feat_dim, generator=generator) for length in lengths]
+
+
+@torch.no_grad()
+def _both(reference, model, case, dtype):
+    lengths, height, width = CASES[case]
+    latents, t, cap_feats = _inputs(reference.config.cap_feat_dim, lengths, height, width)
+    latents, cap_feats = latents.to(dtype), [feats.to(dtype) for feats in cap_feats]
+    ours = None if model is None else model(latents, t, cap_feats)
+    theirs = reference(list(latents.unsqueeze(2)), t, cap_feats, return_dict=False)[0]
+    return ours, torch.stack(list(theirs)).squeeze(2)

@@ -1,0 +1,91 @@
+"""`python -m zimage_core generate`, run as a user runs it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from zimage_core.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_a_picture_from_a_shell(tmp_path):
+    out = tmp_path / "new folder" / "cat.png"
+    command = [sys.executable, "-m", "zimage_core", "generate", "a red circle", "--seed", "3", "-o", str(out), "--cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert str(out) in done.stdout and "128x128, 8 steps, guidance 0, seed 3" in done.stdout
+    assert "100%" in done.stderr and "8/8" in done.stderr  # the progress bar
+    image = Image.open(out)
+    assert image.size == (128, 128)
+    assert image.text["parameters"].startswith("a red circle\nSteps: 8, Sampler: Euler, CFG scale: 1, Seed: 3")
+
+
+def test_all_options(tmp_path, capsys):
+    out = tmp_path / "cat.webp"
+    model = str(ROOT / "nano" / "snapshot")
+    options = ["-m", model, "--width", "96", "--height", "64", "-s", "3", "-g", "1.5", "--negative-prompt", "a star"]
+    assert main(["generate", "a red circle", *options, "--cpu", "-o", str(out)]) == 0
+    assert Image.open(out).size == (96, 64) and Image.open(out).format == "WEBP"
+    assert "96x64, 3 steps, guidance 1.5" in capsys.readouterr().out
+
+
+def test_without_an_output_nothing_is_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output.png").write_text("mine")
+    assert main(["generate", "a red circle", "--steps", "1", "--cpu"]) == 0
+    assert (tmp_path / "output.png").read_text() == "mine"
+    assert len(list(tmp_path.glob("zimage-*.png"))) == 1
+
+
+def test_without_a_seed_the_pictures_differ_and_the_seed_is_told(tmp_path, capsys):
+    for name in ("a.png", "b.png"):
+        assert main(["generate", "a red circle", "--steps", "1", "--cpu", "-o", str(tmp_path / name)]) == 0
+    assert capsys.readouterr().out.count("seed ") == 2
+    seeds = [Image.open(tmp_path / name).text["parameters"].split("Seed: ")[1].split(",")[0] for name in ("a.png", "b.png")]
+    assert seeds[0] != seeds[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--width", "100"], "100 is not divisible by 16; the nearest is 96"),
+        (["--height", "0"], "'0' is not a whole number from 1"),
+        (["--steps", "many"], "'many'"),
+        (["--seed", "-1"], "'-1'"),
+        (["--guidance-scale", "nan"], "'nan'"),
+    ],
+)
+def test_wrong_options(options, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["generate", "a red circle", *options])
+    assert error.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["-m", "no/such/model"], "no/such/model: there is no such folder"),
+        (["-o", "picture.gif"], "unknown picture format '.gif'; use one of .png"),
+    ],
+)
+def test_wrong_paths_are_told_in_one_line(options, words, capsys):
+    assert main(["generate", "a red circle", *options]) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error and error.count("\n") == 1
+
+
+def test_an_interrupted_run_leaves_no_file(tmp_path, monkeypatch, capsys):
+    from zimage_core.pipeline import ZImagePipeline
+
+    def interrupted(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ZImagePipeline, "decode", interrupted)
+    assert main(["generate", "a red circle", "--steps", "1", "--cpu", "-o", str(tmp_path / "x.png")]) == 130
+    assert list(tmp_path.iterdir()) == []

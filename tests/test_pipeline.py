@@ -1,0 +1,103 @@
+"""The pipeline's contract: shapes, ranges, seeds, batches, and input it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from zimage_core import sampling
+from zimage_core.pipeline import ZImagePipeline
+
+NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
+SMALL = {"width": 64, "height": 32, "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> ZImagePipeline:
+    return ZImagePipeline.from_pretrained(NANO)
+
+
+def test_shapes_and_ranges(pipe):
+    image = pipe.generate("a red circle", **SMALL)
+    assert image.shape == (1, 3, 32, 64) and image.dtype == torch.float32
+    assert 0 <= image.min() and image.max() <= 1
+    latents = pipe.generate("a red circle", output="latents", **SMALL)
+    assert latents.shape == (1, 16, 4, 8) and latents.dtype == torch.float32
+    assert torch.equal(pipe.decode(latents), image)
+
+
+def test_the_same_seed_gives_the_same_picture(pipe):
+    first, again = (pipe.generate("a red circle", seed=5, **SMALL) for _ in range(2))
+    other = pipe.generate("a red circle", seed=6, **SMALL)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other, atol=1e-3)
+
+
+def test_prompts_times_batch_size_in_order(pipe):
+    prompts = ["a red circle", "a blue square on a white background"]
+    batch = pipe.generate(prompts, seed=[1, 2, 3, 4], batch_size=2, output="latents", **SMALL)
+    for i, (prompt, seed) in enumerate([(prompts[0], 1), (prompts[0], 2), (prompts[1], 3), (prompts[1], 4)]):
+        alone = pipe.generate(prompt, seed=seed, output="latents", **SMALL)
+        assert torch.allclose(batch[i], alone[0], atol=1e-4)
+
+
+def test_one_seed_draws_the_whole_batch_from_one_generator(pipe):
+    batch = pipe.generate("a red circle", seed=9, batch_size=2, output="latents", **SMALL)
+    first = pipe.generate("a red circle", seed=9, output="latents", **SMALL)
+    assert torch.allclose(batch[0], first[0], atol=1e-4)
+    assert not torch.allclose(batch[1], first[0], atol=1e-2)
+
+
+def test_the_negative_prompt_counts_only_with_guidance(pipe):
+    plain, same = (pipe.generate("a red circle", negative, **SMALL) for negative in (None, "a blue background"))
+    assert torch.equal(plain, same)
+    guided, other = (
+        pipe.generate("a red circle", negative, guidance_scale=2.0, **SMALL) for negative in ("", "a blue background")
+    )
+    assert not torch.allclose(guided, other, atol=1e-3)
+    assert torch.equal(guided, pipe.generate("a red circle", None, guidance_scale=2.0, **SMALL))
+
+
+def test_callback_and_cancellation(pipe):
+    steps = []
+    pipe.generate("a red circle", callback=lambda step, *_: steps.append(step), **SMALL)
+    assert steps == [1, 2]
+    with pytest.raises(sampling.Cancelled):
+        pipe.generate("a red circle", callback=lambda *_: False, **SMALL)
+    assert pipe.generate("a red circle", **SMALL).shape == (1, 3, 32, 64)  # and it goes on working
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"width": 100}, "width is 100, but must be divisible by 16; the nearest is 96"),
+        ({"height": 8}, "height is 8"),
+        ({"steps": 0}, "steps is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"seed": [1, 2]}, "2 seeds for 1 pictures"),
+        ({"output": "pil"}, "output is 'pil'"),
+        ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+    ],
+)
+def test_wrong_settings_are_named(pipe, settings, words):
+    with pytest.raises(ValueError) as error:
+        pipe.generate("a red circle", **{**SMALL, **settings})
+    assert words in str(error.value)
+
+
+def test_no_prompt_and_a_prompt_that_is_no_text(pipe):
+    with pytest.raises(ValueError, match="no prompt given"):
+        pipe.generate([], **SMALL)
+    with pytest.raises(TypeError, match="a prompt must be a string, got int"):
+        pipe.generate([7], **SMALL)
+
+
+def test_float16_does_not_overflow():
+    """Activations beyond float16's range are clamped; the picture stays finite."""
+    pipe = ZImagePipeline.from_pretrained(NANO, dtype=torch.float16)
+    with torch.no_grad():
+        pipe.transformer.layers[1].feed_forward.w3.weight *= 3000
+        pipe.transformer.layers[1].feed_forward.w1.weight *= 3000
+    assert torch.isfinite(pipe.generate("a red circle", output="latents", **SMALL)).all()

@@ -1,0 +1,189 @@
+"""The command line: `python -m zimage_core generate "A cat sitting on a windowsill"`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import CheckpointError, Snapshot
+from .pipeline import ZImagePipeline
+
+NANO = Path(__file__).resolve().parent.parent / "nano" / "snapshot"  # ships beside this package in a checkout
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; 0 if it succeeded, 2 if the input was wrong, 130 if it was interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        return generate(args)
+    except (CheckpointError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted, nothing was written", file=sys.stderr)
+        return 130
+
+
+def generate(args: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    output = args.output or Path(f"zimage-{datetime.now():%Y%m%d-%H%M%S}.png")
+    _check_output(output)  # before the weights are read: nobody waits for a picture that can't be saved
+    folder = _model_folder(args.model)
+    size = Snapshot(folder).vae_config().sample_size
+    width, height = args.width or size, args.height or size
+    seed = random.randrange(2**32) if args.seed is None else args.seed
+    device = torch.device("cpu") if args.cpu else _best_device()
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+
+    print(f"Prompt    {args.prompt}")
+    if args.negative_prompt:
+        print(f"Negative  {args.negative_prompt}")
+    print(f"Model     {folder}")
+    print(f"Settings  {width}x{height}, {args.steps} steps, guidance {args.guidance_scale:g}, seed {seed}, {device}")
+    if args.negative_prompt and args.guidance_scale <= 0:
+        print("Note      the negative prompt has no effect without guidance (--guidance-scale above 0)")
+
+    pipe = ZImagePipeline.from_pretrained(folder, device=device, dtype=dtype)
+    bar = _progress_bar(args.steps)
+    with bar:
+        image = pipe.generate(
+            args.prompt,
+            args.negative_prompt,
+            width=width,
+            height=height,
+            steps=args.steps,
+            guidance_scale=args.guidance_scale,
+            seed=seed,
+            callback=lambda *_: bar.update() and None,
+        )  # [1, 3, H, W]
+    save(image[0], output, _parameters(args, width, height, seed, folder))
+    print(f"Saved     {output} ({time.perf_counter() - started:.1f} s)")
+    return 0
+
+
+def save(image: Tensor, path: Path, parameters: str) -> None:
+    """Writes a picture [3, H, W] in 0..1 in the format of the extension, whole or not at all.
+
+    PNG carries `parameters` as text, in the form that other programs show.
+    """
+    from PIL import Image, PngImagePlugin
+
+    kind = _check_output(path)
+    pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()  # (H, W, 3)
+    options: dict[str, Any] = {}
+    if kind == "PNG":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_itxt("parameters", parameters)
+    elif kind in ("JPEG", "WEBP"):
+        options["quality"] = 95
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        Image.fromarray(pixels).save(partial, format=kind, **options)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _check_output(path: Path) -> str:
+    kind = FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"{path}: unknown picture format {path.suffix!r}; use one of {', '.join(FORMATS)}")
+    return kind
+
+
+def _parameters(args: argparse.Namespace, width: int, height: int, seed: int, folder: Path) -> str:
+    lines = [args.prompt]
+    if args.negative_prompt:
+        lines.append(f"Negative prompt: {args.negative_prompt}")
+    lines.append(
+        f"Steps: {args.steps}, Sampler: Euler, CFG scale: {args.guidance_scale + 1:g}, "
+        f"Seed: {seed}, Size: {width}x{height}, Model: {folder.name if folder != NANO else 'Z-Image-Nano'}"
+    )
+    return "\n".join(lines)
+
+
+def _model_folder(model: Path | None) -> Path:
+    if model is not None:
+        return model
+    if not NANO.is_dir():
+        raise CheckpointError(
+            f"no --model given, and the built-in nano model is not at {NANO} (it comes with a checkout of the "
+            "repository, not with the installed package); name the folder of a Z-Image snapshot"
+        )
+    return NANO
+
+
+def _best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _progress_bar(steps: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=steps, desc="Sampling", unit="step", dynamic_ncols=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m zimage_core", description="Z-Image from the command line.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    command = commands.add_parser(
+        "generate", help="make a picture", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = command.add_argument
+    add("prompt", help="what to show")
+    add("-m", "--model", type=Path, help="folder of a Z-Image snapshot; without it the built-in nano model")
+    add("-o", "--output", type=Path, help="file to write, its extension chooses the format; default: dated .png here")
+    add("--width", type=_size, help="pixels, divisible by 16; default: the model's own size")
+    add("--height", type=_size, help="pixels, divisible by 16; default: the model's own size")
+    add("-s", "--steps", type=_positive, default=8, help="model evaluations: 8 for Turbo, 28-50 for Base")
+    add("-g", "--guidance-scale", type=_guidance, default=0.0, help="0 = off (Turbo), 3-5 for Base (= CFG - 1)")
+    add("--negative-prompt", help="what to avoid; needs guidance")
+    add("--seed", type=_seed, help="whole number from 0; random if left out")
+    add("--cpu", action="store_true", help="use the processor even if there is a GPU")
+    return parser
+
+
+def _size(text: str) -> int:
+    value = _positive(text)
+    if value % 16:
+        raise argparse.ArgumentTypeError(f"{value} is not divisible by 16; the nearest is {max(16, round(value / 16) * 16)}")
+    return value
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**64:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^64 - 1")
+    return int(text)
+
+
+def _guidance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 (off) up")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Checkpoint dialects as tables: which key of a file becomes which parameter of ours.
+
+A `*` stands for anything and is carried over in order; the first row that matches a key wins, and a key that no row
+matches keeps its name. Ours are the names of the single-file checkpoints, so those need almost no rows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """How one component's files are read."""
+
+    rename: Mapping[str, str] = field(default_factory=dict)  # their pattern -> our pattern
+    concat: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # our pattern <- theirs, stacked along dim 0
+    unflatten: tuple[str, ...] = ()  # ours: [C, C] Linear weights that we keep as 1x1 convolutions [C, C, 1, 1]
+    drop: tuple[str, ...] = ()  # theirs: known and not used
+
+    def target(self, key: str) -> str | None:
+        """Our name for a key of theirs; None if it is dropped. Parts of a concatenation map to the whole."""
+        if any(_match(pattern, key) is not None for pattern in self.drop):
+            return None
+        for whole, parts in self.concat.items():
+            for part in parts:
+                if (groups := _match(part, key)) is not None:
+                    return _fill(whole, groups)
+        for theirs, ours in self.rename.items():
+            if (groups := _match(theirs, key)) is not None:
+                return _fill(ours, groups)
+        return key
+
+    def sources(self, keys: Iterable[str]) -> dict[str, list[str]]:
+        """Our name -> their keys, the parts of a concatenation in the order in which they are stacked."""
+        found: dict[str, list[str]] = {}
+        for key in keys:
+            target = self.target(key)
+            if target is not None:
+                found.setdefault(target, []).append(key)
+        for target, theirs in found.items():
+            if set(order := self.parts(target)) == set(theirs):
+                found[target] = order
+        return found
+
+    def parts(self, target: str) -> list[str]:
+        """The keys of theirs whose stack is this parameter; empty if it is no concatenation."""
+        for whole, parts in self.concat.items():
+            if (groups := _match(whole, target)) is not None:
+                return [_fill(part, groups) for part in parts]
+        return []
+
+    def is_complete(self, target: str, keys: list[str]) -> bool:
+        """Whether these keys make up the parameter: one key of its own, or all parts of its concatenation."""
+        parts = self.parts(target)
+        return keys == parts or (len(keys) == 1 and keys[0] not in parts)
+
+    def is_flat(self, target: str) -> bool:
+        """Whether a [C, C] tensor for this parameter is a 1x1 convolution stored as a Linear."""
+        return any(_match(pattern, target) is not None for pattern in self.unflatten)
+
+
+# transformer/ in the diffusers (and official) layout: 521 tensors become 453
+TRANSFORMER = KeyMap(
+    rename={
+        "all_x_embedder.2-1.*": "x_embedder.*",
+        "all_final_layer.2-1.*": "final_layer.*",
+        "*.attention.to_out.0.*": "*.attention.out.*",
+        "*.attention.norm_q.weight": "*.attention.q_norm.weight",
+        "*.attention.norm_k.weight": "*.attention.k_norm.weight",
+    },
+    concat={
+        "*.attention.qkv.weight": (
+            "*.attention.to_q.weight",
+            "*.attention.to_k.weight",
+            "*.attention.to_v.weight",
+        ),
+    },
+    drop=("norm_final.weight",),  # left over from Lumina 2, used by nothing
+)
+
+
+def text_encoder(layers: int) -> KeyMap:
+    """text_encoder/ of a Qwen3 with this many layers; the last one, the final norm and the head are not used."""
+    unused = (f"layers.{layers - 1}.*", "norm.weight")
+    return KeyMap(
+        rename={"model.*": "model.*", "layers.*": "model.layers.*", "embed_tokens.*": "model.embed_tokens.*"},
+        drop=(*unused, *(f"model.{pattern}" for pattern in unused), "lm_head.weight"),
+    )
+
+
+def vae(levels: int) -> KeyMap:
+    """vae/ in the diffusers layout, for an autoencoder of this many levels."""
+    rename = {"decoder.conv_norm_out.*": "decoder.norm_out.*", "encoder.conv_norm_out.*": "encoder.norm_out.*"}
+    for level in range(levels):
+        # diffusers counts the decoder's levels as they run, the original by resolution
+        for theirs, ours in (
+            (f"encoder.down_blocks.{level}", f"encoder.down.{level}"),
+            (f"decoder.up_blocks.{level}", f"decoder.up.{levels - 1 - level}"),
+        ):
+            rename[f"{theirs}.resnets.*.conv_shortcut.*"] = f"{ours}.block.*.nin_shortcut.*"
+            rename[f"{theirs}.resnets.*"] = f"{ours}.block.*"
+            rename[f"{theirs}.downsamplers.0.conv.*"] = f"{ours}.downsample.conv.*"
+            rename[f"{theirs}.upsamplers.0.conv.*"] = f"{ours}.upsample.conv.*"
+    for theirs, ours in (("resnets.0", "block_1"), ("resnets.1", "block_2")):
+        rename[f"*.mid_block.{theirs}.*"] = f"*.mid.{ours}.*"
+    for theirs, ours in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
+        rename[f"*.mid_block.attentions.0.{theirs}.*"] = f"*.mid.attn_1.{ours}.*"
+    return KeyMap(rename=rename, unflatten=tuple(f"*.mid.attn_1.{name}.weight" for name in ("q", "k", "v", "proj_out")))
+
+
+def _match(pattern: str, key: str) -> tuple[str, ...] | None:
+    found = _compiled(pattern).fullmatch(key)
+    return None if found is None else found.groups()
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile("(.+?)".join(re.escape(part) for part in pattern.split("*")))  # re keeps its own cache
+
+
+def _fill(pattern: str, groups: tuple[str, ...]) -> str:
+    parts = pattern.split("*")
+    return "".join(part + group for part, group in zip(parts, (*groups, ""), strict=True))

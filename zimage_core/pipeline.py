@@ -1,0 +1,181 @@
+"""The whole of Z-Image on one page: prompt -> caption features -> denoised latents -> picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import sampling
+from .checkpoint import Snapshot
+from .config import SchedulerConfig
+from .scheduler import sigmas
+from .text_encoder import TextEncoder
+from .tokenizer import MAX_LENGTH, Tokenizer
+from .transformer import ZImageTransformer
+from .vae import AutoencoderKL
+
+
+class ZImagePipeline:
+    """The four stages of one snapshot, on one device.
+
+        pipe = ZImagePipeline.from_pretrained("models/Tongyi-MAI--Z-Image-Turbo", device="cuda", dtype=torch.bfloat16)
+        image = pipe.generate("a red fox in the snow", seed=7)  # [1, 3, 1024, 1024] float32, 0..1
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        text_encoder: TextEncoder,
+        transformer: ZImageTransformer,
+        vae: AutoencoderKL,
+        scheduler: SchedulerConfig,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+        self.transformer = transformer
+        self.vae = vae
+        self.scheduler = scheduler
+        self.device = torch.device(device)
+        self.dtype = dtype
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        vae_dtype: torch.dtype = torch.float32,
+    ) -> ZImagePipeline:
+        """Loads a snapshot folder. The VAE runs in float32 unless asked otherwise, as in the official code.
+
+        Raises `CheckpointError`, naming the file, when something is missing, damaged or of another model.
+        """
+        snapshot = Snapshot(folder)
+        return cls(
+            snapshot.tokenizer(),
+            snapshot.text_encoder(device=device, dtype=dtype),
+            snapshot.transformer(device=device, dtype=dtype),
+            snapshot.vae(device=device, dtype=vae_dtype),
+            snapshot.scheduler_config(),
+            device=device,
+            dtype=dtype,
+        )
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        width: int = 1024,
+        height: int = 1024,
+        steps: int = 8,
+        guidance_scale: float = 0.0,
+        cfg_normalization: bool | float = False,
+        cfg_truncation: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        batch_size: int = 1,
+        max_prompt_tokens: int = MAX_LENGTH,
+        output: Literal["image", "latents"] = "image",
+        callback: sampling.Callback | None = None,
+    ) -> Tensor:
+        """Pictures [B, 3, height, width] float32 in 0..1, or scaled latents [B, 16, height/8, width/8].
+
+        prompt: one, or a list; each gives `batch_size` pictures in a row, B in all.
+        negative_prompt: one for all or one per prompt; counts only with guidance. None is the empty prompt.
+        width, height: pixels, divisible by 16.
+        steps: model evaluations; 8 for Turbo, 28-50 for Base.
+        guidance_scale: 0 is off (Turbo), 3-5 for Base; the CFG of ComfyUI is this + 1.
+        cfg_normalization: k caps the norm of the guided velocity at k times the unguided one (True is 1, False off).
+        cfg_truncation: guidance stops once 1 - sigma exceeds it; 1 never stops it.
+        seed: an int seeds one generator for the whole batch, a list of B seeds each picture on its own.
+        callback: (steps done, steps, latents, estimated picture latents) after each step; False cancels by raising
+            `sampling.Cancelled`.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        _check(prompts, width, height, batch_size, output)
+        negatives = _spread(negative_prompt, len(prompts))
+        batch = len(prompts) * batch_size
+
+        cell = self.vae.config.downscale
+        latents = noise(seed, (batch, self.transformer.config.in_channels, height // cell, width // cell))
+
+        cap_feats = _repeat(self.encode_prompts(prompts, max_prompt_tokens), batch_size)  # B x [L_i, 2560]
+        negative_cap_feats = None
+        if guidance_scale > 0:
+            negative_cap_feats = _repeat(self.encode_prompts(negatives, max_prompt_tokens), batch_size)
+
+        patch = cell * self.transformer.config.patch_size
+        latents = sampling.denoise(
+            self.transformer,
+            latents.to(self.device),
+            sigmas(steps, self.scheduler, (height // patch) * (width // patch)),
+            cap_feats,
+            negative_cap_feats,
+            guidance_scale=guidance_scale,
+            cfg_normalization=float(cfg_normalization),
+            cfg_truncation=cfg_truncation,
+            dtype=self.dtype,
+            callback=callback,
+        )  # [B, 16, h, w] float32
+        return latents if output == "latents" else self.decode(latents)
+
+    @torch.inference_mode()
+    def encode_prompts(self, prompts: Sequence[str], max_tokens: int = MAX_LENGTH) -> list[Tensor]:
+        """Caption features of each prompt, [L_i, 2560] in the pipeline's dtype."""
+        ids = [self.tokenizer(prompt, max_tokens) for prompt in prompts]
+        longest = max(map(len, ids))
+        rows = [row + [self.tokenizer.pad_id] * (longest - len(row)) for row in ids]
+        features = self.text_encoder(torch.tensor(rows, device=self.device), self.dtype)  # (B, L, 2560)
+        return [feats[: len(row)] for feats, row in zip(features, ids, strict=True)]
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents [B, 16, h, w] to pictures [B, 3, H, W] float32 in 0..1."""
+        raw = self.vae.unscale(latents).to(next(self.vae.parameters()).dtype)
+        pictures = torch.cat([self.vae.decode(item) for item in raw.split(1)])  # one by one bounds the memory
+        return (pictures.float() / 2 + 0.5).clamp(0, 1)
+
+
+def noise(seed: int | Sequence[int], shape: tuple[int, int, int, int]) -> Tensor:
+    """Gaussian noise drawn on the CPU, so that a seed means the same on every device; float32.
+
+    One seed draws the whole batch from one generator, as diffusers and ComfyUI do; a list draws each item from its own.
+    """
+    if isinstance(seed, int):
+        return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
+    if len(seed) != shape[0]:
+        raise ValueError(f"{len(seed)} seeds for {shape[0]} pictures; give one seed, or one for each picture")
+    return torch.stack([torch.randn(shape[1:], generator=torch.Generator("cpu").manual_seed(s)) for s in seed])
+
+
+def _check(prompts: list[str], width: int, height: int, batch_size: int, output: Any) -> None:
+    if not prompts:
+        raise ValueError("no prompt given; an empty string is a valid prompt")
+    for name, value in (("width", width), ("height", height)):
+        if value < 16 or value % 16:
+            nearest = max(16, round(value / 16) * 16)
+            raise ValueError(f"{name} is {value}, but must be divisible by 16; the nearest is {nearest}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    if output not in ("image", "latents"):
+        raise ValueError(f'output is {output!r}, expected "image" or "latents"')
+
+
+def _spread(negative_prompt: str | Sequence[str] | None, count: int) -> list[str]:
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        return [negative_prompt or ""] * count
+    if len(negative_prompt) != count:
+        raise ValueError(f"{len(negative_prompt)} negative prompts for {count} prompts; give one, or one for each")
+    return list(negative_prompt)
+
+
+def _repeat(items: list[Tensor], times: int) -> list[Tensor]:
+    return [item for item in items for _ in range(times)]

@@ -1,0 +1,68 @@
+"""Three-axis rotary position embedding: (sequence, row, column).
+
+A caption token sits at (1 + k, 0, 0), an image token at (Lp + 1, row, column) with Lp the *padded* caption length.
+Image padding sits at (0, 0, 0), caption padding goes on counting: the model was trained so.
+
+Letters: B batch, N tokens, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def caption_positions(length: int, device: torch.device | None = None) -> Tensor:
+    """Positions of a padded caption: [1, length, 3] float32."""
+    positions = torch.zeros(1, length, 3, device=device)
+    positions[..., 0] = torch.arange(1, length + 1, device=device)
+    return positions
+
+
+def image_positions(
+    caption_lengths: Sequence[int],
+    rows: int,
+    columns: int,
+    padded_length: int,
+    device: torch.device | None = None,
+    rope_options: Mapping[str, float] | None = None,
+) -> Tensor:
+    """Positions of the image tokens behind captions of these padded lengths: [len(caption_lengths), padded_length, 3].
+
+    `rope_options` stretches and shifts the grid (keys scale_x, scale_y, shift_x, shift_y, as ComfyUI names them).
+    """
+    options = rope_options or {}
+    y = torch.arange(rows, device=device) * options.get("scale_y", 1.0) + options.get("shift_y", 0.0)
+    x = torch.arange(columns, device=device) * options.get("scale_x", 1.0) + options.get("shift_x", 0.0)
+    positions = torch.zeros(len(caption_lengths), padded_length, 3, device=device)
+    image = positions[:, : rows * columns].unflatten(1, (rows, columns))  # a view: what follows writes into positions
+    image[..., 0] = torch.tensor(caption_lengths, device=device, dtype=torch.float32).view(-1, 1, 1) + 1
+    image[..., 1] = y.view(-1, 1)
+    image[..., 2] = x
+    return positions
+
+
+def rotations(positions: Tensor, axes_dims: Sequence[int], theta: float) -> Tensor:
+    """A 2x2 rotation for each pair of head channels: [B, N, 3] -> [B, N, 1, D/2, 2, 2] float32.
+
+    Channel pair j of an axis of width d turns by position * theta^(-2j/d). Angles are computed in float64 and rounded
+    once, as the reference does; the 1 is the head axis.
+    """
+    exact = positions.double() if positions.device.type != "mps" else positions.cpu().double()  # mps has no float64
+    angles = []
+    for axis, width in enumerate(axes_dims):
+        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=exact.device) / width
+        angles.append(exact[..., axis, None] * theta**-exponents)
+    angle = torch.cat(angles, dim=-1).float()  # (B, N, D/2)
+    cos, sin = angle.cos(), angle.sin()
+    matrix = torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))  # (B, N, D/2, 2, 2)
+    return matrix.unsqueeze(2).to(positions.device)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turns neighbouring channels (2j, 2j+1) of q or k [B, N, heads, D]; in float32, back in x's dtype."""
+    pairs = x.float().unflatten(-1, (-1, 1, 2))  # (B, N, heads, D/2, 1, 2)
+    turned = rotation[..., 0] * pairs[..., 0] + rotation[..., 1] * pairs[..., 1]  # (B, N, heads, D/2, 2)
+    return turned.flatten(-2).to(x.dtype)

@@ -1,0 +1,43 @@
+"""Prompt to token ids: Qwen's chat template around the prompt, cut at a limit that is reported."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from transformers import AutoTokenizer
+
+logger = logging.getLogger(__name__)
+
+# Qwen3's chat template for one user turn with thinking enabled (so without an empty think block) and no system turn
+PROMPT_TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+MAX_LENGTH = 512  # tokens, template included (reference `max_sequence_length`)
+
+
+class Tokenizer:
+    """The snapshot's byte-level BPE behind the chat template."""
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.inner = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        self.pad_id: int = self.inner.pad_token_id
+
+    def __call__(self, prompt: str, max_length: int = MAX_LENGTH) -> list[int]:
+        """Ids of the templated prompt, at most `max_length`; a longer prompt loses its end, with a warning."""
+        if not isinstance(prompt, str):
+            raise TypeError(f"a prompt must be a string, got {type(prompt).__name__}")
+        if max_length < 1:
+            raise ValueError(f"max_length is {max_length}, expected at least 1")
+        ids: list[int] = self.inner(PROMPT_TEMPLATE.format(prompt))["input_ids"]
+        if len(ids) > max_length:
+            lost = self.inner.decode(ids[max_length:-_SUFFIX_TOKENS] or ids[max_length:])
+            logger.warning(
+                "The prompt is %d tokens long, the limit is %d: its end is ignored, from %r on. Shorten the prompt "
+                "or raise the limit.",
+                len(ids),
+                max_length,
+                lost[:80],
+            )
+        return ids[:max_length]
+
+
+_SUFFIX_TOKENS = 5  # <|im_end|>, newline, <|im_start|>, assistant, newline

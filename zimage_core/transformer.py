@@ -1,0 +1,254 @@
+"""S3-DiT, the single-stream diffusion transformer of Z-Image.
+
+Image tokens and caption tokens are refined apart, then run through the same blocks as one sequence. Parameter names
+are those of the single-file checkpoints (fused `qkv`); `key_maps.py` translates the diffusers names.
+
+Letters: B batch, L caption tokens, N image tokens (both padded to a multiple of 32), S = N + L, D width (3840).
+
+Details that have caused bugs elsewhere:
+  - padding to 32 is attended, it is part of the sequence; only what pads a batch beyond it is masked
+  - blocks modulate without a SiLU before the Linear, the final layer with one; gates pass a tanh; there is no shift
+  - RoPE turns neighbouring channels, in float32, after the q/k norm
+  - the result is the velocity towards the picture, the negative of what an Euler step over sigma wants
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import Attention, attention
+from .config import TransformerConfig
+from .patchify import padded, patchify, unpatchify
+from .rope import caption_positions, image_positions, rotate, rotations
+
+TIME_FREQUENCIES = 256  # sinusoids of the model time (reference `frequency_embedding_size`)
+TIME_HIDDEN = 1024  # hidden width of the time MLP (reference `mid_size`)
+MAX_PERIOD = 10000.0
+FINAL_NORM_EPS = 1e-6  # the LayerNorm of the final layer, without weights
+
+# called after a block with (stage, index, state); see `ZImageTransformer.forward`
+BlockHook = Callable[[str, int, dict[str, Any]], None]
+
+
+class ZImageTransformer(nn.Module):
+    """S3-DiT.
+
+    `ops` supplies Linear, RMSNorm and LayerNorm (`torch.nn`, or a host's namespace of the same names).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        ops: Any = nn,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        make: dict[str, Any] = {"ops": ops, "device": device, "dtype": dtype}
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.x_embedder = ops.Linear(config.patch_dim, config.dim, **place)
+        self.cap_embedder = nn.Sequential(
+            ops.RMSNorm(config.cap_feat_dim, eps=config.norm_eps, **place),
+            ops.Linear(config.cap_feat_dim, config.dim, **place),
+        )
+        self.t_embedder = TimestepEmbedder(config, **make)
+        refiners, layers = range(config.n_refiner_layers), range(config.n_layers)
+        self.noise_refiner = nn.ModuleList(Block(config, modulated=True, **make) for _ in refiners)
+        self.context_refiner = nn.ModuleList(Block(config, modulated=False, **make) for _ in refiners)
+        self.layers = nn.ModuleList(Block(config, modulated=True, **make) for _ in layers)
+        self.final_layer = FinalLayer(config, **make)
+        self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim, **place))
+        self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim, **place))
+
+    def forward(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        cap_feats: Tensor | Sequence[Tensor],
+        *,
+        attention: Attention = attention,
+        block_hook: BlockHook | None = None,
+        rope_options: Mapping[str, float] | None = None,
+    ) -> Tensor:
+        """One evaluation of the model.
+
+        latents: [B, 16, h, w], h and w even; its dtype is the dtype of the computation.
+        t: [B] model time, 0 = pure noise, 1 = picture (that is 1 - sigma).
+        cap_feats: caption features, [B, L, cap_feat_dim], or B of [L_i, cap_feat_dim] where lengths differ.
+        block_hook: called as `hook("noise_refiner" | "layers", index, state)` after each such block. `state` holds
+            img, txt (tokens now; for "layers" views of the joint sequence, to be written in place), img_input (image
+            tokens as they entered the stage), pe (rotations of the image tokens), vec (time embedding), x (latents).
+            A "noise_refiner" hook may put another tensor at state["img"].
+        rope_options: see `rope.image_positions`.
+
+        Returns the velocity towards the picture, [B, 16, h, w].
+        """
+        config = self.config
+        if len(cap_feats) != len(latents):
+            raise ValueError(f"{len(latents)} latents but {len(cap_feats)} captions")
+        height, width = latents.shape[-2:]
+        adaln = self.t_embedder(t, latents.dtype)  # (B, 256)
+
+        cap, cap_lengths, cap_mask = self._embed_caption(cap_feats, latents.dtype)  # (B, L, D)
+        img, n_image = self._embed_image(latents)  # (B, N, D)
+        rows, columns = height // config.patch_size, width // config.patch_size
+        cap_pe = self._rotations(caption_positions(cap.shape[1], cap.device))  # (1, L, 1, head_dim/2, 2, 2)
+        img_positions = image_positions(cap_lengths, rows, columns, img.shape[1], img.device, rope_options)
+        img_pe = self._rotations(img_positions)  # (1 or B, N, 1, head_dim/2, 2, 2)
+
+        for block in self.context_refiner:
+            cap = block(cap, cap_pe, None, attention, cap_mask)
+        state = {"img_input": img, "txt": cap, "pe": img_pe, "vec": adaln, "x": latents}
+        for index, block in enumerate(self.noise_refiner):
+            img = block(img, img_pe, adaln, attention)
+            if block_hook is not None:
+                state["img"] = img
+                block_hook("noise_refiner", index, state)
+                img = state["img"]
+
+        x = torch.cat((img, cap), dim=1)  # (B, S, D)
+        pe = torch.cat((img_pe, cap_pe.expand(len(img_pe), *cap_pe.shape[1:])), dim=1)
+        mask = None if cap_mask is None else F.pad(cap_mask, (img.shape[1], 0), value=True)  # (B, 1, 1, S)
+        n = img.shape[1]
+        state = {"img_input": x[:, :n], "pe": img_pe, "vec": adaln, "x": latents}
+        for index, block in enumerate(self.layers):
+            x = block(x, pe, adaln, attention, mask)
+            if block_hook is not None:
+                state.update(img=x[:, :n], txt=x[:, n:])
+                block_hook("layers", index, state)
+
+        x = self.final_layer(x[:, :n_image], adaln)  # (B, h/2 * w/2, 64)
+        return unpatchify(x, height, width, config.patch_size)
+
+    def _embed_image(self, latents: Tensor) -> tuple[Tensor, int]:
+        x = self.x_embedder(patchify(latents, self.config.patch_size))  # (B, h/2 * w/2, D)
+        n_image = x.shape[1]
+        pads = padded(n_image) - n_image
+        if pads:
+            # a root parameter: hosts that move leaf modules leave it behind, so it is moved here
+            token = self.x_pad_token.to(x)
+            x = torch.cat((x, token.expand(len(x), pads, -1)), dim=1)
+        return x, n_image
+
+    def _embed_caption(
+        self, cap_feats: Tensor | Sequence[Tensor], dtype: torch.dtype
+    ) -> tuple[Tensor, list[int], Tensor | None]:
+        """Captions [B, L, D], their padded lengths (one if all agree) and, if they differ, the mask of what counts."""
+        lengths = [len(feats) for feats in cap_feats]
+        padded_lengths = [padded(length) for length in lengths]
+        total = max(padded_lengths)
+        if isinstance(cap_feats, Tensor):
+            feats = F.pad(cap_feats, (0, 0, 0, total - cap_feats.shape[1]))
+        else:
+            feats = torch.stack([F.pad(item, (0, 0, 0, total - len(item))) for item in cap_feats])
+        cap = self.cap_embedder(feats.to(dtype))  # (B, L, D)
+        place = torch.arange(total, device=cap.device)
+        real = place < torch.tensor(lengths, device=cap.device).unsqueeze(1)  # (B, L)
+        cap = torch.where(real.unsqueeze(-1), cap, self.cap_pad_token.to(cap))
+        if len(set(padded_lengths)) == 1:
+            return cap, padded_lengths[:1], None
+        mask = place < torch.tensor(padded_lengths, device=cap.device).unsqueeze(1)
+        return cap, padded_lengths, mask[:, None, None]
+
+    def _rotations(self, positions: Tensor) -> Tensor:
+        return rotations(positions, self.config.axes_dims, self.config.rope_theta)
+
+
+class Block(nn.Module):
+    """Attention and gated MLP, each between two RMSNorms; modulated by the time unless it refines the caption."""
+
+    def __init__(self, config: TransformerConfig, *, modulated: bool, ops: Any, device: Any, dtype: Any):
+        super().__init__()
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.attention = JointAttention(config, ops, **place)
+        self.feed_forward = FeedForward(config, ops, **place)
+        self.attention_norm1 = ops.RMSNorm(config.dim, eps=config.norm_eps, **place)
+        self.attention_norm2 = ops.RMSNorm(config.dim, eps=config.norm_eps, **place)
+        self.ffn_norm1 = ops.RMSNorm(config.dim, eps=config.norm_eps, **place)
+        self.ffn_norm2 = ops.RMSNorm(config.dim, eps=config.norm_eps, **place)
+        if modulated:
+            self.adaLN_modulation = nn.Sequential(ops.Linear(config.adaln_dim, 4 * config.dim, **place))
+
+    def forward(
+        self, x: Tensor, rotation: Tensor, adaln: Tensor | None, attention: Attention, mask: Tensor | None = None
+    ) -> Tensor:
+        if adaln is None:
+            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rotation, attention, mask))
+            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+        modulation = self.adaLN_modulation(adaln).unsqueeze(1)  # (B, 1, 4D)
+        scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
+        h = self.attention(self.attention_norm1(x) * (1 + scale_msa), rotation, attention, mask)  # (B, S, D)
+        x = x + gate_msa.tanh() * self.attention_norm2(h)
+        h = self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp))  # (B, S, D)
+        return x + gate_mlp.tanh() * self.ffn_norm2(h)
+
+
+class JointAttention(nn.Module):
+    def __init__(self, config: TransformerConfig, ops: Any, **place: Any):
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.qkv = ops.Linear(config.dim, 3 * config.dim, bias=False, **place)
+        self.out = ops.Linear(config.dim, config.dim, bias=False, **place)
+        self.q_norm = ops.RMSNorm(config.head_dim, eps=config.norm_eps, **place)
+        self.k_norm = ops.RMSNorm(config.head_dim, eps=config.norm_eps, **place)
+
+    def forward(self, x: Tensor, rotation: Tensor, attention: Attention, mask: Tensor | None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)  # each (B, S, heads, head_dim)
+        q = rotate(self.q_norm(q), rotation)
+        k = rotate(self.k_norm(k), rotation)
+        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # (B, S, D)
+        return _finite(self.out(out))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: TransformerConfig, ops: Any, **place: Any):
+        super().__init__()
+        self.w1 = ops.Linear(config.dim, config.ffn_dim, bias=False, **place)
+        self.w2 = ops.Linear(config.ffn_dim, config.dim, bias=False, **place)
+        self.w3 = ops.Linear(config.dim, config.ffn_dim, bias=False, **place)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _finite(self.w2(_finite(F.silu(self.w1(x)) * self.w3(x))))
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, config: TransformerConfig, *, ops: Any, device: Any, dtype: Any):
+        super().__init__()
+        self.t_scale = config.t_scale
+        self.mlp = nn.Sequential(
+            ops.Linear(TIME_FREQUENCIES, TIME_HIDDEN, device=device, dtype=dtype),
+            nn.SiLU(),
+            ops.Linear(TIME_HIDDEN, config.adaln_dim, device=device, dtype=dtype),
+        )
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        half = TIME_FREQUENCIES // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
+        angles = (t.float() * self.t_scale).unsqueeze(1) * torch.exp(-math.log(MAX_PERIOD) * exponents)
+        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype))  # (B, 256)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config: TransformerConfig, *, ops: Any, device: Any, dtype: Any):
+        super().__init__()
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm_final = ops.LayerNorm(config.dim, eps=FINAL_NORM_EPS, elementwise_affine=False, **place)
+        self.linear = ops.Linear(config.dim, config.patch_dim, **place)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), ops.Linear(config.adaln_dim, config.dim, **place))
+
+    def forward(self, x: Tensor, adaln: Tensor) -> Tensor:
+        scale = 1 + self.adaLN_modulation(adaln).unsqueeze(1)  # (B, 1, D)
+        return self.linear(self.norm_final(x) * scale)  # (B, N, 64)
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Keeps float16 from overflowing where Z-Image's activations exceed its range; other dtypes pass untouched."""
+    return torch.nan_to_num(x, nan=0.0) if x.dtype == torch.float16 else x

@@ -1,0 +1,211 @@
+"""AutoencoderKL: pictures to 16-channel latents at 1/8 of the size, and back.
+
+Module names are those of the original single file (`ae.safetensors`), so its keys load as they are.
+
+Letters: B batch, C channels, H W picture height and width, h = H/8, w = W/8.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import VAEConfig
+
+NORM_EPS = 1e-6  # every GroupNorm of the FLUX autoencoder
+
+
+class AutoencoderKL(nn.Module):
+    """The autoencoder of FLUX and Z-Image.
+
+    `ops` supplies Conv2d and GroupNorm (`torch.nn`, or a host's namespace of the same names).
+    """
+
+    def __init__(
+        self,
+        config: VAEConfig,
+        *,
+        ops: Any = nn,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        make = _Factory(config, ops, device, dtype)
+        self.encoder = Encoder(config, make)
+        self.decoder = Decoder(config, make)
+
+    def encode_moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Picture [B, 3, H, W] in -1..1 to mean and log-variance of its latents, each [B, 16, h, w]."""
+        height, width = image.shape[-2:]
+        if height % self.config.downscale or width % self.config.downscale:
+            raise ValueError(
+                f"a picture of {width}x{height} can't be encoded: "
+                f"width and height must be divisible by {self.config.downscale}"
+            )
+        mean, logvar = self.encoder(image).chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)  # the reference's bounds, so that exp() stays finite
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Picture [B, 3, H, W] in -1..1 to raw latents [B, 16, h, w]: the posterior's mean, no randomness."""
+        return self.encode_moments(image)[0]
+
+    def decode(self, raw_latents: Tensor) -> Tensor:
+        """Raw latents [B, 16, h, w] to a picture [B, 3, H, W] in about -1..1 (not clamped)."""
+        return self.decoder(raw_latents)
+
+    def scale(self, raw_latents: Tensor) -> Tensor:
+        """What the encoder gives to what the transformer is trained on: (raw - shift_factor) * scaling_factor."""
+        return (raw_latents - self.config.shift_factor) * self.config.scaling_factor
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        """The inverse of `scale`."""
+        return latents / self.config.scaling_factor + self.config.shift_factor
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig, make: _Factory):
+        super().__init__()
+        channels = config.block_out_channels
+        self.conv_in = make.conv(config.in_channels, channels[0])
+        self.down = nn.ModuleList()
+        for level, width in enumerate(channels):
+            stage = nn.Module()
+            width_in = channels[max(level - 1, 0)]
+            stage.block = make.resnets(width_in, width, config.layers_per_block)
+            if level < len(channels) - 1:
+                stage.downsample = Downsample(width, make)
+            self.down.append(stage)
+        self.mid = Mid(channels[-1], make)
+        self.norm_out = make.norm(channels[-1])
+        self.conv_out = make.conv(channels[-1], 2 * config.latent_channels)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.conv_in(image)  # (B, 128, H, W)
+        for stage in self.down:
+            for block in stage.block:
+                x = block(x)
+            if hasattr(stage, "downsample"):
+                x = stage.downsample(x)  # half the height and width
+        x = self.mid(x)  # (B, 512, h, w)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 32, h, w): mean, then log-variance
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig, make: _Factory):
+        super().__init__()
+        channels = config.block_out_channels
+        self.conv_in = make.conv(config.latent_channels, channels[-1])
+        self.mid = Mid(channels[-1], make)
+        # up.0 is the last to run: the original numbers its levels by resolution, as the encoder does
+        self.up = nn.ModuleList()
+        for level, width in enumerate(channels):
+            stage = nn.Module()
+            width_in = channels[min(level + 1, len(channels) - 1)]
+            stage.block = make.resnets(width_in, width, config.layers_per_block + 1)
+            if level > 0:
+                stage.upsample = Upsample(width, make)
+            self.up.append(stage)
+        self.norm_out = make.norm(channels[0])
+        self.conv_out = make.conv(channels[0], config.out_channels)
+
+    def forward(self, raw_latents: Tensor) -> Tensor:
+        x = self.conv_in(raw_latents)  # (B, 512, h, w)
+        x = self.mid(x)
+        for stage in reversed(self.up):
+            for block in stage.block:
+                x = block(x)
+            if hasattr(stage, "upsample"):
+                x = stage.upsample(x)  # twice the height and width
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
+
+
+class Mid(nn.Module):
+    """The bottom of both halves: the only place where distant cells see each other."""
+
+    def __init__(self, width: int, make: _Factory):
+        super().__init__()
+        self.block_1 = ResnetBlock(width, width, make)
+        self.attn_1 = AttentionBlock(width, make)
+        self.block_2 = ResnetBlock(width, width, make)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, width_in: int, width_out: int, make: _Factory):
+        super().__init__()
+        self.norm1 = make.norm(width_in)
+        self.conv1 = make.conv(width_in, width_out)
+        self.norm2 = make.norm(width_out)
+        self.conv2 = make.conv(width_out, width_out)
+        if width_in != width_out:
+            self.nin_shortcut = make.conv(width_in, width_out, kernel=1, padding=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttentionBlock(nn.Module):
+    """One head over all cells; its projections are 1x1 convolutions, as the original stores them."""
+
+    def __init__(self, width: int, make: _Factory):
+        super().__init__()
+        self.norm = make.norm(width)
+        self.q = make.conv(width, width, kernel=1, padding=0)
+        self.k = make.conv(width, width, kernel=1, padding=0)
+        self.v = make.conv(width, width, kernel=1, padding=0)
+        self.proj_out = make.conv(width, width, kernel=1, padding=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (_cells(project(h)) for project in (self.q, self.k, self.v))  # (B, 1, h*w, C)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(out.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    def __init__(self, width: int, make: _Factory):
+        super().__init__()
+        self.conv = make.conv(width, width, stride=2, padding=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # one zero right and below only, as trained
+
+
+class Upsample(nn.Module):
+    def __init__(self, width: int, make: _Factory):
+        super().__init__()
+        self.conv = make.conv(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class _Factory:
+    """Makes the leaf layers of one autoencoder, all from the same operations, device and dtype."""
+
+    def __init__(self, config: VAEConfig, ops: Any, device: torch.device | str | None, dtype: torch.dtype | None):
+        self.groups = config.norm_num_groups
+        self.ops = ops
+        self.kwargs = {"device": device, "dtype": dtype}
+
+    def conv(self, width_in: int, width_out: int, *, kernel: int = 3, stride: int = 1, padding: int = 1) -> nn.Module:
+        return self.ops.Conv2d(width_in, width_out, kernel, stride=stride, padding=padding, **self.kwargs)
+
+    def norm(self, width: int) -> nn.Module:
+        return self.ops.GroupNorm(self.groups, width, eps=NORM_EPS, affine=True, **self.kwargs)
+
+    def resnets(self, width_in: int, width_out: int, count: int) -> nn.ModuleList:
+        widths = [width_in] + [width_out] * count
+        return nn.ModuleList(ResnetBlock(a, b, self) for a, b in zip(widths, widths[1:], strict=False))
+
+
+def _cells(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2).unsqueeze(1)  # (B, C, h, w) -> (B, 1, h*w, C)
