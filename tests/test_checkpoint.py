@@ -161,7 +161,10 @@ def test_one_lost_and_one_extra_tensor(folder):
     tensors["surprise"] = torch.zeros(1)
     save_file(tensors, path)
     refuse(
-        Snapshot(folder).transformer, "unknown surprise", "layers.0.attention.to_q.weight", "layers.0.attention.to_v.weight"
+        Snapshot(folder).transformer,
+        "unknown surprise",
+        "layers.0.attention.to_q.weight",
+        "layers.0.attention.to_v.weight",
     )
 
 

@@ -47,7 +47,9 @@ def test_without_a_seed_the_pictures_differ_and_the_seed_is_told(tmp_path, capsy
     for name in ("a.png", "b.png"):
         assert main(["generate", "a red circle", "--steps", "1", "--cpu", "-o", str(tmp_path / name)]) == 0
     assert capsys.readouterr().out.count("seed ") == 2
-    seeds = [Image.open(tmp_path / name).text["parameters"].split("Seed: ")[1].split(",")[0] for name in ("a.png", "b.png")]
+    seeds = [
+        Image.open(tmp_path / name).text["parameters"].split("Seed: ")[1].split(",")[0] for name in ("a.png", "b.png")
+    ]
     assert seeds[0] != seeds[1]
 
 

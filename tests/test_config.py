@@ -36,9 +36,7 @@ def test_dynamic_shifting_needs_its_numbers():
         SchedulerConfig.from_dict({**SCHEDULER, "use_dynamic_shifting": True}, "s.json")
 
 
-@pytest.mark.parametrize(
-    ("kind", "raw"), [(TransformerConfig, TURBO), (TextEncoderConfig, QWEN), (VAEConfig, VAE)]
-)
+@pytest.mark.parametrize(("kind", "raw"), [(TransformerConfig, TURBO), (TextEncoderConfig, QWEN), (VAEConfig, VAE)])
 def test_every_key_is_needed_and_named_when_missing(kind, raw):
     for key in raw:
         incomplete = {k: v for k, v in raw.items() if k != key}

@@ -44,7 +44,9 @@ def test_our_own_names_pass_unchanged():
 
 def test_q_without_k_and_v_is_not_a_whole():
     sources = key_maps.TRANSFORMER.sources(["layers.0.attention.to_q.weight", "layers.0.attention.to_v.weight"])
-    assert not key_maps.TRANSFORMER.is_complete("layers.0.attention.qkv.weight", sources["layers.0.attention.qkv.weight"])
+    assert not key_maps.TRANSFORMER.is_complete(
+        "layers.0.attention.qkv.weight", sources["layers.0.attention.qkv.weight"]
+    )
 
 
 @pytest.mark.parametrize("prefix", ["model.", ""])

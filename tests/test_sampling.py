@@ -77,9 +77,7 @@ def test_normalization_caps_each_item_and_never_amplifies():
 
 def test_truncation_switches_guidance_off_late():
     model = Straight()
-    sampling.denoise(
-        model, NOISE, sigmas(8, SCHEDULE, 4), CAPTIONS, CAPTIONS, guidance_scale=2.0, cfg_truncation=0.25
-    )
+    sampling.denoise(model, NOISE, sigmas(8, SCHEDULE, 4), CAPTIONS, CAPTIONS, guidance_scale=2.0, cfg_truncation=0.25)
     # 1 - sigma is 0, .045, .1, .167, .25, .357, .5, .7: guidance doubles the batch up to .25
     assert model.batches == [4, 4, 4, 4, 4, 2, 2, 2]
 

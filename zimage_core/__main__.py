@@ -18,7 +18,15 @@ from .checkpoint import CheckpointError, Snapshot
 from .pipeline import ZImagePipeline
 
 NANO = Path(__file__).resolve().parent.parent / "nano" / "snapshot"  # ships beside this package in a checkout
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
+FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,8 +62,11 @@ def generate(args: argparse.Namespace) -> int:
         print("Note      the negative prompt has no effect without guidance (--guidance-scale above 0)")
 
     pipe = ZImagePipeline.from_pretrained(folder, device=device, dtype=dtype)
-    bar = _progress_bar(args.steps)
-    with bar:
+    with _progress_bar(args.steps) as bar:
+
+        def advance(*_: object) -> None:
+            bar.update()
+
         image = pipe.generate(
             args.prompt,
             args.negative_prompt,
@@ -64,7 +75,7 @@ def generate(args: argparse.Namespace) -> int:
             steps=args.steps,
             guidance_scale=args.guidance_scale,
             seed=seed,
-            callback=lambda *_: bar.update() and None,
+            callback=advance,
         )  # [1, 3, H, W]
     save(image[0], output, _parameters(args, width, height, seed, folder))
     print(f"Saved     {output} ({time.perf_counter() - started:.1f} s)")
@@ -159,7 +170,9 @@ def _parser() -> argparse.ArgumentParser:
 def _size(text: str) -> int:
     value = _positive(text)
     if value % 16:
-        raise argparse.ArgumentTypeError(f"{value} is not divisible by 16; the nearest is {max(16, round(value / 16) * 16)}")
+        raise argparse.ArgumentTypeError(
+            f"{value} is not divisible by 16; the nearest is {max(16, round(value / 16) * 16)}"
+        )
     return value
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-# (q, k, v, mask) with q, k, v [B, heads, N, D]; mask None or bool [B, 1, 1, N], true = attend; returns [B, N, heads * D]
+# (q, k, v, mask) with q, k, v [B, heads, N, D]; mask None or bool [B, 1, 1, N], true = attend; gives [B, N, heads * D]
 Attention = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 

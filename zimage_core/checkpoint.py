@@ -169,7 +169,12 @@ class Snapshot:
     ) -> None:
         missing = [name for name in wanted if name not in sources]
         unexpected = [key for name, keys in sources.items() if name not in wanted for key in keys]
-        ill = [key for name, keys in sources.items() if name in wanted and not key_map.is_complete(name, keys) for key in keys]
+        ill = [
+            key
+            for name, keys in sources.items()
+            if name in wanted and not key_map.is_complete(name, keys)
+            for key in keys
+        ]
         if missing or unexpected or ill:
             problems = [
                 f"{what} {_some(keys)}"
@@ -178,7 +183,7 @@ class Snapshot:
             ]
             raise CheckpointError(
                 f"{self.folder / component}: the weights don't belong to this {component.replace('_', ' ')} "
-                f"({'; '.join(problems)}); check that the folder holds Z-Image's own files and download them again if so"
+                f"({'; '.join(problems)}); check that the folder holds Z-Image's own files, and download them again"
             )
 
     def _component(self, component: str) -> Path:
@@ -213,8 +218,8 @@ def _indexed_files(index: Path) -> list[Path]:
         raise CheckpointError(f"{index}: weight_map points outside its folder ({foreign[0]!r}); download it again")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise CheckpointError(
-            f"{index.parent}: {len(missing)} of {len(names)} shards missing ({_some(missing)}), listed in {index.name}; "
-            "the download is incomplete, download them again"
+            f"{index.parent}: {len(missing)} of {len(names)} shards missing ({_some(missing)}), "
+            f"listed in {index.name}; the download is incomplete, download them again"
         )
     files = [index.parent / name for name in names]
     for path in files:

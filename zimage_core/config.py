@@ -76,7 +76,8 @@ class TransformerConfig:
             raise CheckpointError(f"{source}: dim {config.dim} is not divisible by n_heads {config.n_heads}")
         if sum(config.axes_dims) != config.head_dim or any(d % 2 for d in config.axes_dims):
             raise CheckpointError(
-                f"{source}: axes_dims {list(config.axes_dims)} must be even and add up to dim / n_heads = {config.head_dim}"
+                f"{source}: axes_dims {list(config.axes_dims)} must be even and add up to "
+                f"dim / n_heads = {config.head_dim}"
             )
         return config
 

@@ -22,8 +22,8 @@ from .vae import AutoencoderKL
 class ZImagePipeline:
     """The four stages of one snapshot, on one device.
 
-        pipe = ZImagePipeline.from_pretrained("models/Tongyi-MAI--Z-Image-Turbo", device="cuda", dtype=torch.bfloat16)
-        image = pipe.generate("a red fox in the snow", seed=7)  # [1, 3, 1024, 1024] float32, 0..1
+    pipe = ZImagePipeline.from_pretrained("models/Tongyi-MAI--Z-Image-Turbo", device="cuda", dtype=torch.bfloat16)
+    image = pipe.generate("a red fox in the snow", seed=7)  # [1, 3, 1024, 1024] float32, 0..1
     """
 
     def __init__(

@@ -35,7 +35,7 @@ class TextEncoder(nn.Module):
         qwen = _qwen_config(config)
         with torch.device("meta"):
             self.model = Qwen3Model(qwen)
-        self.model.norm = nn.Identity()  # hidden_states[-2] is taken before the norm
+        self.model.set_submodule("norm", nn.Identity())  # hidden_states[-2] is taken before the norm
         _replace_leaves(self.model, ops, device, dtype)
         self.model.rotary_emb = Qwen3RotaryEmbedding(qwen)  # its buffer is in no checkpoint, so it is made for real
 
@@ -92,4 +92,3 @@ def _replace_leaves(model: nn.Module, ops: Any, device: Any, dtype: Any) -> None
             else:
                 continue
             setattr(parent, name, new)
-

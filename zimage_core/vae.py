@@ -71,14 +71,11 @@ class Encoder(nn.Module):
         super().__init__()
         channels = config.block_out_channels
         self.conv_in = make.conv(config.in_channels, channels[0])
-        self.down = nn.ModuleList()
-        for level, width in enumerate(channels):
-            stage = nn.Module()
-            width_in = channels[max(level - 1, 0)]
-            stage.block = make.resnets(width_in, width, config.layers_per_block)
-            if level < len(channels) - 1:
-                stage.downsample = Downsample(width, make)
-            self.down.append(stage)
+        widths_in = (channels[0], *channels[:-1])
+        self.down = nn.ModuleList(
+            DownStage(width_in, width, config.layers_per_block, level < len(channels) - 1, make)
+            for level, (width_in, width) in enumerate(zip(widths_in, channels, strict=True))
+        )
         self.mid = Mid(channels[-1], make)
         self.norm_out = make.norm(channels[-1])
         self.conv_out = make.conv(channels[-1], 2 * config.latent_channels)
@@ -86,10 +83,7 @@ class Encoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         x = self.conv_in(image)  # (B, 128, H, W)
         for stage in self.down:
-            for block in stage.block:
-                x = block(x)
-            if hasattr(stage, "downsample"):
-                x = stage.downsample(x)  # half the height and width
+            x = stage(x)  # but for the last: half the height and width
         x = self.mid(x)  # (B, 512, h, w)
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, 32, h, w): mean, then log-variance
 
@@ -101,14 +95,11 @@ class Decoder(nn.Module):
         self.conv_in = make.conv(config.latent_channels, channels[-1])
         self.mid = Mid(channels[-1], make)
         # up.0 is the last to run: the original numbers its levels by resolution, as the encoder does
-        self.up = nn.ModuleList()
-        for level, width in enumerate(channels):
-            stage = nn.Module()
-            width_in = channels[min(level + 1, len(channels) - 1)]
-            stage.block = make.resnets(width_in, width, config.layers_per_block + 1)
-            if level > 0:
-                stage.upsample = Upsample(width, make)
-            self.up.append(stage)
+        widths_in = (*channels[1:], channels[-1])
+        self.up = nn.ModuleList(
+            UpStage(width_in, width, config.layers_per_block + 1, level > 0, make)
+            for level, (width_in, width) in enumerate(zip(widths_in, channels, strict=True))
+        )
         self.norm_out = make.norm(channels[0])
         self.conv_out = make.conv(channels[0], config.out_channels)
 
@@ -116,11 +107,36 @@ class Decoder(nn.Module):
         x = self.conv_in(raw_latents)  # (B, 512, h, w)
         x = self.mid(x)
         for stage in reversed(self.up):
-            for block in stage.block:
-                x = block(x)
-            if hasattr(stage, "upsample"):
-                x = stage.upsample(x)  # twice the height and width
+            x = stage(x)  # but for the last: twice the height and width
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
+
+
+class DownStage(nn.Module):
+    """The residual blocks of one resolution, then half of it unless this is the smallest."""
+
+    def __init__(self, width_in: int, width: int, blocks: int, halves: bool, make: _Factory):
+        super().__init__()
+        self.block = make.resnets(width_in, width, blocks)
+        self.downsample = Downsample(width, make) if halves else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return x if self.downsample is None else self.downsample(x)
+
+
+class UpStage(nn.Module):
+    """The residual blocks of one resolution, then twice of it unless this is the picture's."""
+
+    def __init__(self, width_in: int, width: int, blocks: int, doubles: bool, make: _Factory):
+        super().__init__()
+        self.block = make.resnets(width_in, width, blocks)
+        self.upsample = Upsample(width, make) if doubles else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return x if self.upsample is None else self.upsample(x)
 
 
 class Mid(nn.Module):
@@ -143,13 +159,12 @@ class ResnetBlock(nn.Module):
         self.conv1 = make.conv(width_in, width_out)
         self.norm2 = make.norm(width_out)
         self.conv2 = make.conv(width_out, width_out)
-        if width_in != width_out:
-            self.nin_shortcut = make.conv(width_in, width_out, kernel=1, padding=0)
+        self.nin_shortcut = make.conv(width_in, width_out, kernel=1, padding=0) if width_in != width_out else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
 class AttentionBlock(nn.Module):

@@ -22,7 +22,11 @@ CASES = {
 PROMPTS = ["a red circle on a blue background", "two green stars beside a very long list of things " * 4]
 
 
-@pytest.fixture(scope="module", params=[("narrow", 0, {}), ("wide", 1, {"shift": 6.0}), ("narrow", 2, {"use_dynamic_shifting": True})], ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[("narrow", 0, {}), ("wide", 1, {"shift": 6.0}), ("narrow", 2, {"use_dynamic_shifting": True})],
+    ids=str,
+)
 def pipelines(request, make_snapshot):
     name, seed, scheduler = request.param
     folder = make_snapshot(name, seed, **scheduler)
