@@ -128,7 +128,7 @@ def prompts() -> list[str]:
         "长" * 600,
     ]
     rng = random.Random(0)
-    words = "red green blue star circle photo of a the on background left 猫 🐱 ünï .,!?'\"-_ 42 <|im_end|> </think>".split()
+    words = "red green blue star circle photo of a the on background 猫 🐱 ünï .,!?'\"-_ 42 <|im_end|> </think>".split()
     mixed = [" ".join(rng.choices(words, k=rng.randint(1, 40))) for _ in range(120)]
     codes = [*range(0x20, 0x17F), *range(0x400, 0x450), *range(0x4E00, 0x4E80), *range(0x1F600, 0x1F640)]
     noise = ["".join(chr(rng.choice(codes)) for _ in range(rng.randint(1, 60))) for _ in range(96)]

@@ -1,0 +1,233 @@
+"""Draws workflows/*.json and their thumbnails from workflows/api/*_api.json, in the real ComfyUI frontend.
+
+    .venv/bin/python .ci/draw_workflows.py /usr/bin/chromium-headless-shell
+
+The API prompts are the source; run this after changing one. Each node is created, wired and serialised by the frontend
+itself, so the result is what a person who drags the same wires would save; it is queued back through the frontend's own
+export and must equal the API prompt. Needs a headless Chromium (Debian: chromium-headless-shell).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import provision
+import workflow
+from host import Server
+from PIL import Image
+
+NOTES = {
+    "zimage_nano_txt2img": (
+        "**Z-Image Nano** ships with the pack: press *Run*.\n\n"
+        "It knows 12 colours, 8 shapes (circle, square, triangle, diamond, star, cross, ring, heart), positions, sizes, "
+        "`two` or `three` of a thing, and coloured backgrounds."
+    ),
+    "zimage_nano_img2img": (
+        "The second prompt changes the first picture. **denoise** says how much: near 0.4 keeps the picture, "
+        "0.8 follows the new prompt, 1 forgets the picture."
+    ),
+    "zimage_turbo_txt2img": (
+        "Put the snapshot folder of **Tongyi-MAI/Z-Image-Turbo** into `models/zimage/Tongyi-MAI--Z-Image-Turbo`.\n\n"
+        "8 steps, guidance 0 (CFG 1 in a KSampler). Sizes divisible by 16, around 1024x1024."
+    ),
+    "zimage_base_txt2img": (
+        "Put the snapshot folder of **Tongyi-MAI/Z-Image** into `models/zimage/Tongyi-MAI--Z-Image`.\n\n"
+        "28 to 50 steps, guidance 3 to 5 (CFG 4 to 6 in a KSampler), with a negative prompt."
+    ),
+}
+GAP = 60  # pixels between columns, and between nodes of one column
+BUILD = """
+const [prompt, note, gap] = %s;
+const graph = window.app.graph;
+graph.clear();
+const nodes = {};
+for (const [id, content] of Object.entries(prompt)) {
+  const node = LiteGraph.createNode(content.class_type);
+  node.id = Number(id);
+  node.title = content._meta.title;
+  graph.add(node);
+  nodes[id] = node;
+  for (const widget of node.widgets ?? []) {
+    const value = content.inputs[widget.name];
+    if (widget.name === "control_after_generate") widget.value = "fixed";
+    else if (value !== undefined && !Array.isArray(value)) widget.value = value;
+  }
+}
+for (const [id, content] of Object.entries(prompt))
+  for (const [name, value] of Object.entries(content.inputs))
+    if (Array.isArray(value)) nodes[value[0]].connect(value[1], nodes[id], name);
+// columns by the longest way from a node without inputs; nodes from id 10 on are a second stage, in a row below
+const ids = Object.keys(prompt);
+const rows = [ids.filter((id) => Number(id) < 10), ids.filter((id) => Number(id) >= 10)];
+let top = 80;
+for (const row of rows) {
+  const depth = {};
+  const depthOf = (id) => depth[id] ??= 1 + Math.max(-1, ...Object.values(prompt[id].inputs)
+    .filter((value) => Array.isArray(value) && row.includes(value[0])).map(([source]) => depthOf(source)));
+  const columns = [];
+  for (const id of row) (columns[depthOf(id)] ??= []).push(nodes[id]);
+  let x = top === 80 ? 60 : 60 + 360;  // the second stage leaves room for the note
+  let bottom = top;
+  for (const column of columns) {
+    let y = top;
+    for (const node of column) {
+      node.setSize([Math.max(node.size[0], 300), node.size[1]]);
+      node.pos = [x, y];
+      y += node.size[1] + gap;
+    }
+    bottom = Math.max(bottom, y);
+    x += Math.max(...column.map((node) => node.size[0])) + gap;
+  }
+  if (top === 80) nodes.bottom = columns[0].at(-1);
+  top = bottom;
+}
+const remark = LiteGraph.createNode("MarkdownNote");
+graph.add(remark);
+remark.widgets[0].value = note;
+remark.setSize([320, 200]);
+remark.pos = [60, nodes.bottom.pos[1] + nodes.bottom.size[1] + gap];
+graph.last_node_id = Math.max(...graph.nodes.map((node) => node.id));
+return graph.serialize();
+"""
+FIT = """
+await window.app.loadGraphData(%s);
+const nodes = window.app.graph.nodes;
+const left = Math.min(...nodes.map((n) => n.pos[0])) - 30, top = Math.min(...nodes.map((n) => n.pos[1])) - 60;
+const right = Math.max(...nodes.map((n) => n.pos[0] + n.size[0])) + 30;
+const bottom = Math.max(...nodes.map((n) => n.pos[1] + n.size[1])) + 30;
+const scale = Math.min(1300 / (right - left), 800 / (bottom - top));
+const view = window.app.canvas.ds;
+view.scale = scale;
+view.offset = [-left + 60 / scale, -top + 120 / scale];  // below the frontend's own bars
+window.app.canvas.setDirty(true, true);
+await new Promise((done) => setTimeout(done, 1500));
+return [60, 120, (right - left) * scale, (bottom - top) * scale];
+"""
+
+
+async def main(chromium: str) -> None:
+    prompts = {
+        path.name.removesuffix("_api.json"): json.loads(path.read_text()) for path in sorted(workflow.API.glob("*"))
+    }
+    with Server(provision.newest(), packs={"comfyui-zimage": provision.ROOT}) as server:
+        for prompt in prompts.values():
+            for node in prompt.values():  # so that every combo knows every name
+                name = node["inputs"].get("model")
+                if isinstance(name, str) and "built in" not in name:
+                    (server.base / "models" / "zimage" / name / "transformer").mkdir(parents=True, exist_ok=True)
+        with server.connect() as client:
+            client.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False})
+        async with Page(chromium) as page:
+            await page.command("Page.navigate", url=server.url)
+            await page.until("window.app?.vueAppReady && window.app.isGraphReady")
+            await page.until("LiteGraph.registered_node_types['ZImageSampler']")
+            for name, prompt in prompts.items():
+                arguments = json.dumps([prompt, NOTES[name], GAP])
+                graph = await page.run(BUILD % arguments)
+                box = await page.run(FIT % json.dumps(graph))
+                exported = (await page.run("return await window.app.graphToPrompt()"))["output"]
+                _compare(name, prompt, exported)
+                target = provision.ROOT / "workflows" / f"{name}.json"
+                target.write_text(json.dumps(graph, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                screenshot = await page.screenshot(box)
+                _thumbnail(screenshot, target.with_suffix(".jpg"))
+                print(f"{name}: {len(graph['nodes'])} nodes, {len(graph['links'])} wires")
+
+
+def _compare(name: str, prompt: dict[str, Any], exported: dict[str, Any]) -> None:
+    for node, content in prompt.items():
+        if exported[node]["class_type"] != content["class_type"] or exported[node]["inputs"] != content["inputs"]:
+            raise SystemExit(f"{name}: node {node} comes back as\n{exported[node]}\ninstead of\n{content}")
+    if exported.keys() != prompt.keys():
+        raise SystemExit(f"{name}: nodes {sorted(exported)} come back instead of {sorted(prompt)}")
+
+
+def _thumbnail(screenshot: bytes, path: Path) -> None:
+    with Image.open(io.BytesIO(screenshot)) as image:
+        image = image.convert("RGB")
+        image.thumbnail((768, 512))
+        image.save(path, quality=85, optimize=True)
+
+
+class Page:
+    """One page of a headless Chromium, spoken to by the DevTools protocol."""
+
+    def __init__(self, chromium: str):
+        self.chromium = chromium
+
+    async def __aenter__(self) -> Page:
+        self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        flags = ["--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--window-size=1420,1000"]
+        quiet = ["--disable-background-networking", "--disable-component-update", "--no-first-run"]
+        self.process = subprocess.Popen(
+            [self.chromium, *flags, *quiet, f"--user-data-dir={self.profile.name}", "about:blank"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for line in self.process.stderr:
+            if "DevTools listening on" in line:
+                break
+        address = line.split("ws://")[1].split("/")[0]
+        self.session = aiohttp.ClientSession()
+        async with self.session.get(f"http://{address}/json/list") as answer:
+            target = next(item for item in await answer.json(content_type=None) if item["type"] == "page")
+        self.socket = await self.session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0)
+        self.count = 0
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.socket.close()
+        await self.session.close()
+        self.process.terminate()
+        self.process.wait()
+        self.profile.cleanup()
+
+    async def command(self, method: str, **parameters: Any) -> dict[str, Any]:
+        self.count += 1
+        await self.socket.send_json({"id": self.count, "method": method, "params": parameters})
+        while True:
+            message = json.loads((await self.socket.receive(timeout=120)).data)
+            if message.get("id") == self.count:
+                return message["result"]
+
+    async def run(self, script: str) -> Any:
+        """The value that an asynchronous function with this body returns; its exception is raised here."""
+        expression = f"(async () => {{{script}}})()"
+        answer = await self.command("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        if "exceptionDetails" in answer:
+            raise RuntimeError(answer["exceptionDetails"]["exception"].get("description"))
+        return answer["result"].get("value")
+
+    async def until(self, condition: str, patience: float = 120) -> None:
+        ends = time.monotonic() + patience
+        while time.monotonic() < ends:
+            try:
+                if await self.run(f"return Boolean({condition})"):
+                    return
+            except RuntimeError:
+                pass  # the page is still loading its scripts
+            await asyncio.sleep(0.3)
+        raise TimeoutError(condition)
+
+    async def screenshot(self, box: list[float]) -> bytes:
+        x, y, width, height = box
+        clip = {"x": x, "y": y, "width": width, "height": height, "scale": 1}
+        answer = await self.command("Page.captureScreenshot", format="png", clip=clip)
+        return base64.b64decode(answer["data"])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    asyncio.run(main(sys.argv[1]))

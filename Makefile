@@ -1,0 +1,42 @@
+# Everything runs in .venv, which every target makes or completes first. COMFYUI_PATH=folder uses that ComfyUI.
+PYTHON ?= python3
+PORT ?= 8188
+RUN = .venv/bin/python
+
+# As typed, without make's expansion of $: a prompt may hold any character. The recipes read them as "$$PROMPT".
+override PROMPT := $(value PROMPT)
+override NEGATIVE := $(value NEGATIVE)
+export PROMPT NEGATIVE COMFYUI_PATH
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test check nano clean
+
+help: ## this list
+	@echo "make TARGET"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## the environment: .venv and a ComfyUI in it, pinned (the other targets see to it)
+	@$(PYTHON) .ci/setup.py
+
+demo: setup ## a picture through a real ComfyUI: PROMPT="two red stars on a blue background" NEGATIVE= SEED= STEPS= GUIDANCE= WIDTH= HEIGHT=
+	@$(RUN) .ci/demo.py $(if $(PROMPT),--prompt="$$PROMPT") $(if $(NEGATIVE),--negative="$$NEGATIVE") \
+		$(if $(SEED),--seed=$(SEED)) $(if $(STEPS),--steps=$(STEPS)) $(if $(GUIDANCE),--guidance=$(GUIDANCE)) \
+		$(if $(WIDTH),--width=$(WIDTH)) $(if $(HEIGHT),--height=$(HEIGHT))
+
+serve: setup ## ComfyUI with the pack, to open in a browser: PORT=8188 ARGS="more ComfyUI flags"
+	@$(RUN) .ci/serve.py --port $(PORT) $(ARGS)
+
+test: setup ## all tests, parity and host included: ARGS="tests/test_rope.py -k name"
+	@$(RUN) -m pytest $(ARGS)
+
+check: setup ## lint, import floors, types
+	@$(RUN) -m ruff check .
+	@$(RUN) -m pytest -q tests/test_floors.py
+	@$(RUN) -m mypy
+
+nano: setup ## trains the nano model anew, hours on a CPU: ARGS="..."
+	@$(RUN) -m nano $(ARGS)
+
+clean: ## deletes caches and build leftovers; pictures, .comfyui and .venv stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -not -path './.comfyui/*' -prune -exec rm -rf {} +

@@ -1,0 +1,23 @@
+"""The nodes of this pack."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .conditioning import ZImageTextEncode
+from .loaders import ZImageTextEncoderLoader, ZImageTransformerLoader, ZImageVAELoader
+from .sampling import ZImageSampler
+from .vae import ZImageVAEDecode, ZImageVAEEncode
+
+
+class ZImageExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            ZImageTransformerLoader,
+            ZImageTextEncoderLoader,
+            ZImageVAELoader,
+            ZImageTextEncode,
+            ZImageSampler,
+            ZImageVAEDecode,
+            ZImageVAEEncode,
+        ]

@@ -1,0 +1,53 @@
+"""What comes through LATENT and IMAGE sockets, checked, and back into them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+PIXELS = 16  # Z-Image cuts the picture into patches of this size: 8 pixels a latent cell, 2x2 cells a token
+CELLS = 2
+
+
+def checked_latents(samples: Tensor, channels: int) -> Tensor:
+    """Raw latents [B, channels, h, w]; raises ValueError with what to do otherwise."""
+    if getattr(samples, "is_nested", False) or samples.ndim != 4:
+        shape = "several tensors" if getattr(samples, "is_nested", False) else f"shape {list(samples.shape)}"
+        raise ValueError(f"The latent is not a picture's ({shape}), expected [batch, {channels}, height/8, width/8].")
+    if samples.shape[1] != channels:
+        raise ValueError(
+            f"The latent has {samples.shape[1]} channels, expected {channels}: it belongs to another model. "
+            "Encode the picture with Z-Image's VAE, or start from EmptySD3LatentImage."
+        )
+    return samples
+
+
+def checked_cells(latents: Tensor) -> Tensor:
+    """Latents [B, C, h, w] with even h and w, which the transformer cuts into patches; raises ValueError otherwise."""
+    height, width = latents.shape[-2:]
+    if height % CELLS or width % CELLS:
+        raise ValueError(_size_message("latent", width * PIXELS // CELLS, height * PIXELS // CELLS))
+    return latents
+
+
+def checked_pixels(pixels: Tensor) -> Tensor:
+    """IMAGE [B, H, W, C] with H and W divisible by 16; raises ValueError otherwise."""
+    height, width = pixels.shape[1:3]
+    if height % PIXELS or width % PIXELS:
+        raise ValueError(_size_message("picture", width, height))
+    return pixels
+
+
+def latent_with(latent: dict[str, Any], samples: Tensor) -> dict[str, Any]:
+    """The LATENT with new samples; what described the old ones' scale is dropped, as stock samplers do."""
+    kept = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio")}
+    return {**kept, "samples": samples}
+
+
+def _size_message(what: str, width: int, height: int) -> str:
+    near = f"{max(width // PIXELS, 1) * PIXELS}x{max(height // PIXELS, 1) * PIXELS}"
+    return (
+        f"The {what} is {width}x{height} pixels; Z-Image needs width and height divisible by {PIXELS}. "
+        f"Resize or crop it, to {near} for example."
+    )

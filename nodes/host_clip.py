@@ -1,0 +1,129 @@
+"""CLIP: the Qwen3 encoder and its tokenizer as ComfyUI's own kind of text encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.ops
+import comfy.sd
+import comfy.supported_models_base
+import torch
+from torch import nn
+
+from ..zimage_core.checkpoint import Snapshot
+from ..zimage_core.text_encoder import TextEncoder
+from ..zimage_core.tokenizer import Tokenizer
+
+WEIGHT_DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+NAME = "qwen3_4b"  # the host's name for this encoder: key of its tokens, prefix of its parameters, so LoRA files fit
+LAYER = -2  # the hidden state that Z-Image is trained on
+
+
+class HostTextModel(nn.Module):
+    """The calls that `comfy.sd.CLIP` makes of a text model. Computes in float32, whatever the weights are stored in."""
+
+    def __init__(self, encoder: TextEncoder, dtype: torch.dtype):
+        super().__init__()
+        named = nn.Module()
+        named.transformer = encoder
+        setattr(self, NAME, named)
+        self.encoder_config = encoder.config
+        self.dtypes = {dtype}
+        self.reset_clip_options()
+
+    @property
+    def encoder(self) -> TextEncoder:
+        return getattr(self, NAME).transformer
+
+    def set_clip_options(self, options: dict[str, Any]) -> None:
+        self.execution_device = options.get("execution_device", self.execution_device)
+        self.layer = options.get("layer", self.layer)
+
+    def reset_clip_options(self) -> None:
+        self.execution_device: torch.device | None = None
+        self.layer: int | None = None
+
+    def encode_token_weights(self, tokens: dict[str, list]) -> tuple[torch.Tensor, None, dict[str, torch.Tensor]]:
+        """Token ids to features [1, N, hidden_size] float32, unpadded: the transformer pads captions itself."""
+        ids = [[token[0] for token in row] for row in tokens[NAME]]
+        input_ids = torch.tensor(ids, dtype=torch.long, device=self.execution_device)
+        features = self._hidden_state(input_ids).float().to(mm.intermediate_device())
+        return features, None, {"attention_mask": torch.ones_like(input_ids, device=features.device)}
+
+    def _hidden_state(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if self.layer in (None, LAYER):
+            return self.encoder(input_ids, dtype=torch.float32)
+        # Another layer was asked for (CLIPSetLastLayer). Ours ends where LAYER does, so hidden state -1 doesn't exist.
+        count = self.encoder_config.num_hidden_layers
+        if not -count <= self.layer < LAYER:
+            raise ValueError(
+                f"stop_at_clip_layer is {self.layer}; this text encoder has the layers {LAYER} (Z-Image's own) "
+                f"to {-count}. Remove the node that sets it."
+            )
+        embeds = self.encoder.model.embed_tokens(input_ids).float()
+        hidden = self.encoder.model(inputs_embeds=embeds, use_cache=False, output_hidden_states=True).hidden_states
+        return hidden[self.layer - LAYER - 1]
+
+    def load_sd(self, state_dict: dict[str, torch.Tensor]):
+        return self.encoder.load_state_dict(state_dict, strict=False, assign=True)
+
+    def memory_estimation_function(self, tokens: dict[str, list], device: torch.device | None = None) -> int:
+        """Bytes for one layer in float32: activations of every token (twice, for copies) and its largest weight."""
+        config = self.encoder_config
+        longest = max((len(row) for row in tokens.get(NAME, [])), default=0)
+        activations = longest * (8 * config.hidden_size + 3 * config.intermediate_size) * 2
+        return 4 * (activations + config.hidden_size * config.intermediate_size)
+
+
+class HostTokenizer:
+    """The calls that `comfy.sd.CLIP` makes of a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, llama_template: str | None = None, **_):
+        """Ids with the weight 1.0: prompt weights like (this:1.2) are ordinary text to Z-Image.
+
+        llama_template: another chat template with one {}, as some stock nodes pass it.
+        """
+        if llama_template is None:
+            ids = self.tokenizer(text)
+        else:
+            ids = self.tokenizer.inner(llama_template.format(text))["input_ids"]
+        rows = [(token, 1.0, place + 1) if return_word_ids else (token, 1.0) for place, token in enumerate(ids)]
+        return {NAME: [rows]}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def decode(self, token_ids, skip_special_tokens: bool = True) -> str:
+        return self.tokenizer.inner.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+
+def load_clip(folder: str | Path, weight_dtype: str = "default", disable_dynamic: bool = False) -> comfy.sd.CLIP:
+    """A CLIP of the snapshot's text encoder and tokenizer."""
+    snapshot = Snapshot(folder)
+    config, tokenizer = snapshot.text_encoder_config(), HostTokenizer(snapshot.tokenizer())
+    dtype = WEIGHT_DTYPES[weight_dtype] or snapshot.weight_dtype("text_encoder")
+
+    # Read and checked as a plain module first: the host's layers may hold no parameters before they are loaded.
+    weights = snapshot.text_encoder(dtype=dtype).state_dict()
+    encoder = TextEncoder(config, ops=comfy.ops.manual_cast, device="meta", dtype=dtype)
+    encoder.load_state_dict(weights, strict=True, assign=True)
+    model = HostTextModel(encoder.requires_grad_(False).eval(), dtype)
+
+    clip = comfy.sd.CLIP(
+        comfy.supported_models_base.ClipTarget(lambda **_: tokenizer, lambda **_: model),
+        parameters=sum(tensor.numel() for tensor in weights.values()),
+        model_options={"dtype": dtype, "initial_device": torch.device("cpu")},
+        disable_dynamic=disable_dynamic,
+    )
+    clip.patcher.cached_patcher_init = (load_clip_patcher, (str(folder), weight_dtype))
+    return clip
+
+
+def load_clip_patcher(folder: str, weight_dtype: str = "default", disable_dynamic: bool = False):
+    return load_clip(folder, weight_dtype, disable_dynamic).patcher

@@ -1,0 +1,183 @@
+"""MODEL: the S3-DiT as ComfyUI's own kind of model, so that its memory manager, samplers, LoRA and patches apply.
+
+The class derives from the host's native Z-Image model and keeps its parameter names; only the network is ours.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import comfy.latent_formats
+import comfy.ldm.common_dit
+import comfy.model_base
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.supported_models
+import torch
+from comfy.ldm.modules.attention import optimized_attention_masked
+from torch import Tensor
+
+from ..zimage_core.checkpoint import Snapshot
+from ..zimage_core.config import SchedulerConfig, TransformerConfig
+from ..zimage_core.sampling import model_time, velocity
+from ..zimage_core.transformer import ZImageTransformer
+
+WEIGHT_DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NATIVE_DIM = 3840  # the width for which the host measured memory_usage_factor
+
+
+class HostTransformer(ZImageTransformer):
+    """The S3-DiT behind the call that the host makes of a diffusion model."""
+
+    def __init__(self, config: TransformerConfig, *, operations: Any, device: Any, dtype: Any, **_unused: Any):
+        super().__init__(config, ops=operations, device=device, dtype=dtype)
+        self.dtype = dtype
+
+    def forward(self, x, timesteps, context, num_tokens=None, attention_mask=None, **kwargs):
+        """Latents [B, 16, h, w], sigma [B], captions [B, L, cap_feat_dim] -> dlatents/dsigma [B, 16, h, w].
+
+        The positional order is the native model's: wrappers installed by other nodes (EasyCache, ...) rely on it.
+        """
+        options = kwargs.get("transformer_options", {})
+        kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+        wrappers = comfy.patcher_extension.get_all_wrappers(kind, options)
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._velocity, self, wrappers)
+        return executor.execute(x, timesteps, context, num_tokens, attention_mask, **kwargs)
+
+    def _velocity(self, x, timesteps, context, num_tokens=None, attention_mask=None, **kwargs):
+        options = kwargs.get("transformer_options", {})
+        self._check(context, kwargs)
+        height, width = x.shape[-2:]
+        # Areas of the picture may have odd sizes; like the native model, make them even and cut the excess off.
+        x = comfy.ldm.common_dit.pad_to_patch_size(x, (self.config.patch_size, self.config.patch_size))
+        out = super().forward(
+            x,
+            model_time(timesteps),
+            context,
+            attention=partial(_attention, options),
+            block_hook=_BlockHook(options, self.config),
+            rope_options=options.get("rope_options"),
+        )
+        return velocity(out)[:, :, :height, :width]
+
+    def _check(self, context: Tensor, conds: dict[str, Any]) -> None:
+        if context.shape[-1] != self.config.cap_feat_dim:
+            raise ValueError(
+                f"The prompt was encoded with a width of {context.shape[-1]}, this model expects "
+                f"{self.config.cap_feat_dim}. Load text encoder and transformer from the same Z-Image snapshot."
+            )
+        if conds.get("ref_latents") or conds.get("siglip_feats"):
+            raise ValueError("This Z-Image model takes no reference pictures. Remove the node that attaches them.")
+
+
+def _attention(options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The host's attention of choice; the options carry overrides that other nodes set."""
+    return optimized_attention_masked(q, k, v, q.shape[1], mask, skip_reshape=True, transformer_options=options)
+
+
+class _BlockHook:
+    """Keeps the options current and runs the patches of other nodes after a block, as the native model does."""
+
+    def __init__(self, options: dict[str, Any], config: TransformerConfig):
+        self.options = options
+        self.config = config
+        self.patches = options.get("patches", {})
+
+    def __call__(self, stage: str, index: int, state: dict[str, Any]) -> None:
+        if stage == "noise_refiner":
+            for patch in self.patches.get("noise_refiner", []):
+                out = patch(self._arguments(state, index, block_type="noise_refiner"))
+                if "img" in out:
+                    state["img"] = out["img"]
+            if index == self.config.n_refiner_layers - 1:
+                self.options.update(total_blocks=self.config.n_layers, block_type="double", block_index=0)
+            return
+        for patch in self.patches.get("double_block", []):
+            out = patch(self._arguments(state, index))
+            for name in ("img", "txt"):
+                if name in out and out[name] is not state[name]:
+                    state[name][:] = out[name]
+        if index + 1 < self.config.n_layers:
+            self.options["block_index"] = index + 1
+
+    def _arguments(self, state: dict[str, Any], index: int, **extra: Any) -> dict[str, Any]:
+        return {**state, "block_index": index, "transformer_options": self.options, **extra}
+
+
+class ZImageModel(comfy.model_base.Lumina2):
+    """The host's native model class around our network: being a Lumina2 is what makes the host map Z-Image's LoRA."""
+
+    def __init__(self, model_config: ZImageModelConfig, config: TransformerConfig, scheduler: SchedulerConfig):
+        comfy.model_base.BaseModel.__init__(
+            self,
+            model_config,
+            comfy.model_base.ModelType.FLOW,
+            device=torch.device("meta"),
+            unet_model=partial(HostTransformer, config),
+        )
+        self.memory_usage_factor_conds = ("ref_latents",)  # read by the inherited extra_conds_shapes
+        self.scheduler_config = scheduler
+
+
+class ZImageModelConfig(comfy.supported_models.ZImage):
+    """What the host wants to know of a model, filled from the snapshot's files instead of from a detected state dict."""
+
+    def __init__(self, snapshot: Snapshot, config: TransformerConfig, scheduler: SchedulerConfig):
+        super().__init__(
+            {
+                "image_model": "lumina2",
+                "in_channels": config.in_channels,
+                "dim": config.dim,  # this and the next two: read by the host's map of LoRA keys
+                "n_layers": config.n_layers,
+                "n_refiner_layers": config.n_refiner_layers,
+            }
+        )
+        self.sampling_settings = {"multiplier": 1.0, "shift": scheduler.shift}  # multiplier 1: the network gets sigma
+        self.memory_usage_factor = type(self).memory_usage_factor * config.dim / NATIVE_DIM
+        vae = snapshot.vae_config()
+        self.latent_format.scale_factor = vae.scaling_factor
+        self.latent_format.shift_factor = vae.shift_factor
+
+
+def load_model(folder: str | Path, weight_dtype: str = "default", disable_dynamic: bool = False):
+    """A ModelPatcher of the snapshot's transformer; its tensors stay mapped from the file where nothing is cast."""
+    snapshot = Snapshot(folder)
+    config, scheduler = snapshot.transformer_config(), snapshot.scheduler_config()
+    model_config = ZImageModelConfig(snapshot, config, scheduler)
+    device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
+    storage, compute = _dtypes(weight_dtype, snapshot, config, model_config.supported_inference_dtypes, device)
+    model_config.set_inference_dtype(storage, compute)
+
+    # Read and checked as a plain module first: the host's layers may hold no parameters before they are loaded.
+    weights = snapshot.transformer(dtype=storage).state_dict()
+    model = ZImageModel(model_config, config, scheduler)
+    model.diffusion_model.load_state_dict(weights, strict=True, assign=True)
+    model.diffusion_model.requires_grad_(False).eval()
+    model.device = offload_device  # until here "meta", where it was built
+    model.to(offload_device)
+
+    # The host rebinds CoreModelPatcher when it starts; it must be looked up at the time of the call.
+    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = kind(model, load_device=device, offload_device=offload_device)
+    patcher.cached_patcher_init = (load_model, (str(folder), weight_dtype))
+    return patcher
+
+
+def _dtypes(
+    choice: str, snapshot: Snapshot, config: TransformerConfig, supported: list[torch.dtype], device: torch.device
+) -> tuple[torch.dtype, torch.dtype | None]:
+    """(dtype of the weights in memory, dtype to which each layer casts them or None to compute in the former)."""
+    storage = WEIGHT_DTYPES[choice]
+    if storage is None:
+        stored = snapshot.weight_dtype("transformer")
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in ZImageTransformer(config).parameters())
+        storage = mm.unet_dtype(
+            device=device, model_params=parameters, supported_dtypes=supported, weight_dtype=stored
+        )
+        if storage.itemsize > stored.itemsize:
+            storage = stored  # casting up would cost memory and gain nothing
+    return storage, mm.unet_manual_cast(storage, device, supported)

@@ -1,0 +1,123 @@
+"""Sampling on the host: the guider with Z-Image's guidance, and one run of it with preview, progress and noise mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_base
+import comfy.model_management as mm
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+from torch import Tensor
+
+from ..zimage_core.config import SchedulerConfig
+from ..zimage_core.sampling import guided_velocity, guides_at
+
+
+class ZImageGuider(comfy.samplers.CFGGuider):
+    """Guidance as the reference has it: positive + scale * (positive - negative), which the host calls CFG scale + 1."""
+
+    def set_guidance(self, scale: float, cfg_normalization: float, cfg_truncation: float) -> None:
+        self.scale = scale
+        self.cfg_normalization = cfg_normalization
+        self.cfg_truncation = cfg_truncation
+        self.set_cfg(1.0 + scale)
+
+    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed=None):
+        """The picture that the model foresees in x [B, 16, h, w] at the noise levels `timestep` [B]."""
+        model_options = model_options or {}
+        positive, negative = self.conds["positive"], self.conds.get("negative")
+        cfg = self.cfg
+        if negative is None or not guides_at(float(timestep[0]), self.scale, self.cfg_truncation):
+            cfg, negative = 1.0, None
+        elif self.cfg_normalization > 0:
+            model_options = {**model_options, "sampler_cfg_function": self._normalized}
+        return comfy.samplers.sampling_function(
+            self.inner_model, x, timestep, negative, positive, cfg, model_options=model_options, seed=seed
+        )
+
+    def _normalized(self, args: dict[str, Any]) -> Tensor:
+        # The host hands over and takes back sigma * velocity; the formula commutes with that factor.
+        return guided_velocity(args["cond"], args["uncond"], self.scale, self.cfg_normalization)
+
+
+def make_guider(
+    model, positive, negative, *, scale: float, cfg_normalization: float, cfg_truncation: float
+) -> ZImageGuider:
+    """A guider of a Z-Image MODEL, ours or the host's own. Raises ValueError where the parts don't fit together."""
+    conds = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
+    for name, conditioning in conds.items():
+        _check_conditioning(model, name, conditioning)
+    if cfg_normalization > 0 and "sampler_cfg_function" in model.model_options:
+        raise ValueError(
+            "cfg_normalization can't be combined with a node that replaces the CFG formula of the model "
+            "(RescaleCFG, for example). Remove that node or set cfg_normalization to 0."
+        )
+    guider = ZImageGuider(model)
+    guider.inner_set_conds(conds)
+    guider.set_guidance(scale, cfg_normalization, cfg_truncation)
+    return guider
+
+
+def _check_conditioning(model, name: str, conditioning: list) -> None:
+    if not conditioning:
+        raise ValueError(f"`{name}` holds no prompt. Connect a ZImageTextEncode node to it.")
+    expected = model.model.diffusion_model.cap_embedder[1].in_features  # the native Z-Image names it so, too
+    for features, _ in conditioning:
+        if features is not None and features.shape[-1] != expected:
+            raise ValueError(
+                f"`{name}` was encoded with a width of {features.shape[-1]}, this MODEL expects {expected}. "
+                "Load text encoder and transformer from the same Z-Image snapshot."
+            )
+
+
+def scheduler_config(model) -> SchedulerConfig:
+    """The schedule of a MODEL: its snapshot's, with the shift that it has now (ModelSamplingAuraFlow may set another).
+
+    Raises ValueError if it is no Z-Image model.
+    """
+    sampling = model.get_model_object("model_sampling")
+    if not isinstance(model.model, comfy.model_base.Lumina2) or not hasattr(sampling, "shift"):
+        raise ValueError(
+            f"This MODEL is a {type(model.model).__name__}, not a Z-Image model. "
+            "Connect a ZImageTransformerLoader, or a stock loader with a Z-Image file."
+        )
+    own = getattr(model.model, "scheduler_config", None)
+    if own is not None and own.use_dynamic_shifting and "model_sampling" not in model.object_patches:
+        return own
+    values = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "shift": float(sampling.shift),
+        "use_dynamic_shifting": False,
+    }
+    return SchedulerConfig.from_dict(values, "the MODEL's sampling settings")
+
+
+def start_latents(model, latent: dict[str, Any]) -> Tensor:
+    """The samples of a LATENT; an empty one of another model is brought to this model's channels, as the host does."""
+    return comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"))
+
+
+def latent_channels(model) -> int:
+    return model.get_model_object("latent_format").latent_channels
+
+
+def run(guider: ZImageGuider, latents: Tensor, sigmas: Tensor, seed: int, latent: dict[str, Any]) -> Tensor:
+    """Euler from sigmas[0] to sigmas[-1]: raw latents [B, 16, h, w] in and out. `latent` may hold batch_index and
+    noise_mask. Interruption, previews and progress are the host's.
+    """
+    noise = comfy.sample.prepare_noise(latents, seed, latent.get("batch_index"))
+    samples = guider.sample(
+        noise,
+        latents,
+        comfy.samplers.ksampler("euler"),
+        sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    dtype = mm.intermediate_dtype() if hasattr(mm, "intermediate_dtype") else samples.dtype  # newer hosts
+    return samples.to(device=mm.intermediate_device(), dtype=dtype)

@@ -1,0 +1,91 @@
+"""Loaders: a snapshot folder to MODEL, CLIP and VAE."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from . import host, host_clip, host_model, host_vae
+
+CATEGORY = "Z-Image"
+ALIASES = ["z-image", "zimage", "load", "checkpoint", "diffusers", "snapshot"]
+MODEL_TOOLTIP = (
+    "The built-in nano model (for demonstration and tests: simple shapes at 128x128), or the name of a Z-Image "
+    "snapshot folder in models/zimage or models/diffusers."
+)
+DTYPE_TOOLTIP = "Precision in which the weights are kept in memory. default: as the file has them, fitted to the device."
+
+
+class ZImageTransformerLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ZImageTransformerLoader",
+            display_name="Load Z-Image Transformer",
+            category=CATEGORY,
+            description="Loads the diffusion transformer of a Z-Image snapshot as a MODEL for this and any stock sampler.",
+            search_aliases=[*ALIASES, "model", "unet", "dit", "turbo"],
+            inputs=[
+                io.Combo.Input("model", options=host.model_choices(), tooltip=MODEL_TOOLTIP),
+                io.Combo.Input(
+                    "weight_dtype", options=list(host_model.WEIGHT_DTYPES), default="default", tooltip=DTYPE_TOOLTIP
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The transformer; LoRA loaders and model patches connect here.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model, weight_dtype):
+        return host.fingerprint(model, "transformer", "scheduler", "vae")
+
+    @classmethod
+    def execute(cls, model, weight_dtype) -> io.NodeOutput:
+        return io.NodeOutput(host_model.load_model(host.model_folder(model), weight_dtype))
+
+
+class ZImageTextEncoderLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ZImageTextEncoderLoader",
+            display_name="Load Z-Image Text Encoder",
+            category=CATEGORY,
+            description="Loads the Qwen3 text encoder and tokenizer of a Z-Image snapshot as a CLIP.",
+            search_aliases=[*ALIASES, "clip", "qwen", "qwen3"],
+            inputs=[
+                io.Combo.Input("model", options=host.model_choices(), tooltip=MODEL_TOOLTIP),
+                io.Combo.Input(
+                    "weight_dtype", options=list(host_clip.WEIGHT_DTYPES), default="default", tooltip=DTYPE_TOOLTIP
+                ),
+            ],
+            outputs=[io.Clip.Output(tooltip="The text encoder, for ZImageTextEncode or any stock text node.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model, weight_dtype):
+        return host.fingerprint(model, "text_encoder", "tokenizer")
+
+    @classmethod
+    def execute(cls, model, weight_dtype) -> io.NodeOutput:
+        return io.NodeOutput(host_clip.load_clip(host.model_folder(model), weight_dtype))
+
+
+class ZImageVAELoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ZImageVAELoader",
+            display_name="Load Z-Image VAE",
+            category=CATEGORY,
+            description="Loads the autoencoder of a Z-Image snapshot as a VAE.",
+            search_aliases=[*ALIASES, "vae", "autoencoder"],
+            inputs=[io.Combo.Input("model", options=host.model_choices(), tooltip=MODEL_TOOLTIP)],
+            outputs=[io.Vae.Output(tooltip="The autoencoder, for this pack's or the stock VAE nodes.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model):
+        return host.fingerprint(model, "vae")
+
+    @classmethod
+    def execute(cls, model) -> io.NodeOutput:
+        return io.NodeOutput(host_vae.ZImageVAE(host.model_folder(model)))

@@ -1,0 +1,59 @@
+"""Pictures to latents and back."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from . import convert
+
+
+class ZImageVAEDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ZImageVAEDecode",
+            display_name="Z-Image VAE Decode",
+            category="Z-Image",
+            description="Decodes latents to pictures; where memory runs out, in tiles.",
+            search_aliases=["z-image", "zimage", "latent to image", "decode"],
+            inputs=[
+                io.Vae.Input("vae", tooltip="Z-Image's autoencoder (FLUX's is the same)."),
+                io.Latent.Input("samples", tooltip="The latents that a sampler gave."),
+            ],
+            outputs=[io.Image.Output(tooltip="The pictures.")],
+        )
+
+    @classmethod
+    def execute(cls, vae, samples) -> io.NodeOutput:
+        _check_vae(vae)
+        return io.NodeOutput(vae.decode(convert.checked_latents(samples["samples"], vae.latent_channels)))
+
+
+class ZImageVAEEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ZImageVAEEncode",
+            display_name="Z-Image VAE Encode",
+            category="Z-Image",
+            description="Encodes pictures to latents, to change them with a denoise below 1. Sizes divisible by 16.",
+            search_aliases=["z-image", "zimage", "image to latent", "img2img", "encode"],
+            inputs=[
+                io.Vae.Input("vae", tooltip="Z-Image's autoencoder (FLUX's is the same)."),
+                io.Image.Input("pixels", tooltip="Pictures whose width and height are divisible by 16."),
+            ],
+            outputs=[io.Latent.Output(tooltip="Their latents, for the latent_image input of a sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, vae, pixels) -> io.NodeOutput:
+        _check_vae(vae)
+        return io.NodeOutput({"samples": vae.encode(convert.checked_pixels(pixels))})
+
+
+def _check_vae(vae) -> None:
+    if vae is None:
+        raise ValueError(
+            "There is no autoencoder in `vae`: the loader before it found none (a checkpoint without one, perhaps). "
+            "Connect a ZImageVAELoader."
+        )

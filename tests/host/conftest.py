@@ -1,0 +1,67 @@
+"""Real ComfyUI servers with the pack in them, each started once, when a test first asks for it.
+
+`host`: the newest ComfyUI. `each_host`: a test with it runs on every `host_version`. `client`: a fresh connection to
+`host`, `each_client` to `each_host`. A server's models/, input/ and output/ are in `host.base`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import provision
+import pytest
+from host import Client, Server
+
+# Folder names in custom_nodes: users rename the folder, and the host makes a module name of its path.
+PACKS = {provision.OLDEST: "ComfyUI-Z.Image (renamed)", provision.NEWEST: "comfyui-zimage"}
+
+
+@pytest.fixture(scope="session")
+def start_host() -> Iterator[Callable[[str], Server]]:
+    """version -> the running server of that version, or a skip that says why it can't be had."""
+    running: dict[str, Server] = {}
+    with ExitStack() as stack:
+
+        def start(version: str) -> Server:
+            if version not in running:
+                comfyui = provision.newest() if version == provision.NEWEST else provision.folder(version)
+                if not (comfyui / "main.py").is_file():
+                    why = "COMFYUI_PATH replaces it" if provision.chosen() else "`make setup` provisions it"
+                    pytest.skip(f"ComfyUI {version} is not in {comfyui.relative_to(provision.ROOT)}: {why}")
+                server = Server(
+                    comfyui, packs={PACKS[version]: provision.ROOT}, environment={"TRANSFORMERS_OFFLINE": "1"}
+                )
+                running[version] = stack.enter_context(server)
+            running[version].check_alive()
+            return running[version]
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def host(start_host: Callable[[str], Server]) -> Server:
+    return start_host(provision.NEWEST)
+
+
+@pytest.fixture(scope="session", params=[provision.OLDEST, provision.NEWEST])
+def host_version(request: pytest.FixtureRequest) -> str:
+    """The ComfyUI that is tested; with COMFYUI_PATH its checkout stands in for the newest."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def each_host(start_host: Callable[[str], Server], host_version: str) -> Server:
+    return start_host(host_version)
+
+
+@pytest.fixture
+def client(host: Server) -> Iterator[Client]:
+    with host.connect() as client:
+        yield client
+
+
+@pytest.fixture
+def each_client(each_host: Server) -> Iterator[Client]:
+    with each_host.connect() as client:
+        yield client
