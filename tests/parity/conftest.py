@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import provision
 import pytest
 import torch
 
@@ -42,6 +43,15 @@ def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
     """||ours - reference|| / ||reference||, in float64."""
     reference = reference.double()
     return ((ours.double() - reference).norm() / reference.norm()).item()
+
+
+@pytest.fixture(scope="session")
+def comfyui_path() -> Path:
+    """The ComfyUI of the environment, for the tokenizer files it ships."""
+    path = provision.newest()
+    if not path.is_dir():
+        pytest.skip(f"there is no ComfyUI in {path}; `make setup` provisions one")
+    return path
 
 
 @pytest.fixture(scope="session")
