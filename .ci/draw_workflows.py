@@ -13,6 +13,8 @@ import asyncio
 import base64
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,8 +31,8 @@ from PIL import Image
 NOTES = {
     "zimage_nano_txt2img": (
         "**Z-Image Nano** ships with the pack: press *Run*.\n\n"
-        "It knows 12 colours, 8 shapes (circle, square, triangle, diamond, star, cross, ring, heart), positions, sizes, "
-        "`two` or `three` of a thing, and coloured backgrounds."
+        "It knows 12 colours, 8 shapes (circle, square, triangle, diamond, star, cross, ring, heart), positions, "
+        "sizes, `two` or `three` of a thing, and coloured backgrounds."
     ),
     "zimage_nano_img2img": (
         "The second prompt changes the first picture. **denoise** says how much: near 0.4 keeps the picture, "
@@ -174,6 +176,7 @@ class Page:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # Chromium is many processes; they end as a group
         )
         for line in self.process.stderr:
             if "DevTools listening on" in line:
@@ -189,7 +192,7 @@ class Page:
     async def __aexit__(self, *_: object) -> None:
         await self.socket.close()
         await self.session.close()
-        self.process.terminate()
+        os.killpg(self.process.pid, signal.SIGTERM)
         self.process.wait()
         self.profile.cleanup()
 

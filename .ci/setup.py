@@ -161,7 +161,7 @@ def damaged(venv: Path) -> Iterator[Path]:
 def _cut(site: Path, record: Path) -> bool:
     with record.open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
-    if not rows or any(len(row) != 3 for row in rows):
+    if not any(row and row[0] == f"{record.parent.name}/RECORD" for row in rows):  # every list names itself, last
         return True
     for name, _, size in rows:
         if name.endswith(".pyc"):  # Python deletes and rewrites these as it likes
@@ -229,7 +229,8 @@ def run(command: Sequence[str], what: str, advice: str = "") -> None:
     if UNREACHABLE.search(said):
         advice = "; the package registry could not be reached or lacks it: check the network, and the proxy and index "
         advice += f"settings of {'uv' if Path(command[0]).name == 'uv' else 'pip'}, then run it again"
-    raise SetupError(f"could not get {what}: {Path(command[0]).name} ended with status {process.returncode}{advice}")
+    reason = next((line for line in reversed(lines) if line.strip()), f"{command[0]} ended with {process.returncode}")
+    raise SetupError(f"could not get {what}: {reason.strip()}{advice}")
 
 
 _held: list[int] = []

@@ -13,8 +13,8 @@ class ZImageTextEncode(io.ComfyNode):
             display_name="Z-Image Text Encode",
             category="Z-Image",
             description=(
-                "Encodes a prompt for Z-Image. Write plain sentences, in English or Chinese; weights like (this:1.2) are "
-                "ordinary text. 512 tokens at most; a longer prompt loses its end and the log says where."
+                "Encodes a prompt for Z-Image. Write plain sentences, in English or Chinese; weights like (this:1.2) "
+                "are ordinary text. 512 tokens at most; a longer prompt loses its end and the log says where."
             ),
             search_aliases=["z-image", "zimage", "prompt", "positive", "negative", "clip text encode"],
             inputs=[
@@ -28,7 +28,7 @@ class ZImageTextEncode(io.ComfyNode):
     def execute(cls, clip, text) -> io.NodeOutput:
         if clip is None:
             raise ValueError(
-                "There is no text encoder in `clip`: the loader before it found none (a checkpoint without one, perhaps). "
-                "Connect a ZImageTextEncoderLoader."
+                "There is no text encoder in `clip`: the loader before it found none (a checkpoint without one, "
+                "perhaps). Connect a ZImageTextEncoderLoader."
             )
         return io.NodeOutput(clip.encode_from_tokens_scheduled(clip.tokenize(text)))

@@ -16,8 +16,6 @@ from ..zimage_core.checkpoint import Snapshot
 from ..zimage_core.text_encoder import TextEncoder
 from ..zimage_core.tokenizer import Tokenizer
 
-WEIGHT_DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 NAME = "qwen3_4b"  # the host's name for this encoder: key of its tokens, prefix of its parameters, so LoRA files fit
 LAYER = -2  # the hidden state that Z-Image is trained on
 
@@ -103,11 +101,13 @@ class HostTokenizer:
         return self.tokenizer.inner.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
 
-def load_clip(folder: str | Path, weight_dtype: str = "default", disable_dynamic: bool = False) -> comfy.sd.CLIP:
-    """A CLIP of the snapshot's text encoder and tokenizer."""
+def load_clip(
+    folder: str | Path, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False
+) -> comfy.sd.CLIP:
+    """A CLIP of the snapshot's text encoder and tokenizer. weight_dtype: of the weights in memory, None the file's."""
     snapshot = Snapshot(folder)
     config, tokenizer = snapshot.text_encoder_config(), HostTokenizer(snapshot.tokenizer())
-    dtype = WEIGHT_DTYPES[weight_dtype] or snapshot.weight_dtype("text_encoder")
+    dtype = weight_dtype or snapshot.weight_dtype("text_encoder")
 
     # Read and checked as a plain module first: the host's layers may hold no parameters before they are loaded.
     weights = snapshot.text_encoder(dtype=dtype).state_dict()
@@ -125,5 +125,5 @@ def load_clip(folder: str | Path, weight_dtype: str = "default", disable_dynamic
     return clip
 
 
-def load_clip_patcher(folder: str, weight_dtype: str = "default", disable_dynamic: bool = False):
+def load_clip_patcher(folder: str, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False):
     return load_clip(folder, weight_dtype, disable_dynamic).patcher

@@ -25,7 +25,6 @@ from ..zimage_core.config import SchedulerConfig, TransformerConfig
 from ..zimage_core.sampling import model_time, velocity
 from ..zimage_core.transformer import ZImageTransformer
 
-WEIGHT_DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NATIVE_DIM = 3840  # the width for which the host measured memory_usage_factor
 
 
@@ -44,6 +43,8 @@ class HostTransformer(ZImageTransformer):
         options = kwargs.get("transformer_options", {})
         kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
         wrappers = comfy.patcher_extension.get_all_wrappers(kind, options)
+        if wrappers:
+            x = x.clone()  # EasyCache writes into it, and where nothing was cast the host still computes with it
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._velocity, self, wrappers)
         return executor.execute(x, timesteps, context, num_tokens, attention_mask, **kwargs)
 
@@ -123,7 +124,7 @@ class ZImageModel(comfy.model_base.Lumina2):
 
 
 class ZImageModelConfig(comfy.supported_models.ZImage):
-    """What the host wants to know of a model, filled from the snapshot's files instead of from a detected state dict."""
+    """What the host wants to know of a model, from the snapshot's files instead of from a detected state dict."""
 
     def __init__(self, snapshot: Snapshot, config: TransformerConfig, scheduler: SchedulerConfig):
         super().__init__(
@@ -142,8 +143,11 @@ class ZImageModelConfig(comfy.supported_models.ZImage):
         self.latent_format.shift_factor = vae.shift_factor
 
 
-def load_model(folder: str | Path, weight_dtype: str = "default", disable_dynamic: bool = False):
-    """A ModelPatcher of the snapshot's transformer; its tensors stay mapped from the file where nothing is cast."""
+def load_model(folder: str | Path, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False):
+    """A ModelPatcher of the snapshot's transformer; its tensors stay mapped from the file where nothing is cast.
+
+    weight_dtype: of the weights in memory; None is the file's, fitted to the device.
+    """
     snapshot = Snapshot(folder)
     config, scheduler = snapshot.transformer_config(), snapshot.scheduler_config()
     model_config = ZImageModelConfig(snapshot, config, scheduler)
@@ -167,17 +171,18 @@ def load_model(folder: str | Path, weight_dtype: str = "default", disable_dynami
 
 
 def _dtypes(
-    choice: str, snapshot: Snapshot, config: TransformerConfig, supported: list[torch.dtype], device: torch.device
+    storage: torch.dtype | None,
+    snapshot: Snapshot,
+    config: TransformerConfig,
+    supported: list[torch.dtype],
+    device: torch.device,
 ) -> tuple[torch.dtype, torch.dtype | None]:
     """(dtype of the weights in memory, dtype to which each layer casts them or None to compute in the former)."""
-    storage = WEIGHT_DTYPES[choice]
     if storage is None:
         stored = snapshot.weight_dtype("transformer")
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in ZImageTransformer(config).parameters())
-        storage = mm.unet_dtype(
-            device=device, model_params=parameters, supported_dtypes=supported, weight_dtype=stored
-        )
+        storage = mm.unet_dtype(device=device, model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
         if storage.itemsize > stored.itemsize:
             storage = stored  # casting up would cost memory and gain nothing
     return storage, mm.unet_manual_cast(storage, device, supported)

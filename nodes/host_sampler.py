@@ -17,7 +17,7 @@ from ..zimage_core.sampling import guided_velocity, guides_at
 
 
 class ZImageGuider(comfy.samplers.CFGGuider):
-    """Guidance as the reference has it: positive + scale * (positive - negative), which the host calls CFG scale + 1."""
+    """Guidance as the reference has it, positive + scale * (positive - negative): the host's CFG is scale + 1."""
 
     def set_guidance(self, scale: float, cfg_normalization: float, cfg_truncation: float) -> None:
         self.scale = scale

@@ -17,7 +17,7 @@ from ..zimage_core.vae import AutoencoderKL
 
 
 class ZImageVAE(comfy.sd.VAE):
-    """Latents are raw, as on every LATENT socket: scaling_factor and shift_factor belong to the MODEL's latent format."""
+    """Latents are raw, as on every LATENT socket: scale and shift belong to the MODEL's latent format."""
 
     def __init__(self, folder: str | Path, disable_dynamic: bool = False):
         snapshot = Snapshot(folder)

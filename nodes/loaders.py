@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from comfy_api.latest import io
 
 from . import host, host_clip, host_model, host_vae
@@ -12,7 +13,9 @@ MODEL_TOOLTIP = (
     "The built-in nano model (for demonstration and tests: simple shapes at 128x128), or the name of a Z-Image "
     "snapshot folder in models/zimage or models/diffusers."
 )
-DTYPE_TOOLTIP = "Precision in which the weights are kept in memory. default: as the file has them, fitted to the device."
+# None is the file's own, fitted to the device
+WEIGHT_DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_TOOLTIP = "Precision of the weights in memory. default: as the file has them, fitted to the device."
 
 
 class ZImageTransformerLoader(io.ComfyNode):
@@ -22,13 +25,11 @@ class ZImageTransformerLoader(io.ComfyNode):
             node_id="ZImageTransformerLoader",
             display_name="Load Z-Image Transformer",
             category=CATEGORY,
-            description="Loads the diffusion transformer of a Z-Image snapshot as a MODEL for this and any stock sampler.",
+            description="Loads the transformer of a Z-Image snapshot as a MODEL for this and any stock sampler.",
             search_aliases=[*ALIASES, "model", "unet", "dit", "turbo"],
             inputs=[
                 io.Combo.Input("model", options=host.model_choices(), tooltip=MODEL_TOOLTIP),
-                io.Combo.Input(
-                    "weight_dtype", options=list(host_model.WEIGHT_DTYPES), default="default", tooltip=DTYPE_TOOLTIP
-                ),
+                io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", tooltip=DTYPE_TOOLTIP),
             ],
             outputs=[io.Model.Output(tooltip="The transformer; LoRA loaders and model patches connect here.")],
         )
@@ -39,7 +40,7 @@ class ZImageTransformerLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, weight_dtype) -> io.NodeOutput:
-        return io.NodeOutput(host_model.load_model(host.model_folder(model), weight_dtype))
+        return io.NodeOutput(host_model.load_model(host.model_folder(model), WEIGHT_DTYPES[weight_dtype]))
 
 
 class ZImageTextEncoderLoader(io.ComfyNode):
@@ -53,9 +54,7 @@ class ZImageTextEncoderLoader(io.ComfyNode):
             search_aliases=[*ALIASES, "clip", "qwen", "qwen3"],
             inputs=[
                 io.Combo.Input("model", options=host.model_choices(), tooltip=MODEL_TOOLTIP),
-                io.Combo.Input(
-                    "weight_dtype", options=list(host_clip.WEIGHT_DTYPES), default="default", tooltip=DTYPE_TOOLTIP
-                ),
+                io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", tooltip=DTYPE_TOOLTIP),
             ],
             outputs=[io.Clip.Output(tooltip="The text encoder, for ZImageTextEncode or any stock text node.")],
         )
@@ -66,7 +65,7 @@ class ZImageTextEncoderLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, weight_dtype) -> io.NodeOutput:
-        return io.NodeOutput(host_clip.load_clip(host.model_folder(model), weight_dtype))
+        return io.NodeOutput(host_clip.load_clip(host.model_folder(model), WEIGHT_DTYPES[weight_dtype]))
 
 
 class ZImageVAELoader(io.ComfyNode):

@@ -48,7 +48,7 @@ class ZImageSampler(io.ComfyNode):
                     default=8,
                     min=1,
                     max=1000,
-                    tooltip='Model evaluations. Turbo: 8 (advice of "9 steps" elsewhere means these 8). Base: 30 to 50.',
+                    tooltip='Model evaluations. Turbo: 8 ("9 steps" elsewhere means these 8). Base: 30 to 50.',
                 ),
                 io.Float.Input(
                     "guidance_scale",

@@ -1,4 +1,4 @@
-"""How the nodes behave for the person at the screen: previews, progress, interruption, laziness, and readable errors."""
+"""How the nodes behave for the person at the screen: previews, progress, interruption, laziness, errors."""
 
 from __future__ import annotations
 
