@@ -52,8 +52,10 @@ class HostTransformer(ZImageTransformer):
         options = kwargs.get("transformer_options", {})
         self._check(context, kwargs)
         height, width = x.shape[-2:]
-        # Areas of the picture may have odd sizes; like the native model, make them even and cut the excess off.
-        x = comfy.ldm.common_dit.pad_to_patch_size(x, (self.config.patch_size, self.config.patch_size))
+        patch = self.config.patch_size
+        if height % patch or width % patch:
+            # Areas of a picture may have odd sizes; like the native model, make them even and cut the excess off.
+            x = comfy.ldm.common_dit.pad_to_patch_size(x, (patch, patch))
         out = super().forward(
             x,
             model_time(timesteps),

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def caption_positions(length: int, device: torch.device | None = None) -> Tensor:
     """Positions of a padded caption: [1, length, 3] float32."""
-    positions = torch.zeros(1, length, 3, device=device)
-    positions[..., 0] = torch.arange(1, length + 1, device=device)
-    return positions
+    k = torch.arange(1, length + 1, device=device, dtype=torch.float32)
+    return torch.stack((k, torch.zeros_like(k), torch.zeros_like(k)), dim=-1).unsqueeze(0)
 
 
 def image_positions(
@@ -34,14 +34,11 @@ def image_positions(
     `rope_options` stretches and shifts the grid (keys scale_x, scale_y, shift_x, shift_y, as ComfyUI names them).
     """
     options = rope_options or {}
+    f = torch.tensor(caption_lengths, device=device, dtype=torch.float32) + 1
     y = torch.arange(rows, device=device) * options.get("scale_y", 1.0) + options.get("shift_y", 0.0)
     x = torch.arange(columns, device=device) * options.get("scale_x", 1.0) + options.get("shift_x", 0.0)
-    positions = torch.zeros(len(caption_lengths), padded_length, 3, device=device)
-    image = positions[:, : rows * columns].unflatten(1, (rows, columns))  # a view: what follows writes into positions
-    image[..., 0] = torch.tensor(caption_lengths, device=device, dtype=torch.float32).view(-1, 1, 1) + 1
-    image[..., 1] = y.view(-1, 1)
-    image[..., 2] = x
-    return positions
+    grid = torch.broadcast_tensors(f.view(-1, 1, 1), y.view(-1, 1), x)  # three of (B, rows, columns)
+    return F.pad(torch.stack(grid, dim=-1).flatten(1, 2), (0, 0, 0, padded_length - rows * columns))
 
 
 def rotations(positions: Tensor, axes_dims: Sequence[int], theta: float) -> Tensor:

@@ -1,0 +1,35 @@
+"""Imports a ComfyUI and this pack into the running process, the way the host does it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = "host host_model host_clip host_vae host_sampler convert loaders conditioning sampling vae".split()
+
+
+def load_pack(*flags: str) -> SimpleNamespace:
+    """The modules of nodes/, by name. `flags` are the host's command line; `cpu` is always set."""
+    if str(ROOT / ".ci") not in sys.path:
+        sys.path.append(str(ROOT / ".ci"))
+    import provision
+
+    # Before the repository on sys.path, whose nodes/ would hide the host's nodes.py.
+    sys.path.insert(0, str(provision.newest()))
+    from comfy.cli_args import args
+
+    args.cpu = True
+    for flag in flags:
+        setattr(args, flag, True)
+    name = "zimage_pack"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return SimpleNamespace(**{module: importlib.import_module(f"{name}.nodes.{module}") for module in MODULES})

@@ -1,0 +1,314 @@
+"""MODEL, CLIP and VAE as the host sees them: castable, partially loadable, equal to its native Z-Image."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
+# parameters of a module that is no leaf are moved in the forward; everything else must be castable
+ROOT_PARAMETERS = {"x_pad_token", "cap_pad_token"}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def patcher(pack):
+    return pack.host_model.load_model(NANO, torch.float32)
+
+
+@pytest.fixture
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, 16, 16, 16, generator=generator), torch.randn(1, 21, 128, generator=generator)
+
+
+def predict(patcher, inputs, model=None, options=None) -> torch.Tensor:
+    """The picture that `model` (by default the patcher itself) foresees, through the host's own call."""
+    latents, context = inputs
+    width = patcher.model.diffusion_model.config.cap_feat_dim
+    context = context[..., :1] * torch.linspace(-1, 1, width)
+    return (model or patcher).model.apply_model(
+        latents,
+        torch.tensor([0.7]),
+        c_crossattn=context,
+        num_tokens=context.shape[1],
+        transformer_options=dict(options or {}),
+    )
+
+
+def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((ours - reference).norm() / reference.norm()).item()
+
+
+# Memory
+
+
+def test_every_parameter_can_be_offloaded_and_cast(pack, patcher):
+    modules = [
+        patcher.model.diffusion_model,
+        pack.host_clip.load_clip(NANO).cond_stage_model,
+        pack.host_vae.ZImageVAE(NANO).first_stage_model,
+    ]
+    for module in modules:
+        for name, part in module.named_modules():
+            own = {parameter for parameter, _ in part.named_parameters(recurse=False)}
+            if not hasattr(part, "comfy_cast_weights"):
+                assert own <= ROOT_PARAMETERS, f"{name} ({type(part).__name__}) holds {own}"
+
+
+def test_weights_are_not_copied_when_they_are_loaded(pack):
+    """Tensors that need no cast or fusing share the file's mapping; nothing else of the model's size is held."""
+    patcher = pack.host_model.load_model(NANO)
+    anonymous = _anonymous_bytes()
+    kept = [pack.host_model.load_model(NANO) for _ in range(8)]
+    gc.collect()
+    size = patcher.model_size()
+    fused = sum(p.nbytes for name, p in patcher.model.named_parameters() if name.endswith("qkv.weight"))
+    assert _anonymous_bytes() - anonymous < 8 * (fused + 0.35 * size)
+    assert len(kept) == 8
+
+
+@pytest.mark.parametrize("share", [1.0, 0.7, 0.4, 0.1])
+def test_partly_loaded_model_predicts_the_same(comfy, patcher, inputs, share):
+    comfy.model_management.load_models_gpu([patcher])
+    whole = predict(patcher, inputs)
+    patcher.detach()
+    patcher.load(CPU, lowvram_model_memory=max(1, int(patcher.model_size() * share)))
+    if share < 1:
+        assert patcher.model.model_lowvram and patcher.loaded_size() < patcher.model_size()
+    assert torch.allclose(predict(patcher, inputs), whole, atol=1e-6)
+    patcher.detach()
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.1])
+def test_lora_on_a_partly_loaded_model_and_its_removal(comfy, patcher, inputs, share):
+    before = {name: value.clone() for name, value in patcher.model.state_dict().items()}
+    generator = torch.Generator().manual_seed(1)
+    lora = {}
+    for name, parameter in patcher.model.diffusion_model.named_parameters():
+        if name.endswith(("w2.weight", "out.weight")):
+            rows, columns = parameter.shape
+            stem = f"diffusion_model.{name.removesuffix('.weight')}"
+            lora[f"{stem}.lora_B.weight"] = 0.1 * torch.randn(rows, 2, generator=generator)
+            lora[f"{stem}.lora_A.weight"] = 0.1 * torch.randn(2, columns, generator=generator)
+    comfy.model_management.load_models_gpu([patcher])
+    plain = predict(patcher, inputs)
+    with_lora, _ = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0.0)
+    assert len(with_lora.patches) == len(lora) // 2
+    comfy.model_management.load_models_gpu([with_lora])
+    whole = predict(with_lora, inputs)
+    assert relative(whole, plain) > 1e-3
+    with_lora.detach()
+    with_lora.load(CPU, lowvram_model_memory=max(1, int(patcher.model_size() * share)))
+    assert relative(predict(with_lora, inputs), whole) <= 1e-5
+    with_lora.detach()
+    comfy.model_management.load_models_gpu([patcher])
+    assert torch.equal(predict(patcher, inputs), plain)
+    after = patcher.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_host_can_build_each_model_anew(pack):
+    """Nodes that need another copy (compile on a dynamic host, several GPUs) call what cached_patcher_init names."""
+    model = pack.host_model.load_model(NANO, torch.float32)
+    clip = pack.host_clip.load_clip(NANO)
+    vae = pack.host_vae.ZImageVAE(NANO)
+    for patcher in (model, clip.patcher, vae.patcher):
+        factory, arguments = patcher.cached_patcher_init[:2]
+        again = factory(*arguments, disable_dynamic=True)
+        ours, theirs = patcher.model.state_dict(), again.model.state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert (
+            again.clone(force_deepcopy=True) if "force_deepcopy" in again.clone.__code__.co_varnames else again.clone()
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_weight_dtype_is_kept_and_computed_in_float32_on_a_cpu(pack, comfy, inputs, dtype):
+    patcher = pack.host_model.load_model(NANO, dtype)
+    assert {p.dtype for p in patcher.model.diffusion_model.parameters()} == {dtype}
+    comfy.model_management.load_models_gpu([patcher])
+    exact = pack.host_model.load_model(NANO, torch.float32)
+    comfy.model_management.load_models_gpu([exact])
+    assert relative(predict(patcher, inputs), predict(exact, inputs)) < 1e-3
+
+
+# Sameness with the host's native Z-Image
+
+
+@pytest.fixture
+def native(comfy, patcher):
+    """The host's own Z-Image model at the nano model's size, with the nano model's weights."""
+    ours = patcher.model.diffusion_model
+    config = ours.config
+    model_config = comfy.supported_models.ZImage(
+        {
+            "image_model": "lumina2",
+            "patch_size": config.patch_size,
+            "in_channels": config.in_channels,
+            "dim": config.dim,
+            "cap_feat_dim": config.cap_feat_dim,
+            "n_layers": config.n_layers,
+            "n_refiner_layers": config.n_refiner_layers,
+            "qk_norm": True,
+            "n_heads": config.n_heads,
+            "n_kv_heads": config.n_heads,
+            "axes_dims": list(config.axes_dims),
+            "axes_lens": list(config.axes_lens),
+            "rope_theta": config.rope_theta,
+            "ffn_dim_multiplier": config.ffn_dim / config.dim,
+            "z_image_modulation": True,
+            "time_scale": config.t_scale,
+            "pad_tokens_multiple": 32,
+        }
+    )
+    model_config.set_inference_dtype(torch.float32, None)
+    model = model_config.get_model({}, "")
+    model.latent_format = patcher.model.latent_format
+    net = model.diffusion_model
+
+    def linear(width_in: int, width_out: int, bias: bool):
+        return comfy.ops.disable_weight_init.Linear(width_in, width_out, bias=bias, dtype=torch.float32)
+
+    # The native class derives two widths from dim, which Z-Image fixes; at the published size they are the same.
+    net.t_embedder.mlp[0], net.t_embedder.mlp[2] = linear(256, 1024, True), linear(1024, config.adaln_dim, True)
+    for block in [*net.layers, *net.noise_refiner, *net.context_refiner]:
+        block.feed_forward.w1 = linear(config.dim, config.ffn_dim, False)
+        block.feed_forward.w3 = linear(config.dim, config.ffn_dim, False)
+        block.feed_forward.w2 = linear(config.ffn_dim, config.dim, False)
+        block.attention.q_norm.eps = block.attention.k_norm.eps = config.norm_eps  # left unset natively
+    net.load_state_dict(ours.state_dict(), strict=True)
+    return comfy.model_patcher.ModelPatcher(model, CPU, CPU)
+
+
+def conditioning(pack, text: str):
+    clip = pack.host_clip.load_clip(NANO, torch.float32)
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+def sample(pack, model, positive, negative=None, **settings):
+    settings = {"seed": 3, "steps": 4, "guidance_scale": 0.0, "cfg_normalization": 0.0, **settings}
+    node = pack.sampling.ZImageSampler
+    latent = {"samples": torch.zeros(1, 16, 16, 16)}
+    out = node.execute(
+        model=model,
+        positive=positive,
+        negative=negative,
+        latent_image=latent,
+        cfg_truncation=1.0,
+        denoise=1.0,
+        **settings,
+    )
+    return out.args[0]["samples"]
+
+
+def test_network_is_the_native_one(comfy, patcher, native, inputs):
+    comfy.model_management.load_models_gpu([patcher, native])
+    assert relative(predict(patcher, inputs, native), predict(patcher, inputs)) <= 1e-4
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+def test_our_sampler_and_conditioning_on_the_native_model(pack, patcher, native, guidance):
+    positive, negative = conditioning(pack, "a red circle on a blue background"), conditioning(pack, "")
+    ours = sample(pack, patcher, positive, negative, guidance_scale=guidance)
+    theirs = sample(pack, native, positive, negative, guidance_scale=guidance)
+    assert relative(theirs, ours) <= 1e-3
+
+
+def test_native_text_encoder_gives_the_same_conditioning(pack, comfy, monkeypatch):
+    """The host's Qwen3 with our weights: its features are ours, so each MODEL takes either's CONDITIONING."""
+    llama = importlib.import_module("comfy.text_encoders.llama")
+    clip = pack.host_clip.load_clip(NANO, torch.float32)
+    (ours, extra), *_ = conditioning(pack, "two green stars on a white background")
+    config = clip.cond_stage_model.encoder_config
+    monkeypatch.setattr(llama.Qwen3_4BConfig, "head_dim", config.head_dim)  # no argument of the native class
+    native = llama.Qwen3_4B(
+        {
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_key_value_heads,
+        },
+        torch.float32,
+        CPU,
+        comfy.ops.disable_weight_init,
+    )
+    native.load_state_dict(clip.cond_stage_model.encoder.state_dict(), strict=False)
+    ids = torch.tensor([[token[0] for token in clip.tokenize("two green stars on a white background")["qwen3_4b"][0]]])
+    _, theirs = native(ids, intermediate_output=config.num_hidden_layers - 2, final_layer_norm_intermediate=False)
+    assert relative(ours, theirs) <= 1e-4
+    assert extra["attention_mask"].shape == ours.shape[:2]
+
+
+def test_sampler_refuses_a_model_of_another_family(pack, comfy):
+    config = comfy.supported_models.SD15({"disable_unet_model_creation": True, "in_channels": 4})
+    config.set_inference_dtype(torch.float32, None)
+    other = comfy.model_patcher.ModelPatcher(config.get_model({}, ""), CPU, CPU)
+    with pytest.raises(ValueError, match="This MODEL is a BaseModel, not a Z-Image model. Connect a ZImageTransformer"):
+        sample(pack, other, conditioning(pack, "a red circle"))
+
+
+# Patches of other nodes
+
+
+def test_patches_are_called_as_the_native_model_calls_them(comfy, patcher, native, inputs):
+    """Same calls in the same order with the same shapes; what they write takes effect."""
+    comfy.model_management.load_models_gpu([patcher, native])
+
+    def trace(model):
+        calls = []
+
+        def patch(arguments):
+            shapes = {key: tuple(arguments[key].shape) for key in ("img", "img_input", "txt", "vec", "x")}
+            pe = tuple(arguments["pe"].shape[-3:])
+            calls.append((arguments.get("block_type"), arguments["block_index"], shapes, pe))
+            arguments["img"] += 0.05  # in place, as stock ControlNet patches do
+            return {"img": arguments["img"]}
+
+        patched = model.clone()
+        patched.set_model_patch(patch, "noise_refiner")
+        patched.set_model_double_block_patch(patch)
+        return calls, predict(patcher, inputs, patched, patched.model_options["transformer_options"])
+
+    ours, moved = trace(patcher)
+    theirs, native_moved = trace(native)
+    assert ours == theirs and len(ours) > 2
+    assert relative(moved, predict(patcher, inputs)) > 1e-3
+    assert relative(native_moved, moved) <= 1e-3
+
+
+def test_attention_of_other_nodes_is_used(comfy, patcher, inputs):
+    comfy.model_management.load_models_gpu([patcher])
+    seen = []
+
+    def override(function, *args, **kwargs):
+        seen.append(args[0].shape)
+        return function(*args, **kwargs)
+
+    plain = predict(patcher, inputs)
+    overridden = predict(patcher, inputs, options={"optimized_attention_override": override})
+    config = patcher.model.diffusion_model.config
+    assert len(seen) == config.n_layers + 2 * config.n_refiner_layers
+    assert torch.equal(plain, overridden)
+
+
+def test_loading_says_nothing_alarming(pack, caplog):
+    with caplog.at_level(logging.INFO):
+        pack.host_model.load_model(NANO)
+        pack.host_vae.ZImageVAE(NANO)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def _anonymous_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    pytest.skip("/proc/self/status has no RssAnon on this system")

@@ -1,0 +1,156 @@
+"""Runs the pack in the host's real memory manager between the CPU and a fake accelerator; prints what it saw as JSON.
+
+python tests/nodes/two_devices.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+from fake_accelerator import DEVICE, moved  # noqa: E402
+from inside import load_pack  # noqa: E402
+
+NANO = ROOT / "nano" / "snapshot"
+PLENTY = 10**9
+free_on_device = PLENTY
+
+
+def main() -> None:
+    pack = load_pack("use_pytorch_cross_attention")
+    import comfy.model_management as mm
+
+    with torch.inference_mode():
+        # on the CPU alone, as the reference
+        clip, model, vae = load(pack)
+        cond = encode(clip)
+        latents = sample(pack, model, cond)
+        image = vae.decode(latents)
+        mm.unload_all_models()
+
+        take_over(mm)
+        report: dict[str, Any] = {"size": model.model_size(), "budgets": []}
+        for share in (None, 0.75, 0.5, 0.2):
+            report["budgets"].append(budget(pack, mm, share, cond, latents))
+        report["eviction"] = evict(pack, mm, cond, latents, image)
+        report["out of memory"] = out_of_memory(pack, mm, latents, image)
+    print(json.dumps(report))
+
+
+def load(pack):
+    clip = pack.host_clip.load_clip(NANO, torch.float32)
+    model = pack.host_model.load_model(NANO, torch.float32)
+    model.model.memory_usage_factor = 0  # activations are tiny here; the budget is for weights
+    return clip, model, pack.host_vae.ZImageVAE(NANO)
+
+
+def encode(clip):
+    return clip.encode_from_tokens_scheduled(clip.tokenize("a red circle on a blue background"))
+
+
+def sample(pack, model, cond) -> torch.Tensor:
+    out = pack.sampling.ZImageSampler.execute(
+        model=model,
+        positive=cond,
+        latent_image={"samples": torch.zeros(1, 16, 16, 16)},
+        seed=3,
+        steps=3,
+        guidance_scale=0.0,
+        cfg_normalization=0.0,
+        cfg_truncation=1.0,
+        denoise=1.0,
+    )
+    return out.args[0]["samples"]
+
+
+def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((result - expected).norm() / expected.norm()).item()
+
+
+def take_over(mm) -> None:
+    """Makes the fake accelerator the host's device, with `free_on_device` bytes for weights."""
+    real = mm.get_free_memory
+
+    def free_memory(device=None, torch_free_too=False):
+        if device is not None and device.type == "cpu":
+            return real(device, torch_free_too)
+        used = sum(m.model_loaded_memory() for m in mm.current_loaded_models if m.device == DEVICE)
+        free = free_on_device - used
+        return (free, 0) if torch_free_too else free
+
+    mm.get_free_memory = free_memory
+    mm.get_torch_device = mm.text_encoder_device = mm.vae_device = lambda: DEVICE
+    mm.vram_state = mm.VRAMState.NORMAL_VRAM
+    mm.minimum_inference_memory = lambda: 0
+    mm.EXTRA_RESERVED_VRAM = 0
+    mm.soft_empty_cache = lambda *_: None
+
+
+def budget(pack, mm, share: float | None, cond, expected: torch.Tensor) -> dict[str, Any]:
+    """One run of the sampler with room for this share of the transformer's weights (None: for all)."""
+    global free_on_device
+    mm.unload_all_models()
+    model = load(pack)[1]
+    free_on_device = PLENTY if share is None else int(model.model_size() * share)
+    before = moved["to device"]
+    result = sample(pack, model, cond)
+    return {
+        "loaded": model.loaded_size(),
+        "moved": moved["to device"] - before,
+        "difference": relative(result, expected),
+    }
+
+
+def evict(pack, mm, cond, latents: torch.Tensor, image: torch.Tensor) -> dict[str, Any]:
+    """Encoder, transformer and VAE in turn on a device that holds one of them: what is loaded after each."""
+    global free_on_device
+    mm.unload_all_models()
+    clip, model, vae = load(pack)
+    sizes = {"clip": clip.patcher.model_size(), "model": model.model_size(), "vae": vae.patcher.model_size()}
+    free_on_device = max(sizes.values()) + 1000
+    patchers = {"clip": clip.patcher, "model": model, "vae": vae.patcher}
+
+    def loaded() -> list[str]:
+        return [name for name, patcher in patchers.items() if patcher.loaded_size() > 0]
+
+    vae.memory_used_decode = lambda *_: free_on_device - sizes["vae"]
+    steps = {}
+    again = encode(clip)
+    steps["encode"] = loaded()
+    result = sample(pack, model, again)
+    steps["sample"] = loaded()
+    picture = vae.decode(result)
+    steps["decode"] = loaded()
+    pairs = [(again[0][0], cond[0][0]), (result, latents), (picture, image)]
+    return {"loaded": steps, "differences": [relative(*pair) for pair in pairs]}
+
+
+def out_of_memory(pack, mm, latents: torch.Tensor, image: torch.Tensor) -> dict[str, Any]:
+    """A decode that runs out of memory on the whole picture: the host falls back to tiles."""
+    global free_on_device
+    mm.unload_all_models()
+    free_on_device = PLENTY
+    vae = load(pack)[2]
+    decode, tiles = vae.first_stage_model.decode, []
+
+    def decode_if_small(z: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        tiles.append(list(z.shape[-2:]))
+        if z.shape[-2] * z.shape[-1] > 64:
+            raise torch.cuda.OutOfMemoryError("no room for a whole picture")
+        return decode(z, **kwargs)
+
+    vae.first_stage_model.decode = decode_if_small
+    in_tiles = vae.decode_tiled_
+    vae.decode_tiled_ = lambda samples, **_: in_tiles(samples, 8, 8, 2)
+    picture = vae.decode(latents)
+    return {"tiles": tiles, "mean difference": (picture - image).abs().mean().item()}
+
+
+if __name__ == "__main__":
+    main()
