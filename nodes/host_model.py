@@ -90,6 +90,8 @@ class _BlockHook:
         self.patches = options.get("patches", {})
 
     def __call__(self, stage: str, index: int, state: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            mm.throw_exception_if_processing_interrupted()  # a step can take minutes; only newer hosts look inside it
         if stage == "noise_refiner":
             for patch in self.patches.get("noise_refiner", []):
                 out = patch(self._arguments(state, index, block_type="noise_refiner"))

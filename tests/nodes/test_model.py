@@ -113,6 +113,23 @@ def test_lora_on_a_partly_loaded_model_and_its_removal(comfy, patcher, inputs, s
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_layers_that_the_host_leaves_empty_until_they_are_loaded(pack, monkeypatch):
+    """With dynamic VRAM the host's Linear and Embedding are built without weights; ours must fill every one."""
+    memory = importlib.import_module("comfy.memory_management")
+    if not hasattr(memory, "aimdo_enabled"):
+        pytest.skip("this ComfyUI has no dynamic VRAM")
+    text = "a red circle on a blue background"
+    plain = sample(pack, pack.host_model.load_model(NANO, torch.float32), conditioning(pack, text))
+    monkeypatch.setattr(memory, "aimdo_enabled", True)
+    empty = importlib.import_module("comfy.ops").disable_weight_init.Linear(4, 4)
+    assert empty.weight is None or empty.weight.is_meta
+    model, vae = pack.host_model.load_model(NANO, torch.float32), pack.host_vae.ZImageVAE(NANO)
+    assert torch.equal(sample(pack, model, conditioning(pack, text)), plain)
+    assert torch.isfinite(vae.decode(plain)).all()
+    for module in (model.model, vae.first_stage_model):
+        assert not any(tensor.is_meta for tensor in module.state_dict().values())
+
+
 def test_the_host_can_build_each_model_anew(pack):
     """Nodes that need another copy (compile on a dynamic host, several GPUs) call what cached_patcher_init names."""
     model = pack.host_model.load_model(NANO, torch.float32)
