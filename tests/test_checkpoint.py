@@ -151,7 +151,14 @@ def test_truncated_file(folder, kept):
 
 def test_weights_of_another_model(folder):
     shutil.copy(folder / "vae" / WEIGHTS, folder / "transformer" / WEIGHTS)
-    refuse(Snapshot(folder).transformer, "My-Model/transformer", "missing", "unknown", "decoder.conv_in", "and", "more")
+    refuse(
+        Snapshot(folder).transformer,
+        f"My-Model/transformer: the weights in {WEIGHTS} don't",
+        "missing",
+        "unknown",
+        "decoder.conv_in",
+        "more",
+    )
 
 
 def test_one_lost_and_one_extra_tensor(folder):

@@ -181,8 +181,9 @@ class Snapshot:
                 for what, keys in (("missing", missing), ("unknown", unexpected), ("incomplete or double", ill))
                 if keys
             ]
+            files = ", ".join(path.name for path in self.weight_files(component))
             raise CheckpointError(
-                f"{self.folder / component}: the weights don't belong to this {component.replace('_', ' ')} "
+                f"{self.folder / component}: the weights in {files} don't belong to this {component.replace('_', ' ')} "
                 f"({'; '.join(problems)}); check that the folder holds Z-Image's own files, and download them again"
             )
 

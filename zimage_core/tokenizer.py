@@ -27,7 +27,7 @@ class Tokenizer:
             raise TypeError(f"a prompt must be a string, got {type(prompt).__name__}")
         if max_length < 1:
             raise ValueError(f"max_length is {max_length}, expected at least 1")
-        ids: list[int] = self.inner(PROMPT_TEMPLATE.format(prompt))["input_ids"]
+        ids: list[int] = self.inner(PROMPT_TEMPLATE.format(prompt), verbose=False)["input_ids"]
         if len(ids) > max_length:
             lost = self.inner.decode(ids[max_length:-_SUFFIX_TOKENS] or ids[max_length:])
             logger.warning(
