@@ -116,7 +116,10 @@ def test_training_captions_are_sometimes_empty_short_long_or_complaints():
     assert any(text == f"{scene.background_name} background" for text in texts)
     assert any(len(text) > 100 for text in texts)
     blurred = scenes.Scene(**{**vars(scene), "blurred": True})
-    assert all(any(c in text for c in ("blurry", *captions.COMPLAINTS)) for text in (captions.caption(blurred, rng, empty=0) for _ in range(50)))
+    assert all(
+        any(c in text for c in ("blurry", *captions.COMPLAINTS))
+        for text in (captions.caption(blurred, rng, empty=0) for _ in range(50))
+    )
 
 
 def test_every_question_has_its_answer_in_every_scene():
@@ -124,4 +127,6 @@ def test_every_question_has_its_answer_in_every_scene():
     for _ in range(300):
         found = train_text.answers(scenes.sample(rng, allowed=anything))
         assert len(found) == len(train_text.QUESTIONS)
-        assert all(0 <= index < len(options) for index, options in zip(found, train_text.QUESTIONS.values(), strict=True))
+        assert all(
+            0 <= index < len(options) for index, options in zip(found, train_text.QUESTIONS.values(), strict=True)
+        )
