@@ -190,12 +190,12 @@ def test_stock_easy_cache_on_our_model(client):
     prompt = latent_prompt(guidance_scale=0.0)
     prompt[SAMPLER]["inputs"]["steps"] = 20
     exact = latents(client, prompt)
-    cache = {"model": [MODEL, 0], "reuse_threshold": 0.1, "start_percent": 0.85, "end_percent": 1.0, "verbose": False}
+    cache = {"model": [MODEL, 0], "reuse_threshold": 0.5, "start_percent": 0.7, "end_percent": 1.0, "verbose": False}
     prompt["50"] = {"class_type": "EasyCache", "inputs": cache}
     prompt[SAMPLER]["inputs"]["model"] = ["50", 0]
     cached = latents(client, prompt)
     skipped = re.findall(r"EasyCache - skipped (\d+)/20 steps", client.server.log_text())
-    assert skipped and int(skipped[-1]) >= 1
+    assert skipped and int(skipped[-1]) >= 1, skipped
     assert 1e-6 < relative(cached, exact) < 0.3
 
 
