@@ -47,7 +47,7 @@ RELATIONS = ("left", "right", "above", "below")
 SIZES = ("small", "large")
 SIZE = 128  # pixels: the size that most pictures have, and that the radii below are given for
 GRID = 8  # pixels, one latent cell: centres lie on its lines (half that in pictures under 96)
-RADII = {"small": (16,), "medium": (24, 28), "large": (44, 48), "pair": (22, 26), "three": (16,)}
+RADII = {"small": 16, "medium": 28, "large": 48, "pair": 26, "three": 16}  # pixels; one each: two blur the outlines
 TINT = 0.02  # every colour channel is off by up to this, of 1
 BLUR = 3.0  # pixels, of the pictures that captions like "blurry" describe
 
@@ -125,7 +125,7 @@ def _one(rng: random.Random, width: int, height: int, background: str, pick: Cal
         steps = (-1, 0, 1)
         reach = 0.0625 if size == "large" else 0.125
         x, y = 0.5 + reach * rng.choice(steps), 0.5 + reach * rng.choice(steps)
-    radius = rng.choice(RADII[size or "medium"])
+    radius = RADII[size or "medium"]
     item = Item(shape, _tinted(rng, colour), *_at(x, y, width, height), _scaled(radius, width, height))
     return Scene(
         width, height, _tinted(rng, background), (item,), "one", background, ((colour, shape),), place=place, size=size
@@ -139,7 +139,7 @@ def _pair(rng: random.Random, width: int, height: int, background: str, pick: Ca
     relation = rng.choice(RELATIONS)
     along = 0.25 if relation in ("left", "above") else 0.75
     across = 0.5 + 0.125 * rng.choice((-1, 0, 1))
-    radius = _scaled(rng.choice(RADII["pair"]), width, height)
+    radius = _scaled(RADII["pair"], width, height)
     items = []
     for (colour, shape), a in ((first, along), (second, 1 - along)):
         x, y = (a, across) if relation in ("left", "right") else (across, a)
@@ -155,7 +155,7 @@ def _count(rng: random.Random, width: int, height: int, background: str, pick: C
     place = "column" if number == 2 and rng.random() < 0.25 else "row"
     spots = (0.25, 0.75) if number == 2 else (0.1875, 0.5, 0.8125)
     across = 0.5 + 0.125 * rng.choice((-1, 0, 1))
-    radius = _scaled(rng.choice(RADII["pair" if number == 2 else "three"]), width, height)
+    radius = _scaled(RADII["pair" if number == 2 else "three"], width, height)
     rgb = _tinted(rng, colour)
     items = []
     for spot in spots:
