@@ -1,0 +1,101 @@
+"""The shipped snapshot against its bars: 500 prompts that training never drew, read back by the judge."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+
+from nano import evaluate, scenes, train_vae
+from zimage_core.pipeline import ZImagePipeline
+
+COUNT = 500
+
+
+@pytest.fixture(scope="module")
+def pipe() -> ZImagePipeline:
+    return ZImagePipeline.from_pretrained(evaluate.SNAPSHOT)
+
+
+@pytest.mark.parametrize(("which", "guidance"), list(evaluate.BARS))
+def test_pictures_show_what_the_prompts_say(pipe, which, guidance):
+    chosen = evaluate.cases(COUNT, held_out=which == "held out")
+    found = evaluate.shares(evaluate.pictures(pipe, chosen, guidance), chosen)
+    assert not evaluate.failures(found, evaluate.BARS[which, guidance]), found
+
+
+def test_the_bars_can_fail(pipe):
+    """Pictures of other prompts miss every bar by far."""
+    chosen = evaluate.cases(40)
+    found = evaluate.shares(evaluate.pictures(pipe, chosen[1:] + chosen[:1], 0.0), chosen)
+    missed = {text.split()[0] for text in evaluate.failures(found, evaluate.BARS["seen", 0.0])}
+    assert missed >= {"background", "colour", "shape", "count"}
+
+
+def test_the_autoencoder_reconstructs(pipe):
+    assert evaluate.reconstruction(pipe) >= evaluate.VAE_BAR
+
+
+def test_latents_are_normalised_as_flux_latents_are(pipe):
+    assert (pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor) == (0.3611, 0.1159)
+    rng = random.Random("latents")
+    with torch.inference_mode():
+        latents = pipe.vae.scale(pipe.vae.encode(scenes.draw([scenes.sample(rng) for _ in range(32)])))
+    assert abs(latents.mean()) < 0.2
+    assert 0.7 < latents.std() < 1.7
+
+
+def test_previews_with_flux_factors_show_the_colours(pipe):
+    rng = random.Random("previews")
+    image = scenes.draw([scenes.sample(rng) for _ in range(32)])
+    with torch.inference_mode():
+        latents = pipe.vae.scale(pipe.vae.encode(image))
+    factors, bias = torch.tensor(train_vae.PREVIEW_FACTORS), torch.tensor(train_vae.PREVIEW_BIAS)
+    preview = torch.einsum("bchw,ck->bkhw", latents, factors) + bias.view(1, 3, 1, 1)
+    truth = train_vae.PREVIEW_CONTRAST * torch.nn.functional.avg_pool2d(image, 8)
+    assert (preview - truth).square().mean().sqrt() < 0.06
+
+
+def test_the_snapshot_is_small():
+    assert evaluate.export.size(evaluate.SNAPSHOT) <= evaluate.SIZE_BAR
+
+
+@pytest.mark.parametrize(("width", "height"), [(96, 128), (192, 128), (160, 160)])
+def test_other_sizes_keep_background_and_colour(pipe, width, height):
+    chosen = evaluate.cases(40, width=width, height=height)
+    found = evaluate.shares(evaluate.pictures(pipe, chosen, 0.0), chosen)
+    assert found["background"] >= 0.9 and found["colour"] >= 0.8, found
+
+
+def test_a_negative_prompt_drives_its_colour_away(pipe):
+    """Of a prompt that names no background, the one that the negative prompt names gets rarer."""
+    seeds = list(range(60))
+    prompts = ["a red circle"] * len(seeds)
+
+    def backgrounds(negative: str) -> list[str | None]:
+        images = pipe.generate(
+            prompts, negative, width=128, height=128, steps=evaluate.STEPS, guidance_scale=1.0, seed=seeds
+        )
+        return [evaluate.judge.read(image)[0] for image in images]
+
+    plain = backgrounds("")
+    usual = max((name for name in set(plain) if name), key=plain.count)
+    assert backgrounds(f"{usual} background").count(usual) < plain.count(usual)
+
+
+def test_the_seed_decides_what_the_prompt_leaves_open(pipe):
+    seeds = list(range(12))
+    images, again = (
+        pipe.generate(["a blue star"] * len(seeds), width=128, height=128, steps=evaluate.STEPS, seed=seeds)
+        for _ in range(2)
+    )
+    assert torch.equal(images, again)
+    assert len({evaluate.judge.read(image)[0] for image in images}) > 3  # backgrounds
+
+
+def test_the_model_card_holds_the_measured_scores():
+    scores = json.loads((evaluate.HERE / "scores.json").read_text(encoding="utf-8"))
+    assert scores["prompts"] >= COUNT
+    assert evaluate.table(scores) in (evaluate.HERE / "README.md").read_text(encoding="utf-8")
