@@ -48,9 +48,9 @@ def main() -> None:
     parts = [["--part", str(part), "--parts", str(ranks)] for part in range(ranks)]
     common = ["--vae", str(runs / "vae.pt"), "--out", str(runs / "latents"), "--seed", seed]
     _run_together([_command("latents", *common, *part) for part in parts])
-    if not (runs / "model.distil.pt").exists():
+    if not (runs / "model.sizes.pt").exists():
         _run("train", "--minutes", minutes["transformer"], "--runs", str(runs), "--seed", seed, ranks=ranks)
-    _run("export", "--runs", str(runs), "--model", "model.distil.pt", "--out", str(arguments.out.resolve()))
+    _run("export", "--runs", str(runs), "--model", "model.sizes.pt", "--out", str(arguments.out.resolve()))
     written = arguments.out.resolve() == evaluate.SNAPSHOT.resolve()
     _run("evaluate", "--snapshot", str(arguments.out.resolve()), *([] if written else ["--dry"]))
 

@@ -1,7 +1,6 @@
-"""Trains the nano transformer, and the text encoder with it: flow matching on encoded scenes, then guidance folded in.
+"""Trains the nano transformer, and the text encoder with it, by flow matching on encoded scenes.
 
-Stage "learn" regresses the velocity towards the picture. Stage "distil" teaches the model its own guided output, so
-that it is crisp without guidance, as Turbo is.
+Stage "learn" shows mostly 128x128 pictures, stage "sizes" mostly others.
 
     torchrun --nproc-per-node 2 -m nano.train --minutes 60 --runs runs
 """
@@ -9,7 +8,6 @@ that it is crisp without guidance, as Turbo is.
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import random
 import time
@@ -45,7 +43,6 @@ CONFIG = TransformerConfig(
 )
 SHIFT = 3.0  # Turbo's schedule; training draws four fifths of its noise levels along it
 BATCH = 32  # per rank, of 128x128 pictures with captions of one 32-token block
-SHARE_OTHER = 0.05  # of the steps: other picture sizes
 SHARE_LONG = 0.02  # of the steps: captions of more than one block
 OBJECT_WEIGHT = 2.0  # added to the loss where the latents differ from the background's
 READ = (1 + len(scenes.SHAPES), 1 + len(scenes.COLOURS), 3)  # shape or none, colour or none, offset and radius
@@ -64,14 +61,10 @@ class Stage:
     peak: float  # of the learning rates
     hold: float  # share of the stage at the peak
     floor: float  # of the cosine that follows
-    guidance: float = 0.0  # what the teacher adds
+    other: float  # share of the steps that show other sizes than 128x128
 
 
-STAGES = (
-    Stage("learn", 0.55, 1.0, 0.45, 0.06),
-    Stage("sharpen", 0.39, 0.9, 0.4, 0.04),  # a second cycle: outlines come last
-    Stage("distil", 0.06, 0.25, 0.1, 0.03, guidance=0.7),
-)
+STAGES = (Stage("learn", 0.7, 1.0, 0.45, 0.04, other=0.05), Stage("sizes", 0.3, 0.6, 0.4, 0.02, other=0.6))
 
 
 class Learner(nn.Module):
@@ -154,10 +147,10 @@ class Batches:
         self.kinds = random.Random(seed)
         self.rng = random.Random(f"{seed} rank {rank}")
 
-    def draw(self) -> tuple[str, Tensor, list[str], list[scenes.Scene]]:
+    def draw(self, share_other: float) -> tuple[str, Tensor, list[str], list[scenes.Scene]]:
         """The kind ("main", "long" or "other"), latents [B, 16, h, w] float32, B captions, B scenes."""
         u, other = self.kinds.random(), self.kinds.choice(latents.OTHERS)
-        kind = "other" if u < SHARE_OTHER else "long" if u < SHARE_OTHER + SHARE_LONG else "main"
+        kind = "other" if u < share_other else "long" if u < share_other + SHARE_LONG else "main"
         size = other if kind == "other" else latents.MAIN
         pool, drawn = self.pools[size]
         tokens = pool.shape[2] * pool.shape[3] // 4
@@ -267,17 +260,13 @@ def train(minutes: float, runs: Path, seed: int = 0) -> None:
     torch.manual_seed(batches.rng.randrange(2**31))
     ranks.wait()
     for stage in STAGES[stage_number:]:
-        teacher = copy.deepcopy(average.module) if stage.guidance else None
-        if teacher is not None:
-            teacher.requires_grad_(False)
-            _compile(teacher)
         start, step, done, seconds = time.monotonic() - before, 0, 0.0, 60 * minutes * stage.share
         losses: list[float] = []
         while done < 1:
-            kind, clean, texts, drawn = batches.draw()
+            kind, clean, texts, drawn = batches.draw(stage.other)
             # compiled blocks know one shape; the rare others run as they are
             with torch.compiler.set_stance("default" if kind == "main" else "force_eager"):
-                loss = _loss(learner, teacher, stage, tokenizer, clean.to(ranks.device), texts, drawn)
+                loss = _loss(learner, tokenizer, clean.to(ranks.device), texts, drawn)
                 optimizer.zero()
                 loss.backward()
             done = ranks.average(optimizer.parameters, time.monotonic() - start) / seconds
@@ -299,8 +288,6 @@ def train(minutes: float, runs: Path, seed: int = 0) -> None:
 
 def _loss(
     learner: Learner,
-    teacher: Learner | None,
-    stage: Stage,
     tokenizer: Tokenizer,
     clean: Tensor,
     texts: list[str],
@@ -314,8 +301,6 @@ def _loss(
     target = clean - noise
     ids, lengths = train_text.token_batch(tokenizer, texts)
     with torch.autocast(device.type, torch.bfloat16):
-        if teacher is not None:
-            target = _guided(teacher, stage.guidance, tokenizer, noisy, 1 - sigma, ids, lengths, texts, target)
         velocity, read, outlined = learner(noisy, 1 - sigma, ids.to(device), lengths)
     error = (velocity - target).square().mean(1)  # (B, h, w)
     weights = object_weights(clean)
@@ -323,26 +308,6 @@ def _loss(
     truth = token_truth(drawn).to(device)
     loss = loss + READ_WEIGHT * reading_loss(read, truth)
     return loss + OUTLINE_WEIGHT * outline_loss(outlined, drawn, truth)
-
-
-@torch.no_grad()
-def _guided(
-    teacher: Learner,
-    guidance: float,
-    tokenizer: Tokenizer,
-    noisy: Tensor,
-    t: Tensor,
-    ids: Tensor,
-    lengths: list[int],
-    texts: list[str],
-    plain: Tensor,
-) -> Tensor:
-    """The teacher's guided velocity where there is a caption, the plain target where there is none."""
-    empty_ids, empty_lengths = train_text.token_batch(tokenizer, [""] * len(texts))
-    positive, *_ = teacher(noisy, t, ids.to(noisy.device), lengths)
-    negative, *_ = teacher(noisy, t, empty_ids.to(noisy.device), empty_lengths)
-    captioned = torch.tensor([text != "" for text in texts], device=noisy.device).view(-1, 1, 1, 1)
-    return torch.where(captioned, positive + guidance * (positive - negative), plain)
 
 
 class _Optimizer:
