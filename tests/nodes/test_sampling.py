@@ -105,7 +105,7 @@ def test_one_picture_of_a_batch_comes_out_alone_as_in_the_batch(sample):
     together = sample(latent_image=empty(batch=3))
     alone = sample(latent_image={**empty(), "batch_index": [2]})
     assert relative(alone[0], together[2]) <= 1e-3
-    assert relative(together[0], together[2]) > 0.1
+    assert relative(together[0], together[2]) > 0.02
 
 
 def test_other_entries_of_the_latent_stay_and_its_old_scale_goes(pack, parts, sample):
