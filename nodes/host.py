@@ -1,4 +1,4 @@
-"""The host's model folders: which snapshots the loaders offer, where they are, whether they changed."""
+"""The host's model folders: which snapshots and files the loaders offer, where they are, whether they changed."""
 
 from __future__ import annotations
 
@@ -8,45 +8,72 @@ from pathlib import Path
 
 import folder_paths
 
+from ..zimage_core.checkpoint import snapshot_folder
+
 NANO = "Z-Image-Nano (built in)"
 NANO_FOLDER = Path(__file__).parent.parent / "nano" / "snapshot"
 
 FOLDER_KINDS = ("zimage", "diffusers")  # sub-folders of models/, in the order in which equal names win
-COMPONENTS = ("transformer", "text_encoder", "vae")
+MARKS = ("transformer", "text_encoder", "vae", "snapshots")  # one of these is in a snapshot, or in a cached one
+# the host's folders of single files, by what the file may hold
+FILE_KINDS = {
+    "transformer": ("diffusion_models", "checkpoints"),
+    "text_encoder": ("text_encoders", "checkpoints"),
+    "vae": ("vae", "checkpoints"),
+}
+FILE_SUFFIXES = (".safetensors", ".sft")
 DEPTH = 2  # models/zimage/<name> and models/zimage/<author>/<name>
 
 # Known to the host from now on: extra_model_paths.yaml may add further folders under the same name.
 folder_paths.add_model_folder_path("zimage", os.path.join(folder_paths.models_dir, "zimage"))
 
 
-def model_choices() -> list[str]:
-    """The built-in model, then the snapshot folders under the host's models/zimage/ and models/diffusers/."""
-    return [NANO, *sorted(_snapshots(), key=str.casefold)]
+def model_choices(component: str) -> list[str]:
+    """The built-in model, the snapshots under the host's models/zimage/ and models/diffusers/, then single files."""
+    return [NANO, *sorted(_snapshots(), key=str.casefold), *sorted(_files(component), key=str.casefold)]
 
 
-def model_folder(choice: str) -> Path:
-    """The folder behind an entry of `model_choices`."""
+def model_path(choice: str, component: str) -> Path:
+    """The folder or file behind an entry of `model_choices`."""
     if choice == NANO:
         return NANO_FOLDER
-    folder = _snapshots().get(choice)
-    if folder is None:
+    path = _snapshots().get(choice)
+    if path is None and (file := _files(component).get(choice)) is not None:
+        path = Path(folder_paths.get_full_path_or_raise(*file))
+    if path is None:
         searched = ", ".join(str(root) for root in _roots())
         raise FileNotFoundError(
-            f"There is no model folder {choice!r} in {searched}. Put the whole Z-Image snapshot (model_index.json, "
-            "transformer/, text_encoder/, tokenizer/, vae/, scheduler/) there and press R to refresh the list."
+            f"There is no model {choice!r}. Put the whole Z-Image snapshot (model_index.json, transformer/, "
+            f"text_encoder/, tokenizer/, vae/, scheduler/) into {searched}, or a single file into models/"
+            f"{' or models/'.join(FILE_KINDS[component])}, and press R to refresh the list."
         )
-    return folder
+    return path
 
 
-def fingerprint(choice: str, *components: str) -> list[tuple[str, int, int]]:
-    """(file, modification time in ns, size) of every file of these components: a changed file is loaded again."""
-    folder = model_folder(choice)
-    files = sorted(path for component in components for path in (folder / component).glob("*") if path.is_file())
+def fingerprint(choice: str, component: str, *configs: str) -> list[tuple[str, int, int]]:
+    """(file, modification time in ns, size) of all that is read: a changed file is loaded again.
+
+    configs: folders of a snapshot that are read besides the component's own.
+    """
+    path = model_path(choice, component)
+    folder = snapshot_folder(path)
+    files = [path] if folder is None else sorted(p for c in (component, *configs) for p in (folder / c).glob("*"))
+    files = [file for file in files if file.is_file()]
     return [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
 
 
 def _roots() -> list[Path]:
     return [Path(root) for kind in FOLDER_KINDS for root in folder_paths.get_folder_paths(kind)]
+
+
+def _files(component: str) -> dict[str, tuple[str, str]]:
+    """ "folder/file", as the combo shows it, to (the host's folder kind, the file's name in it)."""
+    return {
+        f"{kind}/{name}": (kind, name)
+        for kind in FILE_KINDS[component]
+        for name in folder_paths.get_filename_list(kind)
+        if name.lower().endswith(FILE_SUFFIXES)
+    }
 
 
 def _snapshots() -> dict[str, Path]:
@@ -64,7 +91,7 @@ def _snapshots_in(root: Path, depth: int) -> Iterator[Path]:
     for entry in root.iterdir():
         if entry.name.startswith(".") or not entry.is_dir():
             continue
-        if (entry / "model_index.json").is_file() or any((entry / name).is_dir() for name in COMPONENTS):
+        if (entry / "model_index.json").is_file() or any((entry / name).is_dir() for name in MARKS):
             yield entry
         elif depth > 1:
             yield from _snapshots_in(entry, depth - 1)

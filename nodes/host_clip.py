@@ -9,14 +9,17 @@ import comfy.model_management as mm
 import comfy.ops
 import comfy.sd
 import comfy.supported_models_base
+import comfy.text_encoders
 import torch
 from torch import nn
 
-from ..zimage_core.checkpoint import Snapshot
+from ..zimage_core.checkpoint import open_component, open_tokenizer, snapshot_folder
 from ..zimage_core.text_encoder import TextEncoder
 from ..zimage_core.tokenizer import Tokenizer
 
 NAME = "qwen3_4b"  # the host's name for this encoder: key of its tokens, prefix of its parameters, so LoRA files fit
+# the tokenizer that comes with the host: Qwen's, whose ids are those of Qwen3 for every text
+QWEN_TOKENIZER = Path(next(iter(comfy.text_encoders.__path__))) / "qwen25_tokenizer"
 LAYER = -2  # the hidden state that Z-Image is trained on
 
 
@@ -102,15 +105,18 @@ class HostTokenizer:
 
 
 def load_clip(
-    folder: str | Path, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False
+    path: str | Path, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False
 ) -> comfy.sd.CLIP:
-    """A CLIP of the snapshot's text encoder and tokenizer. weight_dtype: of the weights in memory, None the file's."""
-    snapshot = Snapshot(folder)
-    config, tokenizer = snapshot.text_encoder_config(), HostTokenizer(snapshot.tokenizer())
-    dtype = weight_dtype or snapshot.weight_dtype("text_encoder")
+    """A CLIP of a snapshot's text encoder and tokenizer, or of a single file with the host's Qwen tokenizer.
+
+    weight_dtype: of the weights in memory, None the file's.
+    """
+    component = open_component(path, "text_encoder")
+    config, tokenizer = component.config, HostTokenizer(_tokenizer(path))
+    dtype = weight_dtype or component.dtype()
 
     # Read and checked as a plain module first: the host's layers may hold no parameters before they are loaded.
-    weights = snapshot.text_encoder(dtype=dtype).state_dict()
+    weights = component.build(dtype=dtype).state_dict()
     encoder = TextEncoder(config, ops=comfy.ops.manual_cast, device="meta", dtype=dtype)
     encoder.load_state_dict(weights, strict=True, assign=True)
     model = HostTextModel(encoder.requires_grad_(False).eval(), dtype)
@@ -121,9 +127,13 @@ def load_clip(
         model_options={"dtype": dtype, "initial_device": torch.device("cpu")},
         disable_dynamic=disable_dynamic,
     )
-    clip.patcher.cached_patcher_init = (load_clip_patcher, (str(folder), weight_dtype))
+    clip.patcher.cached_patcher_init = (load_clip_patcher, (str(path), weight_dtype))
     return clip
 
 
-def load_clip_patcher(folder: str, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False):
-    return load_clip(folder, weight_dtype, disable_dynamic).patcher
+def _tokenizer(path: str | Path) -> Tokenizer:
+    return open_tokenizer(path) if snapshot_folder(path) else Tokenizer(QWEN_TOKENIZER)
+
+
+def load_clip_patcher(path: str, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False):
+    return load_clip(path, weight_dtype, disable_dynamic).patcher

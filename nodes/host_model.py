@@ -20,7 +20,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention_masked
 from torch import Tensor
 
-from ..zimage_core.checkpoint import Snapshot
+from ..zimage_core.checkpoint import Component, Snapshot, open_component, schedule_of, snapshot_folder
 from ..zimage_core.config import SchedulerConfig, TransformerConfig
 from ..zimage_core.sampling import model_time, velocity
 from ..zimage_core.transformer import ZImageTransformer
@@ -130,7 +130,7 @@ class ZImageModel(comfy.model_base.Lumina2):
 class ZImageModelConfig(comfy.supported_models.ZImage):
     """What the host wants to know of a model, from the snapshot's files instead of from a detected state dict."""
 
-    def __init__(self, snapshot: Snapshot, config: TransformerConfig, scheduler: SchedulerConfig):
+    def __init__(self, path: str | Path, config: TransformerConfig, scheduler: SchedulerConfig):
         super().__init__(
             {
                 "image_model": "lumina2",
@@ -142,25 +142,26 @@ class ZImageModelConfig(comfy.supported_models.ZImage):
         )
         self.sampling_settings = {"multiplier": 1.0, "shift": scheduler.shift}  # multiplier 1: the network gets sigma
         self.memory_usage_factor = type(self).memory_usage_factor * config.dim / NATIVE_DIM
-        vae = snapshot.vae_config()
-        self.latent_format.scale_factor = vae.scaling_factor
-        self.latent_format.shift_factor = vae.shift_factor
+        if folder := snapshot_folder(path):  # a single file has the published factors, which are the host's defaults
+            vae = Snapshot(folder).vae_config()
+            self.latent_format.scale_factor = vae.scaling_factor
+            self.latent_format.shift_factor = vae.shift_factor
 
 
-def load_model(folder: str | Path, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False):
-    """A ModelPatcher of the snapshot's transformer; its tensors stay mapped from the file where nothing is cast.
+def load_model(path: str | Path, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False):
+    """A ModelPatcher of the transformer in a snapshot or single file, whose tensors stay mapped where nothing is cast.
 
     weight_dtype: of the weights in memory; None is the file's, fitted to the device.
     """
-    snapshot = Snapshot(folder)
-    config, scheduler = snapshot.transformer_config(), snapshot.scheduler_config()
-    model_config = ZImageModelConfig(snapshot, config, scheduler)
+    component, scheduler = open_component(path, "transformer"), schedule_of(path)
+    config = component.config
+    model_config = ZImageModelConfig(path, config, scheduler)
     device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
-    storage, compute = _dtypes(weight_dtype, snapshot, config, model_config.supported_inference_dtypes, device)
+    storage, compute = _dtypes(weight_dtype, component, model_config.supported_inference_dtypes, device)
     model_config.set_inference_dtype(storage, compute)
 
     # Read and checked as a plain module first: the host's layers may hold no parameters before they are loaded.
-    weights = snapshot.transformer(dtype=storage).state_dict()
+    weights = component.build(dtype=storage).state_dict()
     model = ZImageModel(model_config, config, scheduler)
     model.diffusion_model.load_state_dict(weights, strict=True, assign=True)
     model.diffusion_model.requires_grad_(False).eval()
@@ -170,22 +171,21 @@ def load_model(folder: str | Path, weight_dtype: torch.dtype | None = None, disa
     # The host rebinds CoreModelPatcher when it starts; it must be looked up at the time of the call.
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, load_device=device, offload_device=offload_device)
-    patcher.cached_patcher_init = (load_model, (str(folder), weight_dtype))
+    patcher.cached_patcher_init = (load_model, (str(path), weight_dtype))
     return patcher
 
 
 def _dtypes(
     storage: torch.dtype | None,
-    snapshot: Snapshot,
-    config: TransformerConfig,
+    component: Component,
     supported: list[torch.dtype],
     device: torch.device,
 ) -> tuple[torch.dtype, torch.dtype | None]:
     """(dtype of the weights in memory, dtype to which each layer casts them or None to compute in the former)."""
     if storage is None:
-        stored = snapshot.weight_dtype("transformer")
+        stored = component.dtype()
         with torch.device("meta"):
-            parameters = sum(parameter.numel() for parameter in ZImageTransformer(config).parameters())
+            parameters = sum(parameter.numel() for parameter in ZImageTransformer(component.config).parameters())
         storage = mm.unet_dtype(device=device, model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
         if storage.itemsize > stored.itemsize:
             storage = stored  # casting up would cost memory and gain nothing

@@ -12,16 +12,16 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 
-from ..zimage_core.checkpoint import Snapshot
+from ..zimage_core.checkpoint import open_component
 from ..zimage_core.vae import AutoencoderKL
 
 
 class ZImageVAE(comfy.sd.VAE):
     """Latents are raw, as on every LATENT socket: scale and shift belong to the MODEL's latent format."""
 
-    def __init__(self, folder: str | Path, disable_dynamic: bool = False):
-        snapshot = Snapshot(folder)
-        config = snapshot.vae_config()
+    def __init__(self, path: str | Path, disable_dynamic: bool = False):
+        component = open_component(path, "vae")
+        config = component.config
         with _without_warning():
             super().__init__(sd={})  # sets the defaults of a picture VAE and ends where it finds no weights
         self.latent_channels = config.latent_channels
@@ -30,7 +30,7 @@ class ZImageVAE(comfy.sd.VAE):
         self.vae_dtype = mm.vae_dtype(self.device, self.working_dtypes)
         self.output_device = mm.intermediate_device()
 
-        weights = snapshot.vae(dtype=self.vae_dtype).state_dict()
+        weights = component.build(dtype=self.vae_dtype).state_dict()
         module = AutoencoderKL(config, ops=comfy.ops.disable_weight_init, device="meta", dtype=self.vae_dtype)
         mm.archive_model_dtypes(module)
         module.load_state_dict(weights, strict=True, assign=True)
@@ -39,12 +39,12 @@ class ZImageVAE(comfy.sd.VAE):
         # The host rebinds CoreModelPatcher when it starts; it must be looked up at the time of the call.
         kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
         self.patcher = kind(module, load_device=self.device, offload_device=mm.vae_offload_device())
-        self.patcher.cached_patcher_init = (load_vae_patcher, (str(folder),))
+        self.patcher.cached_patcher_init = (load_vae_patcher, (str(path),))
         self.model_size()
 
 
-def load_vae_patcher(folder: str, disable_dynamic: bool = False):
-    return ZImageVAE(folder, disable_dynamic).patcher
+def load_vae_patcher(path: str, disable_dynamic: bool = False):
+    return ZImageVAE(path, disable_dynamic).patcher
 
 
 @contextmanager

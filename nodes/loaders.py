@@ -1,4 +1,4 @@
-"""Loaders: a snapshot folder to MODEL, CLIP and VAE."""
+"""Loaders: a snapshot folder or a single file to MODEL, CLIP and VAE."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from . import host, host_clip, host_model, host_vae
 CATEGORY = "Z-Image"
 ALIASES = ["z-image", "zimage", "load", "checkpoint", "diffusers", "snapshot"]
 MODEL_TOOLTIP = (
-    "The built-in nano model (for demonstration and tests: simple shapes at 128x128), or the name of a Z-Image "
-    "snapshot folder in models/zimage or models/diffusers."
+    "The built-in nano model (for demonstration and tests: simple shapes at 128x128), a Z-Image snapshot folder in "
+    "models/zimage or models/diffusers, or a single .safetensors file in the folder that its name begins with."
 )
 # None is the file's own, fitted to the device
 WEIGHT_DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -25,10 +25,10 @@ class ZImageTransformerLoader(io.ComfyNode):
             node_id="ZImageTransformerLoader",
             display_name="Load Z-Image Transformer",
             category=CATEGORY,
-            description="Loads the transformer of a Z-Image snapshot as a MODEL for this and any stock sampler.",
+            description="Loads a Z-Image transformer as a MODEL for this and any stock sampler.",
             search_aliases=[*ALIASES, "model", "unet", "dit", "turbo"],
             inputs=[
-                io.Combo.Input("model", options=host.model_choices(), tooltip=MODEL_TOOLTIP),
+                io.Combo.Input("model", options=host.model_choices("transformer"), tooltip=MODEL_TOOLTIP),
                 io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", tooltip=DTYPE_TOOLTIP),
             ],
             outputs=[io.Model.Output(tooltip="The transformer; LoRA loaders and model patches connect here.")],
@@ -40,7 +40,7 @@ class ZImageTransformerLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, weight_dtype) -> io.NodeOutput:
-        return io.NodeOutput(host_model.load_model(host.model_folder(model), WEIGHT_DTYPES[weight_dtype]))
+        return io.NodeOutput(host_model.load_model(host.model_path(model, "transformer"), WEIGHT_DTYPES[weight_dtype]))
 
 
 class ZImageTextEncoderLoader(io.ComfyNode):
@@ -50,10 +50,10 @@ class ZImageTextEncoderLoader(io.ComfyNode):
             node_id="ZImageTextEncoderLoader",
             display_name="Load Z-Image Text Encoder",
             category=CATEGORY,
-            description="Loads the Qwen3 text encoder and tokenizer of a Z-Image snapshot as a CLIP.",
+            description="Loads Z-Image's Qwen3 text encoder and tokenizer as a CLIP.",
             search_aliases=[*ALIASES, "clip", "qwen", "qwen3"],
             inputs=[
-                io.Combo.Input("model", options=host.model_choices(), tooltip=MODEL_TOOLTIP),
+                io.Combo.Input("model", options=host.model_choices("text_encoder"), tooltip=MODEL_TOOLTIP),
                 io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", tooltip=DTYPE_TOOLTIP),
             ],
             outputs=[io.Clip.Output(tooltip="The text encoder, for ZImageTextEncode or any stock text node.")],
@@ -65,7 +65,7 @@ class ZImageTextEncoderLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, weight_dtype) -> io.NodeOutput:
-        return io.NodeOutput(host_clip.load_clip(host.model_folder(model), WEIGHT_DTYPES[weight_dtype]))
+        return io.NodeOutput(host_clip.load_clip(host.model_path(model, "text_encoder"), WEIGHT_DTYPES[weight_dtype]))
 
 
 class ZImageVAELoader(io.ComfyNode):
@@ -75,9 +75,9 @@ class ZImageVAELoader(io.ComfyNode):
             node_id="ZImageVAELoader",
             display_name="Load Z-Image VAE",
             category=CATEGORY,
-            description="Loads the autoencoder of a Z-Image snapshot as a VAE.",
+            description="Loads Z-Image's autoencoder as a VAE.",
             search_aliases=[*ALIASES, "vae", "autoencoder"],
-            inputs=[io.Combo.Input("model", options=host.model_choices(), tooltip=MODEL_TOOLTIP)],
+            inputs=[io.Combo.Input("model", options=host.model_choices("vae"), tooltip=MODEL_TOOLTIP)],
             outputs=[io.Vae.Output(tooltip="The autoencoder, for this pack's or the stock VAE nodes.")],
         )
 
@@ -87,4 +87,4 @@ class ZImageVAELoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
-        return io.NodeOutput(host_vae.ZImageVAE(host.model_folder(model)))
+        return io.NodeOutput(host_vae.ZImageVAE(host.model_path(model, "vae")))

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zimage_core.checkpoint import CheckpointError, Snapshot
+from zimage_core.tensor_files import TensorFiles
 
 NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -60,10 +61,7 @@ def test_weights_stay_in_the_file_mapping(tmp_path):
     size = 64 * 2**20
     save_file({"weight": torch.randn(1024, size // 4096)}, tmp_path / "w.safetensors")
     before = _anonymous_bytes()
-    from zimage_core.checkpoint import _open, _read
-
-    with _open(tmp_path / "w.safetensors") as file:
-        tensor = _read(file, tmp_path / "w.safetensors", "weight")
+    tensor = TensorFiles([tmp_path / "w.safetensors"]).read("weight")
     checksum = tensor.sum()
     assert torch.isfinite(checksum)
     assert _anonymous_bytes() - before < size / 4
@@ -153,7 +151,7 @@ def test_weights_of_another_model(folder):
     shutil.copy(folder / "vae" / WEIGHTS, folder / "transformer" / WEIGHTS)
     refuse(
         Snapshot(folder).transformer,
-        f"My-Model/transformer: the weights in {WEIGHTS} don't",
+        f"My-Model/transformer/{WEIGHTS}: these weights don't",
         "missing",
         "unknown",
         "decoder.conv_in",

@@ -72,7 +72,7 @@ def test_wrong_options(options, words, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["-m", "no/such/model"], "no/such/model: there is no such folder"),
+        (["-m", "no/such/model"], "no/such/model: there is no such file or folder"),
         (["-o", "picture.gif"], "unknown picture format '.gif'; use one of .png"),
     ],
 )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import CheckpointError, Snapshot
+from .checkpoint import CheckpointError, open_component
 from .pipeline import ZImagePipeline
 
 NANO = Path(__file__).resolve().parent.parent / "nano" / "snapshot"  # ships beside this package in a checkout
@@ -47,7 +47,8 @@ def generate(args: argparse.Namespace) -> int:
     output = args.output or Path(f"zimage-{datetime.now():%Y%m%d-%H%M%S}.png")
     _check_output(output)  # before the weights are read: nobody waits for a picture that can't be saved
     folder = _model_folder(args.model)
-    size = Snapshot(folder).vae_config().sample_size
+    parts = {"transformer": args.transformer, "text_encoder": args.text_encoder, "vae": args.vae}
+    size = open_component(args.vae or folder, "vae").config.sample_size
     width, height = args.width or size, args.height or size
     seed = random.randrange(2**32) if args.seed is None else args.seed
     device = torch.device("cpu") if args.cpu else _best_device()
@@ -57,11 +58,14 @@ def generate(args: argparse.Namespace) -> int:
     if args.negative_prompt:
         print(f"Negative  {args.negative_prompt}")
     print(f"Model     {folder}")
+    for kind, place in (*parts.items(), ("tokenizer", args.tokenizer)):
+        if place is not None:
+            print(f"  {kind.replace('_', ' ')}: {place}")
     print(f"Settings  {width}x{height}, {args.steps} steps, guidance {args.guidance_scale:g}, seed {seed}, {device}")
     if args.negative_prompt and args.guidance_scale <= 0:
         print("Note      the negative prompt has no effect without guidance (--guidance-scale above 0)")
 
-    pipe = ZImagePipeline.from_pretrained(folder, device=device, dtype=dtype)
+    pipe = ZImagePipeline.from_pretrained(folder, device=device, dtype=dtype, **parts, tokenizer=args.tokenizer)
     with _progress_bar(args.steps) as bar:
 
         def advance(*_: object) -> None:
@@ -155,7 +159,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = command.add_argument
     add("prompt", help="what to show")
-    add("-m", "--model", type=Path, help="folder of a Z-Image snapshot; without it the built-in nano model")
+    add("-m", "--model", type=Path, help="Z-Image snapshot folder or all-in-one file; else the built-in nano model")
+    add("--transformer", type=Path, help="single file or snapshot to take the transformer from, instead of --model")
+    add("--text-encoder", type=Path, help="single file or snapshot to take the text encoder from")
+    add("--vae", type=Path, help="single file or snapshot to take the VAE from")
+    add("--tokenizer", type=Path, help="snapshot or tokenizer folder; needed where the text encoder is a single file")
     add("-o", "--output", type=Path, help="file to write, its extension chooses the format; default: dated .png here")
     add("--width", type=_size, help="pixels, divisible by 16; default: the model's own size")
     add("--height", type=_size, help="pixels, divisible by 16; default: the model's own size")

@@ -1,33 +1,219 @@
-"""Snapshot folders: find the files, read their keys through `key_maps`, load them strictly without a second copy.
+"""Weights into our networks: find the files, read their keys through `key_maps`, load strictly without a second copy.
 
-A snapshot is the Hugging Face layout: `transformer/`, `text_encoder/`, `tokenizer/`, `vae/`, `scheduler/`, each with
-its config, weights in one safetensors file or in shards listed by an index. Nothing is downloaded, no pickle is read.
+Weights come from a snapshot (the Hugging Face folder layout: `transformer/`, `text_encoder/`, `tokenizer/`, `vae/`,
+`scheduler/`, each with its config, weights in one safetensors file or in shards listed by an index), from one of its
+folders, or from a single file in any published layout, alone or together with the other networks. What a file is, is
+read from its content (`detect`). Nothing is downloaded, no pickle is read.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from . import key_maps
+from . import detect, key_maps
 from .config import CheckpointError, SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from .key_maps import KeyMap
+from .tensor_files import DTYPES, TensorFiles, read_header
 from .text_encoder import TextEncoder
 from .tokenizer import Tokenizer
 from .transformer import ZImageTransformer
 from .vae import AutoencoderKL
 
-__all__ = ["CheckpointError", "Snapshot"]
+__all__ = ["CheckpointError", "Component", "Snapshot", "open_component", "open_tokenizer", "schedule_of"]
 
 INDEX = ".safetensors.index.json"
 SHOWN_KEYS = 5  # of a list of keys in an error
+PUBLISHED_SCHEDULE = SchedulerConfig(
+    shift=3.0,
+    use_dynamic_shifting=False,
+    base_shift=0.5,
+    max_shift=1.15,
+    base_image_seq_len=256,
+    max_image_seq_len=4096,
+)  # of Z-Image-Turbo's scheduler_config.json and diffusers' defaults
+NETWORKS = {"transformer": ZImageTransformer, "text_encoder": TextEncoder, "vae": AutoencoderKL}
+
+
+def open_component(path: str | Path, kind: str) -> Component:
+    """The transformer, text_encoder or vae (`kind`) that a snapshot, a component's folder or a single file holds.
+
+    Reads headers and configs only. Raises CheckpointError that says what the file is instead and what to do.
+    """
+    path = Path(path)
+    if path.is_dir():
+        folder = snapshot_folder(path)
+        if folder == path.parent and path.name != kind:
+            raise CheckpointError(f"{path}: this is the {path.name} of a snapshot, expected its {kind}")
+        return Snapshot(folder or path).component(kind)
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such file or folder; check the name")
+    return _from_file(path, kind)
+
+
+def schedule_of(path: str | Path) -> SchedulerConfig:
+    """A snapshot's schedule; for a single file, which says nothing of it, that of Turbo (shift 3)."""
+    folder = snapshot_folder(path)
+    return PUBLISHED_SCHEDULE if folder is None else Snapshot(folder).scheduler_config()
+
+
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a snapshot, or in a folder of its own."""
+    folder = snapshot_folder(path)
+    if folder is None:
+        raise CheckpointError(
+            f"{path}: a single file holds no tokenizer; name a snapshot of Z-Image or a folder with the tokenizer.json "
+            "and tokenizer_config.json of Qwen3"
+        )
+    if (folder / "tokenizer_config.json").is_file():
+        return _tokenizer(folder)
+    return Snapshot(folder).tokenizer()
+
+
+def snapshot_folder(path: str | Path) -> Path | None:
+    """The snapshot that a folder is, holds (in the layout of a Hugging Face cache) or belongs to; None for a file."""
+    path = Path(path)
+    if path.is_file():
+        return None
+    if (path / "snapshots").is_dir():
+        return _revision(path)
+    return path.parent if path.name in NETWORKS and (path / "config.json").is_file() else path
+
+
+class Component:
+    """The weights of one network: in which files, under which names, and its numbers."""
+
+    def __init__(
+        self,
+        kind: str,
+        config: Any,
+        files: TensorFiles,
+        keys: Sequence[str] | None = None,
+        prefix: str = "",
+        config_source: str = "the file's other tensors",
+    ):
+        """config: of the class that its kind has. keys: those that belong to it, `prefix` included; None is all."""
+        self.kind = kind
+        self.files = files
+        self.key_map = _key_map(kind, config)
+        self.config = config
+        self.config_source = config_source
+        self.source = str(files.paths[0] if len(files.paths) == 1 else files.paths[0].parent)
+        # without prefix -> in the file
+        self._keys = {key.removeprefix(prefix): key for key in (files.entries if keys is None else keys)}
+        self._sources = self.key_map.sources(self._keys)
+
+    def build(self, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> Any:
+        """The network, ready to run. `dtype` None keeps the file's, each tensor its own."""
+        model = NETWORKS[self.kind](self.config, device="meta", dtype=dtype)
+        self.load(model, device=device, dtype=dtype)
+        return model
+
+    def load(self, model: nn.Module, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> None:
+        """Into a network that somebody else built (a host, say), usually on the meta device.
+
+        Checks every key and shape against it from the headers, then assigns the file-mapped tensors. Only tensors that
+        are cast, moved or fused are copied, one at a time.
+        """
+        wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._check_keys(wanted)
+        loaded = {name: self._tensor(name, shape, device, dtype) for name, shape in wanted.items()}
+        model.load_state_dict(loaded, strict=True, assign=True)
+        model.requires_grad_(False).eval()
+        model.to(device)  # the buffers
+
+    def dtype(self) -> torch.dtype:
+        """That of most of its values, from the headers alone."""
+        return self.files.dtype(self._keys.values())
+
+    def _tensor(self, name: str, shape: tuple[int, ...], device: Any, dtype: torch.dtype | None) -> Tensor:
+        keys = [self._keys[key] for key in self._sources[name]]
+        parts = [self.files.read(key) for key in keys]
+        if any(part.shape[1:] != parts[0].shape[1:] for part in parts):
+            shapes = ", ".join(f"{key} {list(part.shape)}" for key, part in zip(keys, parts, strict=True))
+            raise CheckpointError(f"{self._file(keys[0])}: shapes don't fit together: {shapes}")
+        cast = [part.to(device=device, dtype=dtype) for part in parts]
+        tensor = torch.cat(cast) if len(cast) > 1 else cast[0]
+        if tensor.ndim == 2 and self.key_map.is_flat(name):
+            tensor = tensor[..., None, None]
+        if name.endswith("pad_token") and tensor.ndim == 1:
+            tensor = tensor[None]
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{self._file(keys[0])}: {keys[0]} has shape {list(tensor.shape)}, expected {list(shape)} by "
+                f"{self.config_source}; config and weights are of different models"
+            )
+        return tensor
+
+    def _check_keys(self, wanted: dict[str, Any]) -> None:
+        missing = [name for name in wanted if name not in self._sources]
+        unexpected = [key for name, keys in self._sources.items() if name not in wanted for key in keys]
+        ill = [
+            key
+            for name, keys in self._sources.items()
+            if name in wanted and not self.key_map.is_complete(name, keys)
+            for key in keys
+        ]
+        if missing or unexpected or ill:
+            problems = [
+                f"{what} {_some(keys)}"
+                for what, keys in (("missing", missing), ("unknown", unexpected), ("incomplete or double", ill))
+                if keys
+            ]
+            raise CheckpointError(
+                f"{self.source}: these weights don't belong to this {self.kind.replace('_', ' ')} "
+                f"({'; '.join(problems)}); check that they are Z-Image's own, and download them again"
+            )
+        for name in wanted:
+            for key in self._sources[name]:
+                entry = self.files.entries[self._keys[key]]
+                if entry.dtype not in DTYPES:
+                    raise CheckpointError(
+                        f"{entry.path}: {self._keys[key]} is stored as {entry.dtype}, expected one of "
+                        f"{', '.join(DTYPES)}; get a version of the model that is not quantised"
+                    )
+
+    def _file(self, key: str) -> Path:
+        return self.files.entries[key].path
+
+
+def _from_file(path: Path, kind: str) -> Component:
+    files = TensorFiles([path])
+    shapes = files.shapes()
+    prefix = detect.prefix(kind, shapes)
+    if prefix is None:
+        raise detect.refusal(kind, shapes, str(path))
+    foreign = detect.foreign_name(shapes)
+    if foreign is not None and not detect.others(shapes, kind):
+        raise detect.refusal(kind, shapes, str(path))
+    apart = detect.others(shapes, kind)
+    keys = [key for key in shapes if key.startswith(prefix) and not (prefix == "" and key.startswith(apart))]
+    own = {key.removeprefix(prefix): shapes[key] for key in keys}
+    config = detect.config(kind, own, files.metadata, str(path))
+    return Component(kind, config, files, keys, prefix)
+
+
+def _revision(cached: Path) -> Path:
+    """The revision that `refs/main` names, or the only one."""
+    main = cached / "refs" / "main"
+    if main.is_file() and (revision := cached / "snapshots" / main.read_text().strip()).is_dir():
+        return revision
+    revisions = sorted(path for path in (cached / "snapshots").iterdir() if path.is_dir())
+    if len(revisions) != 1:
+        names = _some([path.name for path in revisions]) or "none"
+        raise CheckpointError(f"{cached / 'snapshots'}: expected one revision, found {names}; name the one you want")
+    return revisions[0]
+
+
+def _key_map(kind: str, config: Any) -> KeyMap:
+    if kind == "text_encoder":
+        return key_maps.text_encoder(config.num_hidden_layers)
+    return key_maps.vae(len(config.block_out_channels)) if kind == "vae" else key_maps.TRANSFORMER
 
 
 class Snapshot:
@@ -57,46 +243,34 @@ class Snapshot:
 
     # Components
 
+    def component(self, kind: str) -> Component:
+        """transformer, text_encoder or vae: its files found and their headers read."""
+        config = {
+            "transformer": self.transformer_config,
+            "text_encoder": self.text_encoder_config,
+            "vae": self.vae_config,
+        }[kind]()
+        files = TensorFiles(self.weight_files(kind))
+        return Component(kind, config, files, config_source=f"{kind}/config.json")
+
     def transformer(self, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> ZImageTransformer:
         """The S3-DiT, ready to run. `dtype` None keeps the file's."""
-        model = ZImageTransformer(self.transformer_config(), device="meta", dtype=dtype)
-        self.load_transformer(model, device=device, dtype=dtype)
-        return model
+        return self.component("transformer").build(device=device, dtype=dtype)
 
     def text_encoder(self, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> TextEncoder:
         """The Qwen3 encoder, ready to run. `dtype` None keeps the file's."""
-        model = TextEncoder(self.text_encoder_config(), device="meta", dtype=dtype)
-        self.load_text_encoder(model, device=device, dtype=dtype)
-        return model
+        return self.component("text_encoder").build(device=device, dtype=dtype)
 
     def vae(self, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> AutoencoderKL:
         """The autoencoder, ready to run. `dtype` None keeps the file's."""
-        model = AutoencoderKL(self.vae_config(), device="meta", dtype=dtype)
-        self.load_vae(model, device=device, dtype=dtype)
-        return model
+        return self.component("vae").build(device=device, dtype=dtype)
+
+    def weight_dtype(self, kind: str) -> torch.dtype:
+        """The dtype of most of a component's values, from the file headers alone."""
+        return TensorFiles(self.weight_files(kind)).dtype()
 
     def tokenizer(self) -> Tokenizer:
-        folder = self._component("tokenizer")
-        for name in ("tokenizer_config.json", "tokenizer.json"):
-            if not (folder / name).is_file():
-                raise CheckpointError(f"{folder / name}: the file is missing; download the tokenizer folder again")
-        try:
-            return Tokenizer(folder)
-        except Exception as error:  # transformers raises many types; each means that the folder is unusable
-            raise CheckpointError(f"{folder}: the tokenizer can't be read ({error}); download it again") from error
-
-    # Weights into modules that somebody else built (a host, say), usually on the meta device
-
-    def load_transformer(self, model: nn.Module, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> None:
-        self._load("transformer", model, key_maps.TRANSFORMER, device, dtype)
-
-    def load_text_encoder(self, model: nn.Module, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> None:
-        layers = self.text_encoder_config().num_hidden_layers
-        self._load("text_encoder", model, key_maps.text_encoder(layers), device, dtype)
-
-    def load_vae(self, model: nn.Module, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> None:
-        levels = len(self.vae_config().block_out_channels)
-        self._load("vae", model, key_maps.vae(levels), device, dtype)
+        return _tokenizer(self._component("tokenizer"))
 
     def weight_files(self, component: str) -> list[Path]:
         """The safetensors files of a component, as its index lists them or the single one."""
@@ -116,77 +290,6 @@ class Snapshot:
             )
         return files
 
-    def weight_dtype(self, component: str) -> torch.dtype:
-        """The dtype of most of a component's values, from the file headers alone."""
-        counts: dict[torch.dtype, int] = {}
-        for path in self.weight_files(component):
-            with _open(path) as file:
-                for key in file.keys():  # noqa: SIM118 (not a mapping)
-                    part = file.get_slice(key)
-                    dtype = _DTYPES.get(part.get_dtype())
-                    if dtype is None:
-                        raise CheckpointError(
-                            f"{path}: {key} is stored as {part.get_dtype()}, expected one of {', '.join(_DTYPES)}"
-                        )
-                    counts[dtype] = counts.get(dtype, 0) + torch.Size(part.get_shape()).numel()
-        return max(counts, key=lambda dtype: counts[dtype])
-
-    def _load(self, component: str, model: nn.Module, key_map: KeyMap, device: Any, dtype: torch.dtype | None) -> None:
-        """Checks every key and shape against `model` from the headers, then assigns the file-mapped tensors.
-
-        Only tensors that are cast, moved or fused are copied, one at a time.
-        """
-        wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        with ExitStack() as stack:
-            files = {path: stack.enter_context(_open(path)) for path in self.weight_files(component)}
-            home = {key: path for path, file in files.items() for key in file.keys()}  # noqa: SIM118
-            sources = key_map.sources(home)
-            self._check_keys(component, wanted, sources, key_map)
-            loaded: dict[str, Tensor] = {}
-            for name, shape in wanted.items():
-                parts = [_read(files[home[key]], home[key], key) for key in sources[name]]
-                if len(parts) > 1:
-                    if any(part.shape[1:] != parts[0].shape[1:] for part in parts):
-                        shapes = ", ".join(f"{k} {list(p.shape)}" for k, p in zip(sources[name], parts, strict=True))
-                        raise CheckpointError(f"{home[sources[name][0]]}: shapes don't fit together: {shapes}")
-                    tensor = torch.cat([part.to(device=device, dtype=dtype) for part in parts])
-                else:
-                    tensor = parts[0].to(device=device, dtype=dtype)
-                if tensor.ndim == 2 and key_map.is_flat(name):
-                    tensor = tensor[..., None, None]
-                if tuple(tensor.shape) != shape:
-                    raise CheckpointError(
-                        f"{home[sources[name][0]]}: {sources[name][0]} has shape {list(tensor.shape)}, but "
-                        f"{component}/config.json asks for {list(shape)}; config and weights are of different models"
-                    )
-                loaded[name] = tensor
-        model.load_state_dict(loaded, strict=True, assign=True)
-        model.requires_grad_(False).eval()
-        model.to(device)  # the buffers
-
-    def _check_keys(
-        self, component: str, wanted: dict[str, Any], sources: dict[str, list[str]], key_map: KeyMap
-    ) -> None:
-        missing = [name for name in wanted if name not in sources]
-        unexpected = [key for name, keys in sources.items() if name not in wanted for key in keys]
-        ill = [
-            key
-            for name, keys in sources.items()
-            if name in wanted and not key_map.is_complete(name, keys)
-            for key in keys
-        ]
-        if missing or unexpected or ill:
-            problems = [
-                f"{what} {_some(keys)}"
-                for what, keys in (("missing", missing), ("unknown", unexpected), ("incomplete or double", ill))
-                if keys
-            ]
-            files = ", ".join(path.name for path in self.weight_files(component))
-            raise CheckpointError(
-                f"{self.folder / component}: the weights in {files} don't belong to this {component.replace('_', ' ')} "
-                f"({'; '.join(problems)}); check that the folder holds Z-Image's own files, and download them again"
-            )
-
     def _component(self, component: str) -> Path:
         folder = self.folder / component
         if not folder.is_dir():
@@ -196,6 +299,16 @@ class Snapshot:
     def _json(self, component: str, name: str) -> tuple[dict[str, Any], str]:
         path = self._component(component) / name
         return _read_json(path), str(path)
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: the file is missing; download the tokenizer folder again")
+    try:
+        return Tokenizer(folder)
+    except Exception as error:  # transformers raises many types; each means that the folder is unusable
+        raise CheckpointError(f"{folder}: the tokenizer can't be read ({error}); download it again") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -224,8 +337,8 @@ def _indexed_files(index: Path) -> list[Path]:
         )
     files = [index.parent / name for name in names]
     for path in files:
-        with _open(path) as file:
-            absent = {key for key, name in weight_map.items() if name == path.name} - set(file.keys())
+        entries, _ = read_header(path)
+        absent = {key for key, name in weight_map.items() if name == path.name} - entries.keys()
         if absent:
             raise CheckpointError(
                 f"{path}: lacks {_some(sorted(absent))}, which {index.name} says it holds; "
@@ -234,25 +347,6 @@ def _indexed_files(index: Path) -> list[Path]:
     return files
 
 
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: truncated, or not a safetensors file ({error}); download the file again"
-        ) from error
-
-
-def _read(file: Any, path: Path, key: str) -> Tensor:
-    try:
-        return file.get_tensor(key)
-    except (SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: {key} can't be read ({error}); download the file again") from error
-
-
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:SHOWN_KEYS])
     return shown if len(names) <= SHOWN_KEYS else f"{shown} and {len(names) - SHOWN_KEYS} more"
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

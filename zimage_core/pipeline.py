@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import sampling
-from .checkpoint import Snapshot
+from .checkpoint import CheckpointError, open_component, open_tokenizer, schedule_of
 from .config import SchedulerConfig
 from .scheduler import sigmas
 from .text_encoder import TextEncoder
@@ -48,22 +48,36 @@ class ZImagePipeline:
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
+        path: str | Path | None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         vae_dtype: torch.dtype = torch.float32,
+        *,
+        transformer: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        vae: str | Path | None = None,
+        tokenizer: str | Path | None = None,
     ) -> ZImagePipeline:
-        """Loads a snapshot folder. The VAE runs in float32 unless asked otherwise, as in the official code.
+        """Loads a snapshot folder or an all-in-one file. The VAE runs in float32 unless asked otherwise, as officially.
+
+        transformer, text_encoder, vae: where that part comes from, if from elsewhere: a single file or a snapshot.
+        tokenizer: a snapshot or a tokenizer's folder; needed where the text encoder is a single file.
+        The schedule is that of the transformer's snapshot; a single file gets Turbo's.
 
         Raises `CheckpointError`, naming the file, when something is missing, damaged or of another model.
         """
-        snapshot = Snapshot(folder)
+        given = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+        places = {kind: Path(place) for kind, own in given.items() if (place := own or path) is not None}
+        if missing := given.keys() - places.keys():
+            missed = " and ".join(sorted(missing))
+            raise CheckpointError(f"no model given for {missed}; name a snapshot, or a file for each")
+        parts = {kind: open_component(place, kind) for kind, place in places.items()}
         return cls(
-            snapshot.tokenizer(),
-            snapshot.text_encoder(device=device, dtype=dtype),
-            snapshot.transformer(device=device, dtype=dtype),
-            snapshot.vae(device=device, dtype=vae_dtype),
-            snapshot.scheduler_config(),
+            open_tokenizer(tokenizer or places["text_encoder"]),
+            parts["text_encoder"].build(device=device, dtype=dtype),
+            parts["transformer"].build(device=device, dtype=dtype),
+            parts["vae"].build(device=device, dtype=vae_dtype),
+            schedule_of(places["transformer"]),
             device=device,
             dtype=dtype,
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from zimage_core.config import SchedulerConfig
 from zimage_core.scheduler import sigmas
@@ -280,14 +281,50 @@ def test_extra_model_paths_are_offered(pack, tmp_path):
     before = {kind: list(folder_paths.get_folder_paths(kind)) for kind in ("zimage", "diffusers")}
     extra_config.load_extra_path_config(str(tmp_path / "paths.yaml"))
     try:
-        choices = pack.host.model_choices()
+        choices = pack.host.model_choices("transformer")
         assert choices[0] == "Z-Image-Nano (built in)" and {"Alpha", "Beta"} <= set(choices)
-        assert pack.host.model_folder("Beta") == tmp_path / "theirs" / "Beta"
+        assert pack.host.model_path("Beta", "vae") == tmp_path / "theirs" / "Beta"
         empty_print = pack.host.fingerprint("Alpha", "transformer")
         (tmp_path / "mine" / "Alpha" / "transformer" / "config.json").write_text("{}")
         assert pack.host.fingerprint("Alpha", "transformer") != empty_print
     finally:
         for kind, paths in before.items():
             folder_paths.folder_names_and_paths[kind][0][:] = paths
-    with pytest.raises(FileNotFoundError, match="no model folder 'Alpha' in .*zimage.*press R"):
-        pack.host.model_folder("Alpha")
+    with pytest.raises(FileNotFoundError, match="no model 'Alpha'.*zimage.*models/diffusion_models.*press R"):
+        pack.host.model_path("Alpha", "transformer")
+
+
+def test_single_files_are_offered_by_the_loader_made_for_them(pack, tmp_path):
+    """In the host's own folders; each loads as the snapshot that it was saved from."""
+    folder_paths = importlib.import_module("folder_paths")
+    loaders = pack.loaders
+    nodes = {
+        "transformer": (loaders.ZImageTransformerLoader, "diffusion_models", {"weight_dtype": "fp32"}),
+        "text_encoder": (loaders.ZImageTextEncoderLoader, "text_encoders", {"weight_dtype": "fp32"}),
+        "vae": (loaders.ZImageVAELoader, "vae", {}),
+    }
+    before = {kind: list(folder_paths.get_folder_paths(kind)) for _, kind, _ in nodes.values()}
+    try:
+        for part, (_, kind, _) in nodes.items():
+            (tmp_path / kind).mkdir()
+            (weights,) = (NANO / part).glob("*.safetensors")
+            config = {f"zimage.{part}.config": (NANO / part / "config.json").read_text()}
+            save_file(load_file(weights), tmp_path / kind / "nano.safetensors", config)
+            (tmp_path / kind / "old.ckpt").touch()
+            folder_paths.add_model_folder_path(kind, str(tmp_path / kind))
+        for part, (loader, kind, settings) in nodes.items():
+            choice = f"{kind}/nano.safetensors"
+            choices = pack.host.model_choices(part)
+            assert choice in choices and not any(other.endswith(".ckpt") for other in choices)
+            assert loader.fingerprint_inputs(choice, **settings)[0][0] == str(tmp_path / kind / "nano.safetensors")
+            ours, theirs = (_weights(loader.execute(name, **settings).args[0]) for name in (choice, choices[0]))
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    finally:
+        for kind, paths in before.items():
+            folder_paths.folder_names_and_paths[kind][0][:] = paths
+
+
+def _weights(loaded: Any) -> dict[str, torch.Tensor]:
+    """Of a MODEL, which is a patcher, or of a CLIP or VAE, which have one."""
+    return getattr(loaded, "patcher", loaded).model.state_dict()

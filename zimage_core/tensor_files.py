@@ -1,0 +1,179 @@
+"""Safetensors files as one table of tensors: headers checked byte by byte, tensors read one at a time from the mapping.
+
+What is no safetensors file (a pickle, a web page, a git-lfs pointer, half a download) is refused with its name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .config import CheckpointError
+
+# bits of one value of each dtype of the format (https://github.com/huggingface/safetensors)
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64,
+}  # fmt: skip
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
+# what a file that is no safetensors file begins with -> what it is and what to do
+MAGIC = {
+    b"version https://git-lfs": "a git-lfs pointer, not the file itself; fetch it with `git lfs pull` or `hf download`",
+    b"<": "a web page, not a model; the download link led to a page, download the file itself",
+    b"PK\x03\x04": "a pickle or zip archive, which is never opened; get the .safetensors version of the model",
+    b"\x80": "a pickle, which is never opened (it can run code); get the .safetensors version of the model",
+    b"GGUF": "a GGUF file under another name; rename it to .gguf",
+    b"{": "a JSON file, not weights",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor as its file's header describes it."""
+
+    path: Path
+    dtype: str  # one of BITS
+    shape: tuple[int, ...]
+
+
+class TensorFiles:
+    """The tensors of one file or of all shards of a model, by key. Only headers are read until `read` is called."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = list(paths)
+        self.entries: dict[str, Entry] = {}
+        self.metadata: dict[str, str] = {}
+        self._open: dict[Path, Any] = {}
+        for path in self.paths:
+            entries, metadata = read_header(path)
+            if double := self.entries.keys() & entries.keys():
+                key = min(double)
+                raise CheckpointError(
+                    f"{path}: {key} is in {self.entries[key].path.name}, too; the shards are of different downloads"
+                )
+            self.entries |= entries
+            self.metadata |= metadata
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: entry.shape for key, entry in self.entries.items()}
+
+    def read(self, key: str) -> Tensor:
+        """The tensor, mapped from its file: no memory is taken until its values are used."""
+        path = self.entries[key].path
+        try:
+            if path not in self._open:
+                self._open[path] = safe_open(path, framework="pt")
+            return self._open[path].get_tensor(key)
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path}: {key} can't be read ({error}); download the file again") from error
+
+    def dtype(self, keys: Iterable[str] | None = None) -> torch.dtype:
+        """The dtype of most of the values of these tensors (None: all), from the headers alone."""
+        counts: dict[str, int] = {}
+        for key in self.entries if keys is None else keys:
+            entry = self.entries[key]
+            if entry.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{entry.path}: {key} is stored as {entry.dtype}, expected one of {', '.join(DTYPES)}"
+                )
+            counts[entry.dtype] = counts.get(entry.dtype, 0) + math.prod(entry.shape)
+        return DTYPES[max(counts, key=lambda name: counts[name])]
+
+
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """(key -> entry, metadata) of a safetensors file, every byte of whose data is accounted for."""
+    if path.suffix.lower() in PICKLES:
+        raise CheckpointError(
+            f"{path}: a pickle file, which is never opened (it can run code); get the .safetensors version of the model"
+        )
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(32)
+            length = int.from_bytes(start[:8], "little")
+            if 8 + length <= size and length <= MAX_HEADER:
+                file.seek(8)
+                raw = file.read(length)
+            else:
+                raw = b""
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read ({error.strerror}); check name and permissions") from error
+    if size == 0:
+        raise CheckpointError(f"{path}: the file is empty; download it again")
+    if not raw.startswith(b"{"):
+        raise CheckpointError(f"{path}: {_what_else(start)}")
+    return _entries(path, _json_object(path, raw), size - 8 - length)
+
+
+def _what_else(start: bytes) -> str:
+    for magic, what in MAGIC.items():
+        if start.lstrip().startswith(magic):
+            return what
+    return "truncated, or not a safetensors file; download the file again"
+
+
+def _json_object(path: Path, raw: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise CheckpointError(
+                f"{path}: {next(n for n in names if names.count(n) > 1)} is in the header twice; {AGAIN}"
+            )
+        return made
+
+    try:
+        header = json.loads(raw, object_pairs_hook=unique)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the header is damaged ({error}); {AGAIN}") from error
+    return header
+
+
+AGAIN = "download the file again"
+
+
+def _entries(path: Path, header: dict[str, Any], data: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: the metadata in the header is damaged; {AGAIN}")
+    entries, places = {}, []
+    for key, raw in header.items():
+        if not isinstance(raw, dict) or raw.keys() < {"dtype", "shape", "data_offsets"}:
+            raise CheckpointError(f"{path}: the header's entry of {key} is damaged; {AGAIN}")
+        dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in BITS:
+            raise CheckpointError(f"{path}: {key} is stored as {dtype!r}, expected one of {', '.join(BITS)}")
+        if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+            raise CheckpointError(f"{path}: the header's shape or place of {key} is damaged; {AGAIN}")
+        begin, end = offsets
+        if (end - begin) * 8 != math.prod(shape) * BITS[dtype]:
+            raise CheckpointError(f"{path}: {key} has {end - begin} bytes, but {dtype} {shape} needs others; {AGAIN}")
+        entries[key] = Entry(path, dtype, tuple(shape))
+        places.append((begin, end, key))
+    reached = 0
+    for begin, end, key in sorted(places):
+        if begin != reached:
+            raise CheckpointError(f"{path}: {key} lies at byte {begin}, expected {reached}; {AGAIN}")
+        reached = end
+    if reached != data:
+        what = "truncated" if data < reached else "too long"
+        raise CheckpointError(f"{path}: {what}, {data} bytes of weights where its header says {reached}; {AGAIN}")
+    if not entries:
+        raise CheckpointError(f"{path}: there is no tensor in it; {AGAIN}")
+    return entries, metadata
+
+
+def _counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
