@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .conditioning import ZImageTextEncode
 from .loaders import ZImageTextEncoderLoader, ZImageTransformerLoader, ZImageVAELoader
+from .lora import ZImageLoraLoader
 from .sampling import ZImageSampler
 from .vae import ZImageVAEDecode, ZImageVAEEncode
 
@@ -16,6 +17,7 @@ class ZImageExtension(ComfyExtension):
             ZImageTransformerLoader,
             ZImageTextEncoderLoader,
             ZImageVAELoader,
+            ZImageLoraLoader,
             ZImageTextEncode,
             ZImageSampler,
             ZImageVAEDecode,

@@ -62,6 +62,17 @@ def fingerprint(choice: str, component: str, *configs: str) -> list[tuple[str, i
     return [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
 
 
+def lora_choices() -> list[str]:
+    """The LoRA files of the host's own folder."""
+    return [name for name in folder_paths.get_filename_list("loras") if name.lower().endswith(FILE_SUFFIXES)]
+
+
+def lora_fingerprint(name: str) -> tuple[str, int, int]:
+    """(file, modification time in ns, size): a changed file is read again."""
+    path = folder_paths.get_full_path_or_raise("loras", name)
+    return (path, os.stat(path).st_mtime_ns, os.stat(path).st_size)
+
+
 def _roots() -> list[Path]:
     return [Path(root) for kind in FOLDER_KINDS for root in folder_paths.get_folder_paths(kind)]
 

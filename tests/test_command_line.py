@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from zimage_core.__main__ import main
 
@@ -35,6 +37,25 @@ def test_all_options(tmp_path, capsys):
     assert "96x64, 3 steps, guidance 1.5" in capsys.readouterr().out
 
 
+def test_loras_and_parts_from_elsewhere(tmp_path, capsys):
+    name = "diffusion_model.layers.1.attention.to_q"
+    up, down = 0.3 * torch.ones(192, 2), torch.ones(2, 192)
+    for colon in ("a", "b"):
+        save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path / f"{colon}.safetensors")
+    model = ROOT / "nano" / "snapshot"
+    options = ["--seed", "1", "-s", "2", "--cpu", "--vae", str(model / "vae"), "--tokenizer", str(model)]
+    pictures = []
+    for number, files in enumerate(([], ["a.safetensors:0.5", "b.safetensors"], ["a.safetensors:0"])):
+        loras = [word for file in files for word in ("--lora", str(tmp_path / file))]
+        out = tmp_path / f"{number}.png"
+        assert main(["generate", "a red circle", *options, *loras, "-o", str(out)]) == 0
+        pictures.append(Image.open(out))
+    told = capsys.readouterr().out
+    assert "LoRA      strength 0.5\n  a.safetensors: 2 of 2 keys matched, 1 weights" in told
+    assert "LoRA: a.safetensors:0.5, LoRA: b.safetensors:1" in pictures[1].text["parameters"]
+    assert pictures[0].tobytes() == pictures[2].tobytes() != pictures[1].tobytes()
+
+
 def test_without_an_output_nothing_is_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "output.png").write_text("mine")
@@ -57,6 +78,7 @@ def test_without_a_seed_the_pictures_differ_and_the_seed_is_told(tmp_path, capsy
     ("options", "words"),
     [
         (["--width", "100"], "100 is not divisible by 16; the nearest is 96"),
+        (["--lora", "a.safetensors:much"], "strength 'much' is not a number"),
         (["--height", "0"], "'0' is not a whole number from 1"),
         (["--steps", "many"], "'many'"),
         (["--seed", "-1"], "'-1'"),

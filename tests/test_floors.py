@@ -17,7 +17,7 @@ FLOORS = [
     {"zimage_core/rope", "zimage_core/attention", "zimage_core/patchify", "zimage_core/scheduler"}
     | {"zimage_core/tensor_files", "zimage_core/detect"},
     {"zimage_core/transformer", "zimage_core/text_encoder", "zimage_core/tokenizer", "zimage_core/vae"},
-    {"zimage_core/checkpoint", "zimage_core/sampling"},
+    {"zimage_core/checkpoint", "zimage_core/sampling", "zimage_core/lora"},
     {"zimage_core/pipeline"},
     {
         "zimage_core/__main__",
@@ -27,8 +27,9 @@ FLOORS = [
         "nodes/host_clip",
         "nodes/host_vae",
         "nodes/host_sampler",
+        "nodes/host_lora",
     },
-    {"nodes/loaders", "nodes/conditioning", "nodes/sampling", "nodes/vae"},
+    {"nodes/loaders", "nodes/lora", "nodes/conditioning", "nodes/sampling", "nodes/vae"},
     {"nodes/__init__"},
     {"__init__"},
 ]

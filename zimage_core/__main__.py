@@ -66,6 +66,8 @@ def generate(args: argparse.Namespace) -> int:
         print("Note      the negative prompt has no effect without guidance (--guidance-scale above 0)")
 
     pipe = ZImagePipeline.from_pretrained(folder, device=device, dtype=dtype, **parts, tokenizer=args.tokenizer)
+    for (_, strength), file in zip(args.lora, pipe.set_loras(*args.lora), strict=True):
+        print("\n  ".join([f"LoRA      strength {strength:g}", *file.report().splitlines()]))
     with _progress_bar(args.steps) as bar:
 
         def advance(*_: object) -> None:
@@ -124,6 +126,7 @@ def _parameters(args: argparse.Namespace, width: int, height: int, seed: int, fo
     lines.append(
         f"Steps: {args.steps}, Sampler: Euler, CFG scale: {args.guidance_scale + 1:g}, "
         f"Seed: {seed}, Size: {width}x{height}, Model: {folder.name if folder != NANO else 'Z-Image-Nano'}"
+        + "".join(f", LoRA: {path.name}:{strength:g}" for path, strength in args.lora)
     )
     return "\n".join(lines)
 
@@ -164,6 +167,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--text-encoder", type=Path, help="single file or snapshot to take the text encoder from")
     add("--vae", type=Path, help="single file or snapshot to take the VAE from")
     add("--tokenizer", type=Path, help="snapshot or tokenizer folder; needed where the text encoder is a single file")
+    add(
+        "--lora",
+        type=_lora,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="LoRA to add, strength 1 if not given; repeatable",
+    )
     add("-o", "--output", type=Path, help="file to write, its extension chooses the format; default: dated .png here")
     add("--width", type=_size, help="pixels, divisible by 16; default: the model's own size")
     add("--height", type=_size, help="pixels, divisible by 16; default: the model's own size")
@@ -173,6 +184,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=_seed, help="whole number from 0; random if left out")
     add("--cpu", action="store_true", help="use the processor even if there is a GPU")
     return parser
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    path, colon, strength = text.rpartition(":")
+    if not colon or "/" in strength or "\\" in strength or strength.endswith(".safetensors"):
+        return Path(text), 1.0
+    try:
+        return Path(path), float(strength)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: strength {strength!r} is not a number") from None
 
 
 def _size(text: str) -> int:

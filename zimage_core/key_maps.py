@@ -57,6 +57,15 @@ class KeyMap:
         parts = self.parts(target)
         return keys == parts or (len(keys) == 1 and keys[0] not in parts)
 
+    def aliases(self, name: str) -> list[tuple[str, int | None, int]]:
+        """All names for a parameter of ours, our own first: (name, number among the parts of a stack, of how many)."""
+        found: list[tuple[str, int | None, int]] = [(name, None, 1)]
+        found += [(part, number, len(self.parts(name))) for number, part in enumerate(self.parts(name))]
+        for theirs, ours in self.rename.items():
+            if (groups := _match(ours, name)) is not None:
+                found.append((_fill(theirs, groups), None, 1))
+        return found
+
     def is_flat(self, target: str) -> bool:
         """Whether a [C, C] tensor for this parameter is a 1x1 convolution stored as a Linear."""
         return any(_match(pattern, target) is not None for pattern in self.unflatten)

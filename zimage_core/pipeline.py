@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import sampling
+from . import lora, sampling
 from .checkpoint import CheckpointError, open_component, open_tokenizer, schedule_of
 from .config import SchedulerConfig
 from .scheduler import sigmas
@@ -44,6 +44,7 @@ class ZImagePipeline:
         self.scheduler = scheduler
         self.device = torch.device(device)
         self.dtype = dtype
+        self._plain: dict[str, dict[str, Tensor]] = {}  # component -> the weights that LoRA changed, as they were
 
     @classmethod
     def from_pretrained(
@@ -81,6 +82,20 @@ class ZImagePipeline:
             device=device,
             dtype=dtype,
         )
+
+    def set_loras(self, *files: tuple[str | Path, float]) -> list[lora.Lora]:
+        """Puts exactly these LoRA files, each with its strength, onto transformer and text encoder; none takes all off.
+
+        Returns what each holds; its `report()` tells what was matched. Raises `CheckpointError` for files of other
+        models, and then changes nothing.
+        """
+        models = {"transformer": self.transformer, "text_encoder": self.text_encoder}
+        shapes = lora.shapes_of(**models)
+        opened = [(lora.open_lora(path, shapes), strength) for path, strength in files]
+        for kind, model in models.items():
+            lora.remove(model, self._plain.pop(kind, {}))
+            self._plain[kind] = lora.add(model, kind, opened)
+        return [file for file, _ in opened]
 
     @torch.inference_mode()
     def generate(

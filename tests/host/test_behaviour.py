@@ -24,6 +24,7 @@ SCHEMAS = {
     "ZImageTransformerLoader": (["model", "weight_dtype"], [], ["MODEL"]),
     "ZImageTextEncoderLoader": (["model", "weight_dtype"], [], ["CLIP"]),
     "ZImageVAELoader": (["model"], [], ["VAE"]),
+    "ZImageLoraLoader": (["model", "lora", "strength"], ["clip", "strength_clip"], ["MODEL", "CLIP", "STRING"]),
     "ZImageTextEncode": (["clip", "text"], [], ["CONDITIONING"]),
     "ZImageSampler": (
         "model positive latent_image seed steps guidance_scale cfg_normalization cfg_truncation denoise".split(),

@@ -162,7 +162,7 @@ def lora_files(host: Server) -> list[str]:
     return [f"{name}.safetensors" for name in files]
 
 
-def test_stock_lora_loader_with_three_dialects(client, lora_files):
+def test_stock_and_own_lora_loader_with_three_dialects(client, lora_files):
     without = latents(client, latent_prompt())
     results = []
     for name in lora_files:
@@ -171,6 +171,11 @@ def test_stock_lora_loader_with_three_dialects(client, lora_files):
         prompt["50"] = {"class_type": "LoraLoaderModelOnly", "inputs": inputs}
         prompt[SAMPLER]["inputs"]["model"] = ["50", 0]
         results.append(latents(client, prompt))
+        prompt["50"] = {
+            "class_type": "ZImageLoraLoader",
+            "inputs": {"model": [MODEL, 0], "lora": name, "strength": 0.8},
+        }
+        assert relative(latents(client, prompt), results[0]) <= 1e-5
     assert "lora key not loaded" not in client.server.log_text()
     assert relative(results[0], without) > 1e-2
     assert relative(results[1], results[0]) <= 1e-5

@@ -14,6 +14,7 @@ NODES = {
     "ZImageTransformerLoader",
     "ZImageTextEncoderLoader",
     "ZImageVAELoader",
+    "ZImageLoraLoader",
     "ZImageTextEncode",
     "ZImageSampler",
     "ZImageVAEDecode",

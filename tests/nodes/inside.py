@@ -9,7 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = "host host_model host_clip host_vae host_sampler convert loaders conditioning sampling vae".split()
+MODULES = "host host_model host_clip host_vae host_lora host_sampler".split()
+MODULES += "convert loaders lora conditioning sampling vae".split()
 
 
 def load_pack(*flags: str) -> SimpleNamespace:

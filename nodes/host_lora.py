@@ -1,0 +1,108 @@
+"""LoRA on the host's patchers: our reading and formulas, its memory manager applies them where the weight lies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.sd
+import comfy.weight_adapter
+import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ..zimage_core import lora
+
+# component -> what stands before our parameter names in the host's model (ours and its native Z-Image alike)
+PREFIXES = {"transformer": "diffusion_model.", "text_encoder": "qwen3_4b.transformer."}
+ATTACHMENT = "zimage_loras"  # the LoRAs that a patcher carries, for the report on how they overlap
+
+
+class HostAdapter(comfy.weight_adapter.WeightAdapterBase):
+    """One of our adapters behind the call that the host makes of its own.
+
+    `weights` is (family, names of the parts, the parts): the host takes it apart and rebuilds it with moved tensors.
+    """
+
+    name = "zimage"
+
+    def __init__(self, loaded_keys: set[str], weights: tuple[str, tuple[str, ...], tuple[Tensor, ...]]):
+        self.loaded_keys = loaded_keys
+        self.weights: Any = weights
+
+    @classmethod
+    def of(cls, adapter: lora.Adapter) -> HostAdapter:
+        return cls(set(), (adapter.family, tuple(adapter.tensors), tuple(adapter.tensors.values())))
+
+    def calculate_weight(
+        self,
+        weight,
+        key,
+        strength,
+        strength_model,
+        offset,
+        function,
+        intermediate_dtype=torch.float32,
+        original_weight=None,
+    ):
+        """Adds to the weight in place: with an offset it is a view of the rows of the whole."""
+        family, names, tensors = self.weights
+        adapter = lora.Adapter(family, dict(zip(names, tensors, strict=True)))
+        base = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        weight += function(adapter.change(base, strength).to(weight.dtype))
+        return weight
+
+
+def add_lora(
+    model: ModelPatcher, clip: comfy.sd.CLIP | None, name: str, strength: float, strength_clip: float
+) -> tuple[ModelPatcher, comfy.sd.CLIP | None, str]:
+    """(MODEL, CLIP, report) with the file on top; the inputs stay as they are."""
+    patchers = {"transformer": model} if clip is None else {"transformer": model, "text_encoder": clip.patcher}
+    weights = {kind: _weights(patcher, PREFIXES[kind]) for kind, patcher in patchers.items()}
+    shapes = {kind: {key: tuple(weight.shape) for key, weight in of.items()} for kind, of in weights.items()}
+    opened = lora.open_lora(folder_paths.get_full_path_or_raise("loras", name), shapes)
+    report = [opened.report()]
+    if clip is None and (words := _waiting(opened)):
+        report.append(words)
+
+    model = model.clone()
+    _patch(model, opened, "transformer", strength)
+    earlier = model.get_attachment(ATTACHMENT) or ()
+    for other in earlier:
+        report.append(_overlap(opened, other, weights["transformer"]))
+    model.set_attachments(ATTACHMENT, (*earlier, opened))
+    if clip is not None:
+        clip = clip.clone()
+        _patch(clip.patcher, opened, "text_encoder", strength_clip)
+    return model, clip, "\n".join(report)
+
+
+def _weights(patcher: ModelPatcher, prefix: str) -> dict[str, Tensor]:
+    """Our parameter names -> the weights without any patch."""
+    state = patcher.model.state_dict()
+    plain = {key: backup.weight for key, backup in patcher.backup.items()}
+    return {key.removeprefix(prefix): plain.get(key, state[key]) for key in state if key.startswith(prefix)}
+
+
+def _patch(patcher: ModelPatcher, opened: lora.Lora, component: str, strength: float) -> None:
+    if not strength:
+        return  # a patch of strength 0 would still cost its time on every load
+    rows = {key: len(weight) for key, weight in patcher.model.state_dict().items() if weight.ndim}
+    patches: dict[Any, HostAdapter] = {}
+    for target, adapter in opened.of(component).items():
+        key = PREFIXES[component] + target.name
+        place = key if target.part is None else (key, (0, *target.rows(rows[key])))
+        patches[place] = HostAdapter.of(adapter)
+    patcher.add_patches(patches, strength)
+
+
+def _waiting(opened: lora.Lora) -> str:
+    """What is to be said where keys for the text encoder found none, because no CLIP is connected."""
+    keys = [key for key in opened.left if key.startswith(("lora_te", "text_encoder"))]
+    return f"{len(keys)} of these are for the text encoder: connect a CLIP to use them" if keys else ""
+
+
+def _overlap(opened: lora.Lora, other: lora.Lora, weights: dict[str, Tensor]) -> str:
+    cosine, ours, theirs = lora.overlap(opened, other, weights)
+    norms = f"norm relative to the weights {ours:.2%} here, {theirs:.2%} there"
+    return f"with {other.path.name}: cosine {cosine:+.2f}, {norms}"

@@ -1,0 +1,172 @@
+"""The LoRA node on the host's patchers: the core's picture, whole or partly loaded, and no trace when it is gone."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from zimage_core.pipeline import ZImagePipeline
+
+NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
+CPU = torch.device("cpu")
+WIDTH = 192
+
+
+@pytest.fixture(scope="module")
+def parts(pack) -> SimpleNamespace:
+    clip = pack.host_clip.load_clip(NANO, torch.float32)
+    return SimpleNamespace(model=pack.host_model.load_model(NANO, torch.float32), clip=clip)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return 0.2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """LoRA files in a folder that the host knows: one per family, one with a part for the text encoder."""
+    folder_paths = importlib.import_module("folder_paths")
+    before = list(folder_paths.get_folder_paths("loras"))
+    out, wide = "diffusion_model.layers.1.attention.out", "lora_unet_layers_0_feed_forward_w1"
+    third = "transformer.layers.2.attention.to_k"
+    files = {
+        "plain": {f"{third}.lora_A.weight": random(4, WIDTH), f"{third}.lora_B.weight": random(WIDTH, 4, seed=1)},
+        "lokr": {f"{wide}.lokr_w1": random(4, 4), f"{wide}.lokr_w2": random(128, 48)},
+        "oft": {f"{third}.oft_blocks": random(8, 24, 24)},
+        "dora": {
+            f"{out}.lora_A.weight": random(4, WIDTH),
+            f"{out}.lora_B.weight": random(WIDTH, 4, seed=1),
+            f"{out}.dora_scale": random(WIDTH, 1).abs() + 1,
+        },
+        "both": {
+            f"{third}.lora_A.weight": random(4, WIDTH),
+            f"{third}.lora_B.weight": random(WIDTH, 4, seed=1),
+            "lora_te_layers_1_self_attn_q_proj.lora_down.weight": random(4, 128),
+            "lora_te_layers_1_self_attn_q_proj.lora_up.weight": random(128, 4, seed=1),
+            "lora_te_layers_1_self_attn_q_proj.alpha": torch.tensor(8.0),
+        },
+        "flux": {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": random(4, 4)},
+    }
+    for name, tensors in files.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    folder_paths.add_model_folder_path("loras", str(tmp_path))
+    yield tmp_path
+    folder_paths.folder_names_and_paths["loras"][0][:] = before
+
+
+def load(pack, model, name: str, strength: float, clip=None, **settings):
+    return pack.lora.ZImageLoraLoader.execute(model, f"{name}.safetensors", strength, clip=clip, **settings).args
+
+
+def latents(pack, model, clip) -> torch.Tensor:
+    positive = clip.encode_from_tokens_scheduled(clip.tokenize("a red circle on a blue background"))
+    empty = {"samples": torch.zeros(1, 16, 8, 8)}
+    (latent,) = pack.sampling.ZImageSampler.execute(
+        model=model,
+        positive=positive,
+        latent_image=empty,
+        seed=3,
+        steps=2,
+        guidance_scale=0.0,
+        cfg_normalization=0.0,
+        cfg_truncation=1.0,
+        denoise=1.0,
+    ).args
+    return latent["samples"]
+
+
+def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((ours - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize("name", ["plain", "lokr", "oft", "dora", "both"])
+def test_same_latents_as_the_core(pack, parts, folder, name):
+    model, clip, report = load(pack, parts.model, name, 0.7, parts.clip, strength_clip=0.7)
+    assert "keys matched" in report and "WARNING" not in report
+    ours = latents(pack, model, clip)
+    pipe = ZImagePipeline.from_pretrained(NANO)
+    settings = {"width": 64, "height": 64, "steps": 2, "seed": 3, "output": "latents"}
+    text = "a red circle on a blue background"
+    plain = pipe.generate(text, **settings)
+    (opened,) = pipe.set_loras((folder / f"{name}.safetensors", 0.7))
+    core = pipe.generate(text, **settings)
+    assert opened.report() in report
+    assert relative(pipe.vae.scale(ours), core) <= 1e-4
+    assert relative(plain, core) > 1e-3
+    pipe.set_loras()
+    assert torch.equal(pipe.generate(text, **settings), plain)
+
+
+def test_gone_without_a_trace(pack, parts, folder):
+    plain = latents(pack, parts.model, parts.clip)
+    before = {name: tensor.clone() for name, tensor in parts.model.model.state_dict().items()}
+    model, clip, _ = load(pack, parts.model, "both", 1.0, parts.clip)
+    assert relative(latents(pack, model, clip), plain) > 1e-3
+    assert torch.equal(latents(pack, parts.model, parts.clip), plain)
+    after = parts.model.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(latents(pack, load(pack, parts.model, "plain", 0.0)[0], parts.clip), plain)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7])
+@pytest.mark.parametrize("name", ["plain", "oft"])
+def test_on_a_partly_loaded_model(pack, parts, folder, name, share):
+    model = load(pack, parts.model, name, 0.8)[0]
+    whole = latents(pack, model, parts.clip)
+    model.detach()
+    model.load(CPU, lowvram_model_memory=int(model.model_size() * share))
+    assert model.model.model_lowvram and relative(latents(pack, model, parts.clip), whole) <= 1e-5
+    model.detach()
+
+
+def test_two_agree_in_either_order_and_tell_their_overlap(pack, parts, folder):
+    first = load(pack, load(pack, parts.model, "plain", 0.5)[0], "lokr", 0.5)
+    second = load(pack, load(pack, parts.model, "lokr", 0.5)[0], "plain", 0.5)
+    assert relative(latents(pack, first[0], parts.clip), latents(pack, second[0], parts.clip)) <= 1e-5
+    assert "with plain.safetensors: cosine +0.00, norm relative to the weights" in first[2]
+    again = load(pack, load(pack, parts.model, "plain", 0.5)[0], "plain", 0.5)
+    assert "with plain.safetensors: cosine +1.00" in again[2]
+
+
+def test_a_part_for_the_encoder_waits_for_a_clip(pack, parts, folder):
+    model, clip, report = load(pack, parts.model, "both", 1.0)
+    assert clip is None and "3 of these are for the text encoder: connect a CLIP" in report
+
+
+def test_the_second_strength_is_the_encoders(pack, parts, folder):
+    text = parts.clip.tokenize("a red circle")
+    plain = parts.clip.encode_from_tokens_scheduled(text)[0][0]
+    _, off, _ = load(pack, parts.model, "both", 1.0, parts.clip, strength_clip=0.0)
+    _, on, _ = load(pack, parts.model, "both", 0.0, parts.clip, strength_clip=1.0)
+    _, same, _ = load(pack, parts.model, "both", 1.0, parts.clip)
+    assert torch.equal(off.encode_from_tokens_scheduled(text)[0][0], plain)
+    changed = on.encode_from_tokens_scheduled(text)[0][0]
+    assert relative(changed, plain) > 1e-4
+    assert relative(same.encode_from_tokens_scheduled(text)[0][0], changed) <= 1e-6
+
+
+def test_the_hosts_own_adapter_agrees(pack, comfy, parts, folder):
+    """Where the host reads the file too, it draws the same picture."""
+    from safetensors.torch import load_file
+
+    ours = load(pack, parts.model, "plain", 0.8)[0]
+    theirs, _ = comfy.sd.load_lora_for_models(parts.model, None, load_file(folder / "plain.safetensors"), 0.8, 0.0)
+    assert relative(latents(pack, ours, parts.clip), latents(pack, theirs, parts.clip)) <= 1e-5
+
+
+def test_other_models_loras_are_refused(pack, parts, folder):
+    with pytest.raises(ValueError, match=r"flux\.safetensors: this is a LoRA for Flux, not for Z-Image"):
+        load(pack, parts.model, "flux", 1.0)
+
+
+def test_a_changed_file_is_read_again(pack, folder):
+    node = pack.lora.ZImageLoraLoader
+    before = node.fingerprint_inputs(lora="plain.safetensors", strength=1.0)
+    save_file({"a": random(1)}, folder / "plain.safetensors")
+    assert node.fingerprint_inputs(lora="plain.safetensors", strength=1.0) != before
+    assert "plain.safetensors" in pack.host.lora_choices()
