@@ -114,6 +114,8 @@ def load_clip(
     component = open_component(path, "text_encoder")
     config, tokenizer = component.config, HostTokenizer(_tokenizer(path))
     dtype = weight_dtype or component.dtype()
+    if dtype.itemsize == 1:  # fp8 without scales: an Embedding can't look rows up in it
+        dtype = torch.bfloat16
 
     # Read and checked as a plain module first: the host's layers may hold no parameters before they are loaded.
     weights = component.build(dtype=dtype).state_dict()

@@ -25,6 +25,7 @@ from ..zimage_core.config import SchedulerConfig, TransformerConfig
 from ..zimage_core.sampling import model_time, velocity
 from ..zimage_core.transformer import ZImageTransformer
 
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 NATIVE_DIM = 3840  # the width for which the host measured memory_usage_factor
 
 
@@ -161,7 +162,7 @@ def load_model(path: str | Path, weight_dtype: torch.dtype | None = None, disabl
     model_config.set_inference_dtype(storage, compute)
 
     # Read and checked as a plain module first: the host's layers may hold no parameters before they are loaded.
-    weights = component.build(dtype=storage).state_dict()
+    weights = component.build(dtype=None if storage in FP8 else storage).state_dict()  # norms stay as they are
     model = ZImageModel(model_config, config, scheduler)
     model.diffusion_model.load_state_dict(weights, strict=True, assign=True)
     model.diffusion_model.requires_grad_(False).eval()

@@ -272,9 +272,9 @@ def test_vaes_of_other_models(tmp_path, channels, whose):
 def test_quantised_weights_are_refused_by_name(tmp_path):
     tensors = native("transformer")
     name = "layers.0.feed_forward.w1.weight"
-    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors[name] = tensors[name].to(torch.int8)
     save_file(tensors, tmp_path / "m.safetensors", metadata("transformer"))
-    with pytest.raises(CheckpointError, match=rf"{name} is stored as F8_E4M3"):
+    with pytest.raises(CheckpointError, match=rf"{name} is stored as I8"):
         open_component(tmp_path / "m.safetensors", "transformer").build()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import detect, key_maps
+from . import detect, key_maps, quantised
 from .config import CheckpointError, SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from .key_maps import KeyMap
 from .tensor_files import DTYPES, TensorFiles, read_header
@@ -104,12 +104,12 @@ class Component:
         self.config = config
         self.config_source = config_source
         self.source = str(files.paths[0] if len(files.paths) == 1 else files.paths[0].parent)
-        # without prefix -> in the file
-        self._keys = {key.removeprefix(prefix): key for key in (files.entries if keys is None else keys)}
+        weights, self._scales = quantised.split(files, files.entries if keys is None else keys)
+        self._keys = {key.removeprefix(prefix): key for key in weights}  # without prefix -> in the file
         self._sources = self.key_map.sources(self._keys)
 
     def build(self, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> Any:
-        """The network, ready to run. `dtype` None keeps the file's, each tensor its own."""
+        """The network, ready to run. `dtype` None keeps each tensor's own; scaled fp8 then becomes bfloat16."""
         model = NETWORKS[self.kind](self.config, device="meta", dtype=dtype)
         self.load(model, device=device, dtype=dtype)
         return model
@@ -128,12 +128,12 @@ class Component:
         model.to(device)  # the buffers
 
     def dtype(self) -> torch.dtype:
-        """That of most of its values, from the headers alone."""
-        return self.files.dtype(self._keys.values())
+        """That of most of its values, from the headers alone; scaled fp8 counts as what it becomes."""
+        return quantised.DEQUANTISED if self._scales else self.files.dtype(self._keys.values())
 
     def _tensor(self, name: str, shape: tuple[int, ...], device: Any, dtype: torch.dtype | None) -> Tensor:
         keys = [self._keys[key] for key in self._sources[name]]
-        parts = [self.files.read(key) for key in keys]
+        parts = [self._read(key, dtype) for key in keys]
         if any(part.shape[1:] != parts[0].shape[1:] for part in parts):
             shapes = ", ".join(f"{key} {list(part.shape)}" for key, part in zip(keys, parts, strict=True))
             raise CheckpointError(f"{self._file(keys[0])}: shapes don't fit together: {shapes}")
@@ -149,6 +149,18 @@ class Component:
                 f"{self.config_source}; config and weights are of different models"
             )
         return tensor
+
+    def _read(self, key: str, dtype: torch.dtype | None) -> Tensor:
+        tensor = self.files.read(key)
+        if (scale_key := self._scales.get(key)) is None:
+            return tensor
+        scale = self.files.read(scale_key)
+        if scale.numel() not in (1, len(tensor)):
+            raise CheckpointError(
+                f"{self._file(scale_key)}: {scale_key} has shape {list(scale.shape)}, expected one number or "
+                f"{len(tensor)}; download the file again"
+            )
+        return quantised.dequantised(tensor, scale).to(quantised.DEQUANTISED if dtype is None else torch.float32)
 
     def _check_keys(self, wanted: dict[str, Any]) -> None:
         missing = [name for name in wanted if name not in self._sources]

@@ -25,7 +25,14 @@ BITS = {
     "I32": 32, "U32": 32, "F32": 32,
     "I64": 64, "U64": 64, "F64": 64,
 }  # fmt: skip
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {  # those that weights may have
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 # what a file that is no safetensors file begins with -> what it is and what to do

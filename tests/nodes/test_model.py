@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
 # parameters of a module that is no leaf are moved in the forward; everything else must be castable
@@ -381,3 +382,28 @@ def _anonymous_bytes() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     pytest.skip("/proc/self/status has no RssAnon on this system")
+
+
+# fp8
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_fp8_files(pack, tmp_path, scaled):
+    """Without scales the weights stay in fp8 and are cast layer by layer; with scales they become bfloat16."""
+    (weights,) = (NANO / "transformer").glob("*.safetensors")
+    tensors = load_file(weights)
+    for name in [name for name in tensors if ".feed_forward." in name or ".attention.to_" in name]:
+        scale = tensors[name].float().abs().max() / 448 if scaled else torch.tensor(1.0)
+        tensors[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+        if scaled:
+            tensors[name.removesuffix(".weight") + ".scale_weight"] = scale
+    config = {"zimage.transformer.config": (NANO / "transformer" / "config.json").read_text()}
+    save_file(tensors, tmp_path / "fp8.safetensors", config)
+    patcher = pack.host_model.load_model(tmp_path / "fp8.safetensors")
+    kept = patcher.model.diffusion_model.state_dict()
+    stored = kept["layers.0.feed_forward.w1.weight"].dtype
+    assert stored == (torch.bfloat16 if scaled else torch.float8_e4m3fn)
+    assert kept["layers.0.attention_norm1.weight"].dtype == torch.bfloat16
+    text = conditioning(pack, "a red circle on a blue background")
+    whole = sample(pack, pack.host_model.load_model(NANO, torch.float32), text)
+    assert relative(sample(pack, patcher, text), whole) < 0.2
