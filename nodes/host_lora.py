@@ -11,7 +11,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..zimage_core import lora
+from ..zimage_core import adapters, lora
 
 # component -> what stands before our parameter names in the host's model (ours and its native Z-Image alike)
 PREFIXES = {"transformer": "diffusion_model.", "text_encoder": "qwen3_4b.transformer."}
@@ -31,7 +31,7 @@ class HostAdapter(comfy.weight_adapter.WeightAdapterBase):
         self.weights: Any = weights
 
     @classmethod
-    def of(cls, adapter: lora.Adapter) -> HostAdapter:
+    def of(cls, adapter: adapters.Adapter) -> HostAdapter:
         return cls(set(), (adapter.family, tuple(adapter.tensors), tuple(adapter.tensors.values())))
 
     def calculate_weight(
@@ -47,7 +47,7 @@ class HostAdapter(comfy.weight_adapter.WeightAdapterBase):
     ):
         """Adds to the weight in place: with an offset it is a view of the rows of the whole."""
         family, names, tensors = self.weights
-        adapter = lora.Adapter(family, dict(zip(names, tensors, strict=True)))
+        adapter = adapters.Adapter(family, dict(zip(names, tensors, strict=True)))
         base = weight.to(torch.promote_types(weight.dtype, torch.float32))
         weight += function(adapter.change(base, strength).to(weight.dtype))
         return weight

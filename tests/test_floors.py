@@ -15,7 +15,7 @@ import pytest
 FLOORS = [
     {"zimage_core/__init__", "zimage_core/config", "zimage_core/key_maps"},
     {"zimage_core/rope", "zimage_core/attention", "zimage_core/patchify", "zimage_core/scheduler"}
-    | {"zimage_core/tensor_files", "zimage_core/detect"},
+    | {"zimage_core/tensor_files", "zimage_core/detect", "zimage_core/adapters"},
     {"zimage_core/transformer", "zimage_core/text_encoder", "zimage_core/tokenizer", "zimage_core/vae"}
     | {"zimage_core/quantised"},
     {"zimage_core/checkpoint", "zimage_core/sampling", "zimage_core/lora"},

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zimage_core import lora
+from zimage_core import adapters, lora
 from zimage_core.checkpoint import CheckpointError, Snapshot
 
 NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
@@ -347,7 +347,7 @@ def test_overlap_of_low_rank_changes_is_that_of_the_whole_matrices(tmp_path, tra
     dense = dataclasses.replace(
         files[1],
         adapters={
-            target: lora.Adapter("diff", {"diff": adapter.change(weight, 1.0)})
+            target: adapters.Adapter("diff", {"diff": adapter.change(weight, 1.0)})
             for target, adapter in files[1].adapters.items()
         },
     )
@@ -389,6 +389,11 @@ def test_other_sizes_are_refused_with_both(tmp_path, shapes):
     assert f"{name} has a change of shape [2304, 2304]" in message and "[192, 192]" in message
     tensors = {f"{name}.lora_A.weight": random(2, WIDTH), f"{name}.lora_B.weight": random(WIDTH, 3)}
     assert "parts that don't fit together" in refusal(tmp_path, shapes, tensors)
+    square = {f"{name}.lora_A.weight": random(WIDTH, WIDTH), f"{name}.lora_B.weight": random(WIDTH, 3)}
+    assert "parts that don't fit together" in refusal(tmp_path, shapes, square)  # one part has the weight's own shape
+    good = {f"{name}.lora_A.weight": random(2, WIDTH), f"{name}.lora_B.weight": random(WIDTH, 2)}
+    assert "alpha has shape [2]" in refusal(tmp_path, shapes, {**good, f"{name}.alpha": random(2)})
+    assert "don't fit together or the weight" in refusal(tmp_path, shapes, {**good, f"{name}.dora_scale": random(7, 1)})
 
 
 def test_a_model_is_no_lora(tmp_path, shapes):
