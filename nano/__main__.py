@@ -21,7 +21,7 @@ from . import evaluate, make_tokenizer
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
-MINUTES = {"vae": 13.0, "text": 3.0, "transformer": 75.0}  # of the shipped model, on two cores
+MINUTES = {"vae": 13.0, "text": 3.0, "transformer": 75.0}  # on two cores
 
 
 def main() -> None:

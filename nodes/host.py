@@ -58,8 +58,7 @@ def fingerprint(choice: str, component: str, *configs: str) -> list[tuple[str, i
     path = model_path(choice, component)
     folder = snapshot_folder(path)
     files = [path] if folder is None else sorted(p for c in (component, *configs) for p in (folder / c).glob("*"))
-    files = [file for file in files if file.is_file()]
-    return [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
+    return [_stamp(file) for file in files if file.is_file()]
 
 
 def lora_choices() -> list[str]:
@@ -69,8 +68,11 @@ def lora_choices() -> list[str]:
 
 def lora_fingerprint(name: str) -> tuple[str, int, int]:
     """(file, modification time in ns, size): a changed file is read again."""
-    path = folder_paths.get_full_path_or_raise("loras", name)
-    return (path, os.stat(path).st_mtime_ns, os.stat(path).st_size)
+    return _stamp(Path(folder_paths.get_full_path_or_raise("loras", name)))
+
+
+def _stamp(file: Path) -> tuple[str, int, int]:
+    return (str(file), file.stat().st_mtime_ns, file.stat().st_size)
 
 
 def _roots() -> list[Path]:
@@ -78,7 +80,7 @@ def _roots() -> list[Path]:
 
 
 def _files(component: str) -> dict[str, tuple[str, str]]:
-    """ "folder/file", as the combo shows it, to (the host's folder kind, the file's name in it)."""
+    """Name, as the combo shows it ("folder/file"), to (the host's folder kind, the file's name in it)."""
     return {
         f"{kind}/{name}": (kind, name)
         for kind in FILE_KINDS[component]

@@ -129,6 +129,11 @@ def test_damaged_markers_and_scales(tmp_path, plain):
     stored, _ = quantise(plain, "marked", torch.float8_e4m3fn)
     broken = {**stored, "layers.0.attention.qkv.comfy_quant": torch.tensor([123], dtype=torch.uint8)}
     assert "comfy_quant is damaged" in refusal(written(tmp_path, broken, "marked", torch.float8_e4m3fn))
+    for dialect in ("marked", "header"):
+        unscaled, _ = quantise(plain, dialect, torch.float8_e4m3fn)
+        del unscaled["layers.0.attention.qkv.weight_scale"]
+        message = refusal(written(tmp_path, unscaled, dialect, torch.float8_e4m3fn))
+        assert "layers.0.attention.qkv.weight is quantised by" in message and "weight_scale is missing" in message
     broken = {**stored, "layers.0.attention.qkv.weight_scale": torch.ones(7)}
     message = refusal(written(tmp_path, broken, "marked", torch.float8_e4m3fn))
     assert "weight_scale has shape [7], expected one number or 576" in message

@@ -1,8 +1,8 @@
 """The numbers of each component, read from the snapshot's own JSON files.
 
 Every class mirrors one `config.json`: a missing or impossible value is an error that names the file and the key,
-unknown keys are ignored (published files carry some, `nheads` for one). Nothing is guessed from tensor shapes and no
-published value has a second home here.
+unknown keys are ignored (published files carry some, `nheads` for one). A single file has no config.json: `detect`
+gives its numbers.
 """
 
 from __future__ import annotations

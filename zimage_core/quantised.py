@@ -31,10 +31,12 @@ def split(files: TensorFiles, keys: Iterable[str]) -> tuple[list[str], dict[str,
     known = set(keys)
     scales: dict[str, str] = {}
     auxiliary: set[str] = set()
+    marked: dict[str, str] = {}  # weight that is said to be quantised -> where that is said
     for key in keys:
         layer, _, last = key.rpartition(".")
         if last == MARKER[1:]:
             _expect(files, key, _json(files, key, bytes(files.read(key).flatten().to(torch.uint8).tolist())))
+            marked[f"{layer}.weight"] = key
         elif f".{last}" in SCALES and f"{layer}.weight" in known:
             scales[f"{layer}.weight"] = key
         elif last != OLD_MARKER and not (f".{last}" in INPUT_SCALES and f"{layer}.weight" in known):
@@ -44,6 +46,12 @@ def split(files: TensorFiles, keys: Iterable[str]) -> tuple[list[str], dict[str,
         layers = _json(files, HEADER, stored.encode()).get("layers")
         for name, layer_format in (layers if isinstance(layers, dict) else {}).items():
             _expect(files, name, layer_format)
+            marked |= {key: HEADER for key in known if key == f"{name}.weight" or key.endswith(f".{name}.weight")}
+    if unscaled := sorted(marked.keys() - scales.keys()):
+        raise CheckpointError(
+            f"{files.paths[0]}: {unscaled[0]} is quantised by {marked[unscaled[0]]}, but its weight_scale is missing; "
+            "download the file again"
+        )
     return [key for key in keys if key not in auxiliary], scales
 
 

@@ -41,7 +41,7 @@ MAGIC = {
     b"<": "a web page, not a model; the download link led to a page, download the file itself",
     b"PK\x03\x04": "a pickle or zip archive, which is never opened; get the .safetensors version of the model",
     b"\x80": "a pickle, which is never opened (it can run code); get the .safetensors version of the model",
-    b"GGUF": "a GGUF file under another name; rename it to .gguf",
+    b"GGUF": "a GGUF file, which can't be read here; get the .safetensors version of the model",
     b"{": "a JSON file, not weights",
 }
 
