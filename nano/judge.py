@@ -16,7 +16,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from . import scenes
-from .scenes import COLOURS, PLACES, SHAPES, Scene
+from .scenes import COLOURS, EXTRA_SHAPES, PLACES, SHAPES, Scene
 
 CONTRAST = 0.16  # RGB distance (of 0..1) from the background that makes an object; the palette's closest two: 0.3
 COLOUR_LIMIT = 0.2  # RGB distance beyond which a colour is none of the palette
@@ -153,7 +153,7 @@ def _shape(part: np.ndarray) -> str | None:
 @cache
 def _outlines() -> dict[str, np.ndarray]:
     outlines = {}
-    for shape in SHAPES:
+    for shape in (*SHAPES, *EXTRA_SHAPES):
         item = scenes.Item(shape, (1.0, 1.0, 1.0), 64, 64, 48)
         scene = scenes.Scene(128, 128, (0.0, 0.0, 0.0), (item,), "one", "black", (("white", shape),))
         part = scenes.draw([scene])[0, 0].numpy() > 0

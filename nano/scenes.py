@@ -33,6 +33,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "brown": (125, 75, 40),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
+EXTRA_SHAPES = ("moon",)  # drawn and judged, but not shown to the model: its LoRA brings them
 PLACES: dict[str, tuple[float, float]] = {  # centre, as a share of width and height
     "center": (0.5, 0.5),
     "left": (0.25, 0.5),
@@ -206,7 +207,7 @@ def _layers(scenes: Sequence[Scene], step: int) -> Iterator[tuple[Tensor, list[I
     column = torch.arange(width // step) * step + step / 2
     row = (torch.arange(height // step) * step + step / 2).unsqueeze(1)
     for layer in range(max(len(scene.items) for scene in scenes)):
-        for shape in SHAPES:
+        for shape in (*SHAPES, *EXTRA_SHAPES):
             drawn = [(i, s.items[layer]) for i, s in enumerate(scenes) if layer < len(s.items)]
             drawn = [(i, item) for i, item in drawn if item.shape == shape]
             if not drawn:
@@ -249,7 +250,9 @@ def distance(shape: str, u: Tensor, v: Tensor) -> Tensor:
         foot = (x + y).clamp(min=0) / 2
         flank = torch.minimum(x**2 + (y - 1) ** 2, (x - foot) ** 2 + (y - foot) ** 2).sqrt() * torch.sign(x - y)
         return torch.where(x + y > 1, lobe, flank) * 1.55
-    raise ValueError(f"shape is {shape!r}, expected one of {', '.join(SHAPES)}")
+    if shape == "moon":
+        return torch.maximum((u * u + v * v).sqrt() - 0.98, 0.82 - ((u - 0.45) ** 2 + v * v).sqrt())
+    raise ValueError(f"shape is {shape!r}, expected one of {', '.join((*SHAPES, *EXTRA_SHAPES))}")
 
 
 def _blur(image: Tensor) -> Tensor:

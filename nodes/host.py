@@ -26,6 +26,10 @@ DEPTH = 2  # models/zimage/<name> and models/zimage/<author>/<name>
 
 # Known to the host from now on: extra_model_paths.yaml may add further folders under the same name.
 folder_paths.add_model_folder_path("zimage", os.path.join(folder_paths.models_dir, "zimage"))
+# GGUF files lie in the same folders, but the host does not list them; the lists of folders are shared, not copied
+GGUF_KINDS = {kind: f"zimage_gguf_{kind}" for kind in ("diffusion_models", "text_encoders")}
+for _kind, _own in GGUF_KINDS.items():
+    folder_paths.folder_names_and_paths[_own] = (folder_paths.folder_names_and_paths[_kind][0], {".gguf"})
 
 
 def model_choices(component: str) -> list[str]:
@@ -81,12 +85,14 @@ def _roots() -> list[Path]:
 
 def _files(component: str) -> dict[str, tuple[str, str]]:
     """Name, as the combo shows it ("folder/file"), to (the host's folder kind, the file's name in it)."""
-    return {
-        f"{kind}/{name}": (kind, name)
-        for kind in FILE_KINDS[component]
-        for name in folder_paths.get_filename_list(kind)
-        if name.lower().endswith(FILE_SUFFIXES)
-    }
+    found: dict[str, tuple[str, str]] = {}
+    for kind in FILE_KINDS[component]:
+        names = [name for name in folder_paths.get_filename_list(kind) if name.lower().endswith(FILE_SUFFIXES)]
+        found |= {f"{kind}/{name}": (kind, name) for name in names}
+        if kind in GGUF_KINDS:
+            own = GGUF_KINDS[kind]
+            found |= {f"{kind}/{name}": (own, name) for name in folder_paths.get_filename_list(own)}
+    return found
 
 
 def _snapshots() -> dict[str, Path]:

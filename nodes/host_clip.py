@@ -16,6 +16,7 @@ from torch import nn
 from ..zimage_core.checkpoint import open_component, open_tokenizer, snapshot_folder
 from ..zimage_core.text_encoder import TextEncoder
 from ..zimage_core.tokenizer import Tokenizer
+from . import host_packed
 
 NAME = "qwen3_4b"  # the host's name for this encoder: key of its tokens, prefix of its parameters, so LoRA files fit
 # the tokenizer that comes with the host: Qwen's, whose ids are those of Qwen3 for every text
@@ -116,11 +117,17 @@ def load_clip(
     dtype = weight_dtype or component.dtype()
     if dtype.itemsize == 1:  # fp8 without scales: an Embedding can't look rows up in it
         dtype = torch.bfloat16
-
-    # Read and checked as a plain module first: the host's layers may hold no parameters before they are loaded.
-    weights = component.build(dtype=dtype).state_dict()
-    encoder = TextEncoder(config, ops=comfy.ops.manual_cast, device="meta", dtype=dtype)
-    encoder.load_state_dict(weights, strict=True, assign=True)
+    quantised = weight_dtype is None and host_packed.keeps(component)
+    if quantised:
+        operations, build_device = host_packed.operations(
+            component, torch.float32, mm.text_encoder_device(), exact=True
+        )
+        weights = host_packed.state_dict(component, dtype, torch.float32)
+        encoder = TextEncoder(config, ops=operations, device=build_device, dtype=dtype)
+    else:
+        weights = component.state_dict(dtype)
+        encoder = TextEncoder(config, ops=comfy.ops.manual_cast, device="meta", dtype=dtype)
+    encoder.requires_grad_(False).load_state_dict(weights, strict=True, assign=True)
     model = HostTextModel(encoder.requires_grad_(False).eval(), dtype)
 
     clip = comfy.sd.CLIP(
@@ -129,6 +136,9 @@ def load_clip(
         model_options={"dtype": dtype, "initial_device": torch.device("cpu")},
         disable_dynamic=disable_dynamic,
     )
+    if quantised:
+        plain = clip.patcher
+        clip.patcher = host_packed.PackedPatcher(plain.model, plain.load_device, plain.offload_device)
     clip.patcher.cached_patcher_init = (load_clip_patcher, (str(path), weight_dtype))
     return clip
 

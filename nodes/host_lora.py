@@ -79,15 +79,15 @@ def add_lora(
 
 def _weights(patcher: ModelPatcher, prefix: str) -> dict[str, Tensor]:
     """Our parameter names -> the weights without any patch."""
-    state = patcher.model.state_dict()
+    weights = dict(patcher.model.named_parameters())
     plain = {key: backup.weight for key, backup in patcher.backup.items()}
-    return {key.removeprefix(prefix): plain.get(key, state[key]) for key in state if key.startswith(prefix)}
+    return {key.removeprefix(prefix): plain.get(key, weights[key]) for key in weights if key.startswith(prefix)}
 
 
 def _patch(patcher: ModelPatcher, opened: lora.Lora, component: str, strength: float) -> None:
     if not strength:
         return  # a patch of strength 0 would still cost its time on every load
-    rows = {key: len(weight) for key, weight in patcher.model.state_dict().items() if weight.ndim}
+    rows = {key: len(weight) for key, weight in patcher.model.named_parameters() if weight.ndim}
     patches: dict[Any, HostAdapter] = {}
     for target, adapter in opened.of(component).items():
         key = PREFIXES[component] + target.name

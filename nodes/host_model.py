@@ -5,6 +5,7 @@ The class derives from the host's native Z-Image model and keeps its parameter n
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ..zimage_core.checkpoint import Component, Snapshot, open_component, schedu
 from ..zimage_core.config import SchedulerConfig, TransformerConfig
 from ..zimage_core.sampling import model_time, velocity
 from ..zimage_core.transformer import ZImageTransformer
+from . import host_packed
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 NATIVE_DIM = 3840  # the width for which the host measured memory_usage_factor
@@ -116,12 +118,18 @@ class _BlockHook:
 class ZImageModel(comfy.model_base.Lumina2):
     """The host's native model class around our network: being a Lumina2 is what makes the host map Z-Image's LoRA."""
 
-    def __init__(self, model_config: ZImageModelConfig, config: TransformerConfig, scheduler: SchedulerConfig):
+    def __init__(
+        self,
+        model_config: ZImageModelConfig,
+        config: TransformerConfig,
+        scheduler: SchedulerConfig,
+        device: torch.device,
+    ):
         comfy.model_base.BaseModel.__init__(
             self,
             model_config,
             comfy.model_base.ModelType.FLOW,
-            device=torch.device("meta"),
+            device=device,
             unet_model=partial(HostTransformer, config),
         )
         self.memory_usage_factor_conds = ("ref_latents",)  # read by the inherited extra_conds_shapes
@@ -158,19 +166,26 @@ def load_model(path: str | Path, weight_dtype: torch.dtype | None = None, disabl
     config = component.config
     model_config = ZImageModelConfig(path, config, scheduler)
     device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
-    storage, compute = _dtypes(weight_dtype, component, model_config.supported_inference_dtypes, device)
+    quantised = weight_dtype is None and host_packed.keeps(component)
+    if quantised:
+        storage, compute = component.dtype(), mm.unet_manual_cast(None, device, model_config.supported_inference_dtypes)
+        model_config.custom_operations, build_device = host_packed.operations(component, compute, device)
+        weights = host_packed.state_dict(component, storage, compute)
+    else:
+        storage, compute = _dtypes(weight_dtype, component, model_config.supported_inference_dtypes, device)
+        build_device = torch.device("meta")
+        weights = component.state_dict(None if storage in FP8 else storage)  # norms stay as they are
     model_config.set_inference_dtype(storage, compute)
 
-    # Read and checked as a plain module first: the host's layers may hold no parameters before they are loaded.
-    weights = component.build(dtype=None if storage in FP8 else storage).state_dict()  # norms stay as they are
-    model = ZImageModel(model_config, config, scheduler)
-    model.diffusion_model.load_state_dict(weights, strict=True, assign=True)
+    model = ZImageModel(model_config, config, scheduler, build_device)
+    model.diffusion_model.requires_grad_(False).load_state_dict(weights, strict=True, assign=True)
     model.diffusion_model.requires_grad_(False).eval()
     model.device = offload_device  # until here "meta", where it was built
     model.to(offload_device)
 
     # The host rebinds CoreModelPatcher when it starts; it must be looked up at the time of the call.
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    kind = host_packed.PackedPatcher if quantised else kind
     patcher = kind(model, load_device=device, offload_device=offload_device)
     patcher.cached_patcher_init = (load_model, (str(path), weight_dtype))
     return patcher
@@ -185,8 +200,7 @@ def _dtypes(
     """(dtype of the weights in memory, dtype to which each layer casts them or None to compute in the former)."""
     if storage is None:
         stored = component.dtype()
-        with torch.device("meta"):
-            parameters = sum(parameter.numel() for parameter in ZImageTransformer(component.config).parameters())
+        parameters = sum(math.prod(shape) for shape in component.shapes.values())
         storage = mm.unet_dtype(device=device, model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
         if storage.itemsize > stored.itemsize:
             storage = stored  # casting up would cost memory and gain nothing

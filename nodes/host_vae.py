@@ -30,7 +30,7 @@ class ZImageVAE(comfy.sd.VAE):
         self.vae_dtype = mm.vae_dtype(self.device, self.working_dtypes)
         self.output_device = mm.intermediate_device()
 
-        weights = component.build(dtype=self.vae_dtype).state_dict()
+        weights = component.state_dict(self.vae_dtype)
         module = AutoencoderKL(config, ops=comfy.ops.disable_weight_init, device="meta", dtype=self.vae_dtype)
         mm.archive_model_dtypes(module)
         module.load_state_dict(weights, strict=True, assign=True)

@@ -11,7 +11,7 @@ CATEGORY = "Z-Image"
 ALIASES = ["z-image", "zimage", "load", "checkpoint", "diffusers", "snapshot"]
 MODEL_TOOLTIP = (
     "The built-in nano model (for demonstration and tests: simple shapes at 128x128), a Z-Image snapshot folder in "
-    "models/zimage or models/diffusers, or a single .safetensors file in the folder that its name begins with."
+    "models/zimage or models/diffusers, or a single .safetensors or .gguf file in the folder that its name begins with."
 )
 # None is the file's own, fitted to the device
 WEIGHT_DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from zimage_core import sampling
+from zimage_core.checkpoint import CheckpointError
 from zimage_core.pipeline import ZImagePipeline
 
 NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
@@ -101,3 +102,28 @@ def test_float16_does_not_overflow():
         pipe.transformer.layers[1].feed_forward.w3.weight *= 3000
         pipe.transformer.layers[1].feed_forward.w1.weight *= 3000
     assert torch.isfinite(pipe.generate("a red circle", output="latents", **SMALL)).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("transformer", "layers.1.attention.qkv.weight"),
+        ("text_encoder", "model.layers.0.mlp.up_proj.weight"),
+        ("vae", "decoder.mid.block_1.conv1.bias"),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_named(kind, name):
+    pipe = ZImagePipeline.from_pretrained(NANO)
+    with torch.no_grad():
+        weight = getattr(pipe, kind).get_parameter(name)
+        weight.copy_(weight)
+        weight.view(-1)[3] = float("nan")
+    words = f"{name} of the {kind.replace('_', ' ')} has values that are not finite .* download it again"
+    with pytest.raises(CheckpointError, match=words):
+        pipe.generate("a red circle", width=64, height=64, steps=1)
+
+
+def test_precision_that_is_too_low_is_told_from_damage():
+    pipe = ZImagePipeline.from_pretrained(NANO)
+    with pytest.raises(CheckpointError, match="though all weights are: .* choose bf16 or fp32"):
+        pipe.decode(torch.full((1, 16, 8, 8), float("inf")))

@@ -1,4 +1,4 @@
-"""fp8 files of three dialects: the values are the stored ones times their scale; other formats are named."""
+"""Quantised files of every dialect: the numbers are exactly those that are meant; other formats are named."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfy_kitchen.tensor import QuantizedTensor
 from safetensors.torch import save_file
 from torch import Tensor
 
 from zimage_core.checkpoint import CheckpointError, Snapshot, open_component
+from zimage_core.config import TransformerConfig
 from zimage_core.pipeline import ZImagePipeline
+from zimage_core.transformer import ZImageTransformer
+
+from .quantising import BLOCKS, block_quantise, quantise, with_markers
 
 NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
 CONFIG = {"zimage.transformer.config": (NANO / "transformer" / "config.json").read_text()}
@@ -20,38 +25,6 @@ CONFIG = {"zimage.transformer.config": (NANO / "transformer" / "config.json").re
 @pytest.fixture(scope="module")
 def plain() -> dict[str, Tensor]:
     return {name: value.clone() for name, value in Snapshot(NANO).transformer().state_dict().items()}
-
-
-def is_layer(name: str, tensor: Tensor) -> bool:
-    return tensor.ndim == 2 and name.startswith(("layers.", "noise_refiner.", "context_refiner."))
-
-
-def quantise(plain: dict[str, Tensor], dialect: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(the tensors of a file, the values that it means in float64)."""
-    stored, meant = dict(plain), {name: value.double() for name, value in plain.items()}
-    form = str(dtype).removeprefix("torch.")
-    for name, tensor in plain.items():
-        if not is_layer(name, tensor):
-            continue
-        layer = name.removesuffix(".weight")
-        scale = torch.tensor(1.0)
-        if dialect == "by rows":
-            scale = tensor.float().abs().amax(1, keepdim=True) / torch.finfo(dtype).max
-        elif dialect != "alone":
-            scale = tensor.float().abs().max() / torch.finfo(dtype).max
-        stored[name] = (tensor.float() / scale).to(dtype)
-        meant[name] = stored[name].double() * scale.double()
-        if dialect == "old":
-            stored |= {f"{layer}.scale_weight": scale, f"{layer}.scale_input": torch.tensor(1.0)}
-        elif dialect in ("marked", "by rows"):
-            marker = json.dumps({"format": form, "full_precision_matrix_mult": False}).encode()
-            stored |= {f"{layer}.weight_scale": scale, f"{layer}.input_scale": torch.tensor(1.0)}
-            stored[f"{layer}.comfy_quant"] = torch.tensor(list(marker), dtype=torch.uint8)
-        elif dialect == "header":
-            stored[f"{layer}.weight_scale"] = scale
-    if dialect == "old":
-        stored["scaled_fp8"] = torch.zeros(2, dtype=dtype)
-    return stored, meant
 
 
 def written(tmp_path: Path, stored: dict[str, Tensor], dialect: str, dtype: torch.dtype, prefix: str = "") -> Path:
@@ -107,22 +80,106 @@ def refusal(path: Path) -> str:
     return str(error.value)
 
 
+# Block formats, against the host's own package
+
+
+@pytest.mark.parametrize("where", ["marked", "header", "nested"])
+@pytest.mark.parametrize("name", list(BLOCKS))
+def test_block_formats_mean_what_the_host_says(tmp_path, plain, name, where):
+    stored, meant, markers = block_quantise(plain, name)
+    metadata = dict(CONFIG)
+    if where == "header":
+        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": markers})
+    else:
+        if where == "nested":
+            markers = {layer: {"format": marker["format"], "params": marker} for layer, marker in markers.items()}
+        stored = with_markers(stored, markers)
+    save_file(stored, tmp_path / "m.safetensors", metadata)
+    component = open_component(tmp_path / "m.safetensors", "transformer")
+    assert component.dtype() == torch.bfloat16
+    found = component.build(dtype=torch.float32).state_dict()
+    assert found.keys() == meant.keys()
+    for key, value in found.items():
+        torch.testing.assert_close(value, meant[key], rtol=1e-6, atol=1e-7, msg=key)
+    changed = sum(not torch.equal(value, plain[key].float()) for key, value in found.items())
+    assert changed >= len(markers) - 1  # the files are not the plain weights
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8"])
+def test_padding_to_whole_tiles_is_cut_off(tmp_path, name):
+    """The caption embedder of this config is 40 wide: the formats store it 48 or 64 wide."""
+    config = TransformerConfig.from_dict({**json.loads(CONFIG["zimage.transformer.config"]), "cap_feat_dim": 40}, "")
+    torch.manual_seed(0)
+    model = ZImageTransformer(config)
+    plain = {key: torch.randn_like(value) for key, value in model.state_dict().items()}
+    layout, options, _ = BLOCKS[name]
+    key = "cap_embedder.1.weight"
+    scale = {"scale": plain[key].abs().max() / (448 * 6)} if options else {}
+    packed = QuantizedTensor.from_float(plain[key], layout, **scale)
+    stored = {**plain, **packed.state_dict(key)}
+    assert packed.is_padded
+    stored["cap_embedder.1.comfy_quant"] = torch.tensor(list(json.dumps({"format": name}).encode()), dtype=torch.uint8)
+    numbers = json.dumps({**json.loads(CONFIG["zimage.transformer.config"]), "cap_feat_dim": 40})
+    save_file(stored, tmp_path / "m.safetensors", {"zimage.transformer.config": numbers})
+    found = open_component(tmp_path / "m.safetensors", "transformer").build(dtype=torch.float32)
+    torch.testing.assert_close(found.state_dict()[key], packed.dequantize(), rtol=1e-6, atol=1e-7)
+
+
+def test_smoothing_belongs_to_the_weight(tmp_path, plain):
+    """nvfp4's pre_quant_scale multiplies the layer's input."""
+    stored, meant, markers = block_quantise(plain, "nvfp4")
+    layer = next(iter(markers))
+    smoothing = torch.rand(plain[f"{layer}.weight"].shape[1]) + 0.5
+    stored[f"{layer}.pre_quant_scale"] = smoothing
+    metadata = CONFIG | {"_quantization_metadata": json.dumps({"layers": markers})}
+    save_file(stored, tmp_path / "m.safetensors", metadata)
+    found = open_component(tmp_path / "m.safetensors", "transformer").build(dtype=torch.float32).state_dict()
+    x = torch.randn(3, len(smoothing))
+    expected = (x * smoothing) @ meant[f"{layer}.weight"].T
+    torch.testing.assert_close(x @ found[f"{layer}.weight"].T, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dialect", ["marked", "header"])
-@pytest.mark.parametrize("form", ["nvfp4", "mxfp8", "int8_tensorwise", "convrot_w4a4"])
-def test_other_formats_are_named(tmp_path, plain, form, dialect):
-    marker = torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)
+def test_other_formats_are_named(tmp_path, plain, dialect):
     metadata = dict(CONFIG)
     stored = dict(plain)
     if dialect == "marked":
+        marker = torch.tensor(list(json.dumps({"format": "fp2"}).encode()), dtype=torch.uint8)
         stored["layers.0.attention.qkv.comfy_quant"] = marker
     else:
-        layers = {"layers.0.attention.qkv": {"format": form}}
-        metadata["_quantization_metadata"] = json.dumps({"layers": layers})
+        metadata["_quantization_metadata"] = json.dumps({"layers": {"layers.0.attention.qkv": {"format": "fp2"}}})
     save_file(stored, tmp_path / "m.safetensors", metadata)
     message = refusal(tmp_path / "m.safetensors")
-    assert (
-        f"layers.0.attention.qkv is quantised as '{form}'" in message and "load a bf16, fp16 or fp8 version" in message
-    )
+    assert "layers.0.attention.qkv is quantised as 'fp2'" in message and "load a bf16, fp16 or fp8 version" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("nvfp4", "weight_scale_2", "weight_scale_2 is missing"),
+        ("mxfp8", "weight_scale", "weight_scale is missing"),
+        ("int8_tensorwise", "weight_scale", "weight_scale is missing"),
+        ("convrot_w4a4", "weight_scale", "weight_scale is missing"),
+        ("convrot_w4a4", "groupsize", "convrot_groupsize is 48, expected a power of 4"),
+        ("nvfp4", "short scale", "weight_scale has shape"),
+        ("int8_tensorwise", "dtype", "stored as F32"),
+    ],
+)
+def test_damaged_block_formats(tmp_path, plain, name, damage, words):
+    stored, _, markers = block_quantise(plain, name)
+    layer = next(iter(markers))
+    if damage == "groupsize":
+        markers[layer]["convrot_groupsize"] = 48
+    elif damage == "short scale":
+        stored[f"{layer}.weight_scale"] = stored[f"{layer}.weight_scale"][:32].clone()
+    elif damage == "dtype":
+        stored[f"{layer}.weight"] = stored[f"{layer}.weight"].float()
+    else:
+        del stored[f"{layer}.{damage}"]
+    metadata = CONFIG | {"_quantization_metadata": json.dumps({"layers": markers})}
+    save_file(stored, tmp_path / "m.safetensors", metadata)
+    message = refusal(tmp_path / "m.safetensors")
+    assert layer in message and words in message
 
 
 def test_damaged_markers_and_scales(tmp_path, plain):
@@ -133,7 +190,7 @@ def test_damaged_markers_and_scales(tmp_path, plain):
         unscaled, _ = quantise(plain, dialect, torch.float8_e4m3fn)
         del unscaled["layers.0.attention.qkv.weight_scale"]
         message = refusal(written(tmp_path, unscaled, dialect, torch.float8_e4m3fn))
-        assert "layers.0.attention.qkv.weight is quantised by" in message and "weight_scale is missing" in message
+        assert "layers.0.attention.qkv.weight is quantised as" in message and "weight_scale is missing" in message
     broken = {**stored, "layers.0.attention.qkv.weight_scale": torch.ones(7)}
     message = refusal(written(tmp_path, broken, "marked", torch.float8_e4m3fn))
     assert "weight_scale has shape [7], expected one number or 576" in message

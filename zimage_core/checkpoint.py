@@ -10,22 +10,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import detect, key_maps, quantised
+from . import detect, key_maps, packed, quantised
 from .config import CheckpointError, SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from .key_maps import KeyMap
-from .tensor_files import DTYPES, TensorFiles, read_header
+from .tensor_files import TensorFiles, read_header
 from .text_encoder import TextEncoder
 from .tokenizer import Tokenizer
 from .transformer import ZImageTransformer
 from .vae import AutoencoderKL
 
-__all__ = ["CheckpointError", "Component", "Snapshot", "open_component", "open_tokenizer", "schedule_of"]
+__all__ = [
+    "CheckpointError",
+    "Component",
+    "Snapshot",
+    "not_finite",
+    "open_component",
+    "open_tokenizer",
+    "schedule_of",
+]
 
 INDEX = ".safetensors.index.json"
 SHOWN_KEYS = 5  # of a list of keys in an error
@@ -85,6 +94,27 @@ def snapshot_folder(path: str | Path) -> Path | None:
     return path.parent if path.name in NETWORKS and (path / "config.json").is_file() else path
 
 
+def not_finite(**models: nn.Module) -> CheckpointError:
+    """Why a network of a kind (`transformer=...`) puts out numbers that are not finite: the first such weight's name.
+
+    Weights are only looked through once a result is bad, so that loading need not read them all.
+    """
+    for kind, model in models.items():
+        layers = packed.layers(model)
+        for name in [*(name for name, _ in model.named_parameters()), *layers]:
+            values = layers[name].expanded() if name in layers else model.get_parameter(name)
+            if not values.float().isfinite().all():
+                return CheckpointError(
+                    f"{name} of the {kind.replace('_', ' ')} has values that are not finite (NaN or infinite): "
+                    "the file is damaged, download it again"
+                )
+    kinds = " and ".join(kind.replace("_", " ") for kind in models)
+    return CheckpointError(
+        f"the {kinds} gave values that are not finite (NaN or infinite), though all weights are: their precision "
+        "is too low for such values, choose bf16 or fp32"
+    )
+
+
 class Component:
     """The weights of one network: in which files, under which names, and its numbers."""
 
@@ -104,36 +134,56 @@ class Component:
         self.config = config
         self.config_source = config_source
         self.source = str(files.paths[0] if len(files.paths) == 1 else files.paths[0].parent)
-        weights, self._scales = quantised.split(files, files.entries if keys is None else keys)
-        self._keys = {key.removeprefix(prefix): key for key in weights}  # without prefix -> in the file
+        self.weights = quantised.Weights(files, files.entries if keys is None else keys)
+        self._keys = {key.removeprefix(prefix): key for key in self.weights.keys}  # without prefix -> in the file
         self._sources = self.key_map.sources(self._keys)
 
     def build(self, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> Any:
-        """The network, ready to run. `dtype` None keeps each tensor's own; scaled fp8 then becomes bfloat16."""
-        model = NETWORKS[self.kind](self.config, device="meta", dtype=dtype)
-        self.load(model, device=device, dtype=dtype)
-        return model
+        """The network, ready to run. `dtype` None keeps each tensor's own; what is quantised then becomes bfloat16.
 
-    def load(self, model: nn.Module, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> None:
-        """Into a network that somebody else built (a host, say), usually on the meta device.
-
-        Checks every key and shape against it from the headers, then assigns the file-mapped tensors. Only tensors that
-        are cast, moved or fused are copied, one at a time.
+        Checks every key and shape from the headers, then assigns the file-mapped tensors. Only tensors that are cast,
+        moved, fused or quantised are copied, one at a time. Layers of a GGUF file stay as they are (`packed`).
         """
+        shapes = self.shapes
+        model = NETWORKS[self.kind](self.config, device="meta", dtype=dtype)
+        for name, shape in shapes.items():
+            parts = self.packed(name)
+            if parts and all(part.is_gguf for part in parts):
+                self._check_shape(name, (sum(part.shape[0] for part in parts), *parts[0].shape[1:]), shape)
+                if packed.replace(model, name, parts, dtype or quantised.DEQUANTISED):
+                    continue
+            path, _, last = name.rpartition(".")
+            tensor = self.tensor(name, shape, device=device, dtype=dtype)
+            setattr(model.get_submodule(path), last, nn.Parameter(tensor, requires_grad=False))
+        return model.requires_grad_(False).eval().to(device)  # the buffers
+
+    def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """All parameters by name, none packed, for a network that somebody else built (a host, say)."""
+        return {name: self.tensor(name, shape, dtype=dtype) for name, shape in self.shapes.items()}
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter -> shape of the network. Raises CheckpointError unless the file holds all of them and no others."""
+        model = NETWORKS[self.kind](self.config, device="meta")
         wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self._check_keys(wanted)
-        loaded = {name: self._tensor(name, shape, device, dtype) for name, shape in wanted.items()}
-        model.load_state_dict(loaded, strict=True, assign=True)
-        model.requires_grad_(False).eval()
-        model.to(device)  # the buffers
+        return wanted
 
     def dtype(self) -> torch.dtype:
-        """That of most of its values, from the headers alone; scaled fp8 counts as what it becomes."""
-        return quantised.DEQUANTISED if self._scales else self.files.dtype(self._keys.values())
+        """That of most of its values, from the headers alone; what is quantised counts as what it becomes."""
+        return self.weights.dtype()
 
-    def _tensor(self, name: str, shape: tuple[int, ...], device: Any, dtype: torch.dtype | None) -> Tensor:
+    def packed(self, name: str) -> list[quantised.Packed]:
+        """A parameter as its file has it, if it is quantised: the parts that are stacked by rows, mostly one."""
+        parts = [self.weights.packed(self._keys[key]) for key in self._sources[name]]
+        return [part for part in parts if part is not None] if all(parts) else []
+
+    def tensor(
+        self, name: str, shape: tuple[int, ...], *, device: Any = "cpu", dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """A parameter's numbers, in the shape that the network has it."""
         keys = [self._keys[key] for key in self._sources[name]]
-        parts = [self._read(key, dtype) for key in keys]
+        parts = [self.weights.read(key, (shape[0] // len(keys), *shape[1:]), dtype) for key in keys]
         if any(part.shape[1:] != parts[0].shape[1:] for part in parts):
             shapes = ", ".join(f"{key} {list(part.shape)}" for key, part in zip(keys, parts, strict=True))
             raise CheckpointError(f"{self._file(keys[0])}: shapes don't fit together: {shapes}")
@@ -143,24 +193,16 @@ class Component:
             tensor = tensor[..., None, None]
         if name.endswith("pad_token") and tensor.ndim == 1:
             tensor = tensor[None]
-        if tuple(tensor.shape) != shape:
-            raise CheckpointError(
-                f"{self._file(keys[0])}: {keys[0]} has shape {list(tensor.shape)}, expected {list(shape)} by "
-                f"{self.config_source}; config and weights are of different models"
-            )
+        self._check_shape(name, tuple(tensor.shape), shape)
         return tensor
 
-    def _read(self, key: str, dtype: torch.dtype | None) -> Tensor:
-        tensor = self.files.read(key)
-        if (scale_key := self._scales.get(key)) is None:
-            return tensor
-        scale = self.files.read(scale_key)
-        if scale.numel() not in (1, len(tensor)):
+    def _check_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if found != expected:
+            key = self._keys[self._sources[name][0]]
             raise CheckpointError(
-                f"{self._file(scale_key)}: {scale_key} has shape {list(scale.shape)}, expected one number or "
-                f"{len(tensor)}; download the file again"
+                f"{self._file(key)}: {key} has shape {list(found)}, expected {list(expected)} by "
+                f"{self.config_source}; config and weights are of different models"
             )
-        return quantised.dequantised(tensor, scale).to(quantised.DEQUANTISED if dtype is None else torch.float32)
 
     def _check_keys(self, wanted: dict[str, Any]) -> None:
         missing = [name for name in wanted if name not in self._sources]
@@ -183,12 +225,7 @@ class Component:
             )
         for name in wanted:
             for key in self._sources[name]:
-                entry = self.files.entries[self._keys[key]]
-                if entry.dtype not in DTYPES:
-                    raise CheckpointError(
-                        f"{entry.path}: {self._keys[key]} is stored as {entry.dtype}, expected one of "
-                        f"{', '.join(DTYPES)}; get a version of the model that is not quantised"
-                    )
+                self.weights.check(self._keys[key])
 
     def _file(self, key: str) -> Path:
         return self.files.entries[key].path
@@ -205,7 +242,7 @@ def _from_file(path: Path, kind: str) -> Component:
         raise detect.refusal(kind, shapes, str(path))
     apart = detect.others(shapes, kind)
     keys = [key for key in shapes if key.startswith(prefix) and not (prefix == "" and key.startswith(apart))]
-    own = {key.removeprefix(prefix): shapes[key] for key in keys}
+    own = {key.removeprefix(prefix): shape for key, shape in quantised.Weights(files, keys).shapes().items()}
     config = detect.config(kind, own, files.metadata, str(path))
     return Component(kind, config, files, keys, prefix)
 

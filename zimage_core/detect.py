@@ -34,7 +34,11 @@ PREFIXES = {
 # keys of which one is in every file of the component, whatever its layout or precision
 ANCHORS = {
     "transformer": ("cap_embedder.1.weight",),
-    "text_encoder": ("model.layers.0.self_attn.q_norm.weight", "layers.0.self_attn.q_norm.weight"),
+    "text_encoder": (
+        "model.layers.0.self_attn.q_norm.weight",
+        "layers.0.self_attn.q_norm.weight",
+        "blk.0.attn_q_norm.weight",
+    ),
     "vae": ("decoder.conv_in.weight",),
 }
 # what a single file does not tell; the numbers of the published config.json of Turbo and Base alike
@@ -253,7 +257,7 @@ def _key_map(component: str, keys: Iterable[str]) -> KeyMap:
     if component == "transformer":
         return key_maps.TRANSFORMER
     if component == "text_encoder":
-        layers = _count(keys, "model.layers.") or _count(keys, "layers.")
+        layers = max(_count(keys, start) for start in ("model.layers.", "layers.", "blk."))
         return key_maps.text_encoder(layers + 1)
     return key_maps.vae(_count(keys, "encoder.down_blocks.") or _count(keys, "encoder.down."))
 

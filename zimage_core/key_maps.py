@@ -95,9 +95,35 @@ def text_encoder(layers: int) -> KeyMap:
     """text_encoder/ of a Qwen3 with this many layers; the last one, the final norm and the head are not used."""
     unused = (f"layers.{layers - 1}.*", "norm.weight")
     return KeyMap(
-        rename={"model.*": "model.*", "layers.*": "model.layers.*", "embed_tokens.*": "model.embed_tokens.*"},
-        drop=(*unused, *(f"model.{pattern}" for pattern in unused), "lm_head.weight"),
+        rename={
+            "model.*": "model.*",
+            "layers.*": "model.layers.*",
+            "embed_tokens.*": "model.embed_tokens.*",
+            "token_embd.*": "model.embed_tokens.*",
+            **{f"blk.*.{theirs}.weight": f"model.layers.*.{ours}.weight" for theirs, ours in LLAMA_CPP.items()},
+        },
+        drop=(
+            *unused,
+            *(f"model.{pattern}" for pattern in unused),
+            *(f"blk.{layers - 1}.*", "output_norm.weight", "output.weight"),
+            "lm_head.weight",
+        ),
     )
+
+
+LLAMA_CPP = {  # modules of a layer in the GGUF files of language models -> Qwen3's
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
 def vae(levels: int) -> KeyMap:

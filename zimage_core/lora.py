@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import detect, key_maps
+from . import detect, key_maps, packed
 from .adapters import EXTRAS, FAMILIES, Adapter
 from .config import CheckpointError
 from .tensor_files import TensorFiles
@@ -182,7 +182,8 @@ def open_lora(path: str | Path, shapes: Mapping[str, Mapping[str, Shape]]) -> Lo
 def shapes_of(**models: nn.Module | None) -> dict[str, dict[str, Shape]]:
     """transformer=..., text_encoder=...: what `open_lora` wants to know of them."""
     return {
-        kind: {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        kind: {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+        | {name: layer.shape for name, layer in packed.layers(model).items()}
         for kind, model in models.items()
         if model is not None
     }
@@ -299,24 +300,38 @@ def _dora(adapter: Adapter) -> str:
 def add(model: nn.Module, component: str, loras: Sequence[tuple[Lora, float]]) -> dict[str, Tensor]:
     """Adds LoRAs with their strengths to a model's weights; returns the weights as they were, for `remove`.
 
-    Each change is computed from the original weight in float32, so the order of the LoRAs does not matter.
+    Each change is computed from the original weight in float32, so the order of the LoRAs does not matter. Weights
+    that stay quantised are changed whenever they are expanded.
     """
     parameters = dict(model.named_parameters())
+    layers = packed.layers(model)
     before: dict[str, Tensor] = {}
     changes: dict[str, list[tuple[Target, Adapter, float]]] = {}
     for lora, strength in loras:
         for target, adapter in lora.of(component).items():
             changes.setdefault(target.name, []).append((target, adapter, strength))
     for name, adapters in changes.items():
+        if name in layers:
+            layers[name].changes = [_later(target, adapter, strength) for target, adapter, strength in adapters]
+            continue
         parameter = parameters[name]
         before[name] = parameter.data
         original = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-        total = torch.zeros_like(original)
-        for target, adapter, strength in adapters:
-            first, count = target.rows(len(original))
-            total[first : first + count] += adapter.change(original[first : first + count], strength)
+        total = sum(_change(original, *one) for one in adapters)
         parameter.data = (original + total).to(parameter.dtype)
     return before
+
+
+def _change(weight: Tensor, target: Target, adapter: Adapter, strength: float) -> Tensor:
+    """What an adapter adds to the whole weight, of which it may aim at some rows only."""
+    change = torch.zeros_like(weight)
+    first, count = target.rows(len(weight))
+    change[first : first + count] = adapter.change(weight[first : first + count], strength)
+    return change
+
+
+def _later(target: Target, adapter: Adapter, strength: float) -> Callable[[Tensor], Tensor]:
+    return lambda weight: _change(weight, target, adapter, strength)
 
 
 @torch.no_grad()
@@ -325,6 +340,8 @@ def remove(model: nn.Module, before: Mapping[str, Tensor]) -> None:
     parameters: dict[str, Any] = dict(model.named_parameters())
     for name, weight in before.items():
         parameters[name].data = weight
+    for layer in packed.layers(model).values():
+        layer.changes = []
 
 
 @torch.no_grad()

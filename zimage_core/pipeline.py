@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import lora, sampling
-from .checkpoint import CheckpointError, open_component, open_tokenizer, schedule_of
+from .checkpoint import CheckpointError, not_finite, open_component, open_tokenizer, schedule_of
 from .config import SchedulerConfig
 from .scheduler import sigmas
 from .text_encoder import TextEncoder
@@ -62,7 +62,7 @@ class ZImagePipeline:
         """Loads a snapshot folder or an all-in-one file. The VAE runs in float32 unless asked otherwise, as officially.
 
         transformer, text_encoder, vae: where that part comes from, if from elsewhere: a single file or a snapshot.
-        tokenizer: a snapshot or a tokenizer's folder; needed where the text encoder is a single file.
+        tokenizer: a snapshot or a tokenizer's folder; needed where no snapshot is given for the text encoder.
         The schedule is that of the transformer's snapshot; a single file gets Turbo's.
 
         Raises `CheckpointError`, naming the file, when something is missing, damaged or of another model.
@@ -74,7 +74,7 @@ class ZImagePipeline:
             raise CheckpointError(f"no model given for {missed}; name a snapshot, or a file for each")
         parts = {kind: open_component(place, kind) for kind, place in places.items()}
         return cls(
-            open_tokenizer(tokenizer or places["text_encoder"]),
+            open_tokenizer(tokenizer or _tokenizer_place(places["text_encoder"], path)),
             parts["text_encoder"].build(device=device, dtype=dtype),
             parts["transformer"].build(device=device, dtype=dtype),
             parts["vae"].build(device=device, dtype=vae_dtype),
@@ -154,6 +154,8 @@ class ZImagePipeline:
             dtype=self.dtype,
             callback=callback,
         )  # [B, 16, h, w] float32
+        if not latents.isfinite().all():
+            raise not_finite(transformer=self.transformer, text_encoder=self.text_encoder)
         return latents if output == "latents" else self.decode(latents)
 
     @torch.inference_mode()
@@ -170,7 +172,13 @@ class ZImagePipeline:
         """Scaled latents [B, 16, h, w] to pictures [B, 3, H, W] float32 in 0..1."""
         raw = self.vae.unscale(latents).to(next(self.vae.parameters()).dtype)
         pictures = torch.cat([self.vae.decode(item) for item in raw.split(1)])  # one by one bounds the memory
+        if not pictures.isfinite().all():
+            raise not_finite(vae=self.vae)
         return (pictures.float() / 2 + 0.5).clamp(0, 1)
+
+
+def _tokenizer_place(text_encoder: Path, path: str | Path | None) -> str | Path:
+    return path if path is not None and text_encoder.is_file() and Path(path).is_dir() else text_encoder
 
 
 def noise(seed: int | Sequence[int], shape: tuple[int, int, int, int]) -> Tensor:

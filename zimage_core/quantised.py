@@ -1,77 +1,287 @@
-"""Quantised weights: how each dialect marks them, and their exact values.
+"""Quantised weights: how each dialect marks and stores them, and the exact numbers that they mean.
 
-fp8 files come in three dialects: weights alone ("plain"), with `scale_weight` beside each and a `scaled_fp8` marker
-(the older one), and with `weight_scale` and a `comfy_quant` marker or a `_quantization_metadata` header (ComfyUI's).
+ComfyUI's files name a layer's format in a `comfy_quant` marker or in the file's `_quantization_metadata`; older fp8
+files have `scale_weight` beside each weight and a `scaled_fp8` marker; fp8 without scales is a dtype like any other.
+GGUF files name each tensor's type (`gguf_types`).
+
+Letters: N rows (out), K columns (in) of a weight; g the size of a rotated group.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import gguf_types
 from .config import CheckpointError
-from .tensor_files import TensorFiles
+from .tensor_files import DTYPES, TensorFiles
 
-SCALES = (".scale_weight", ".weight_scale")  # what `<layer>.weight` is multiplied with
-INPUT_SCALES = (".scale_input", ".input_scale")  # for matrix products in fp8; here they run in full precision
-MARKER = ".comfy_quant"  # JSON in bytes: {"format": ...}
-OLD_MARKER = "scaled_fp8"
+MARKER = "comfy_quant"  # a layer's JSON in bytes: {"format": ...}
 HEADER = "_quantization_metadata"  # of the file: {"layers": {layer: {"format": ...}}}
-FORMATS = ("float8_e4m3fn", "float8_e5m2")
-DEQUANTISED = torch.bfloat16  # where no dtype is asked for: fp8 times its scale, rounded once
+OLD_MARKER = "scaled_fp8"
+OLD_NAMES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}  # of the older fp8 files
+# tensors that may lie beside a quantised weight; input_scale is for matrix products in fp8, our own are exact
+PARTS = ("weight_scale", "weight_scale_2", "pre_quant_scale", "input_scale")
+DEQUANTISED = torch.bfloat16  # where no dtype is asked for
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # 4-bit floats without their sign, as of the OCP MX formats
+HADAMARD = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))  # regular: all rows have the same sum
+AGAIN = "download the file again"
+
+Parts = Mapping[str, Tensor]  # "weight" and what lies beside it
 
 
-def split(files: TensorFiles, keys: Iterable[str]) -> tuple[list[str], dict[str, str]]:
-    """(keys of weights, key of a quantised weight -> key of its scale). Raises CheckpointError for other formats."""
-    keys = list(keys)
-    known = set(keys)
-    scales: dict[str, str] = {}
-    auxiliary: set[str] = set()
-    marked: dict[str, str] = {}  # weight that is said to be quantised -> where that is said
-    for key in keys:
-        layer, _, last = key.rpartition(".")
-        if last == MARKER[1:]:
-            _expect(files, key, _json(files, key, bytes(files.read(key).flatten().to(torch.uint8).tolist())))
-            marked[f"{layer}.weight"] = key
-        elif f".{last}" in SCALES and f"{layer}.weight" in known:
-            scales[f"{layer}.weight"] = key
-        elif last != OLD_MARKER and not (f".{last}" in INPUT_SCALES and f"{layer}.weight" in known):
-            continue
-        auxiliary.add(key)
-    if stored := files.metadata.get(HEADER):
-        layers = _json(files, HEADER, stored.encode()).get("layers")
-        for name, layer_format in (layers if isinstance(layers, dict) else {}).items():
-            _expect(files, name, layer_format)
-            marked |= {key: HEADER for key in known if key == f"{name}.weight" or key.endswith(f".{name}.weight")}
-    if unscaled := sorted(marked.keys() - scales.keys()):
-        raise CheckpointError(
-            f"{files.paths[0]}: {unscaled[0]} is quantised by {marked[unscaled[0]]}, but its weight_scale is missing; "
-            "download the file again"
-        )
-    return [key for key in keys if key not in auxiliary], scales
+@dataclass(frozen=True)
+class Packed:
+    """A quantised weight as its file has it."""
+
+    format: str  # one of FORMATS or of gguf_types.TYPES
+    shape: tuple[int, ...]  # of the numbers; some formats pad it to whole tiles
+    tensors: Parts
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.format not in FORMATS
+
+    def expand(self) -> Tensor:
+        """The numbers, float32 [*shape], rounded only where float32 is."""
+        if self.is_gguf:
+            return gguf_types.expand(self.format, self.tensors["weight"], self.shape)
+        weight = FORMATS[self.format].expand(self.tensors, self.settings)
+        if (smoothing := self.tensors.get("pre_quant_scale")) is not None:
+            weight = weight * smoothing.float()  # it multiplies the layer's input, which is the same for the product
+        return weight
 
 
-def dequantised(weight: Tensor, scale: Tensor) -> Tensor:
-    """weight [out, in] times its scale, one number or one for each row; float32, exact but for its rounding."""
-    return weight.float() * (scale.float().reshape(-1, 1) if scale.numel() > 1 else scale.float().reshape(()))
+# The formats: stored dtypes of the weight, what has to lie beside it, and the numbers
 
 
-def _expect(files: TensorFiles, key: str, found: Any) -> None:
-    name = found.get("format") if isinstance(found, dict) else None
-    if name not in FORMATS:
-        raise CheckpointError(
-            f"{files.paths[0]}: {key.removesuffix(MARKER)} is quantised as {name!r}, expected one of "
-            f"{', '.join(FORMATS)}; load a bf16, fp16 or fp8 version of the model instead"
-        )
+@dataclass(frozen=True)
+class Format:
+    """One of ComfyUI's quantised formats."""
+
+    dtypes: tuple[str, ...]  # of `weight` in the file
+    scales: tuple[str, ...]  # tensors that must be there
+    values: int  # of one stored element
+    expand: Callable[[Parts, Mapping[str, Any]], Tensor]
+
+
+def _scaled(parts: Parts, _settings: Mapping[str, Any]) -> Tensor:
+    """One scale for all or one for each row."""
+    scale = parts["weight_scale"].float()
+    rows = len(parts["weight"])
+    if scale.numel() not in (1, rows):
+        raise ValueError(f"weight_scale has shape {list(scale.shape)}, expected one number or {rows}")
+    return parts["weight"].float() * (scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(()))
+
+
+def _int8(parts: Parts, settings: Mapping[str, Any]) -> Tensor:
+    weight = _scaled(parts, settings)
+    return _rotated_back(weight, settings) if settings.get("convrot") else weight
+
+
+def _convrot_w4a4(parts: Parts, settings: Mapping[str, Any]) -> Tensor:
+    """Two signed numbers of four bits in a byte, the even column in the lower half."""
+    packed = parts["weight"].to(torch.int8)
+    pairs = torch.stack((packed << 4 >> 4, packed >> 4), -1)  # [N, K/2, 2]
+    return _rotated_back(_scaled({**parts, "weight": pairs.flatten(1)}, settings), settings)
+
+
+def _mxfp8(parts: Parts, _settings: Mapping[str, Any]) -> Tensor:
+    """Blocks of 32 columns, scaled by a power of two."""
+    exponent = parts["weight_scale"].view(torch.uint8)
+    scale = torch.ldexp(torch.ones(exponent.shape), exponent.int() - 127)
+    return _by_block(parts["weight"].float(), scale, 32)
+
+
+def _nvfp4(parts: Parts, _settings: Mapping[str, Any]) -> Tensor:
+    """Blocks of 16 columns, two 4-bit floats in a byte, the even column in the upper half."""
+    packed = parts["weight"]
+    halves = torch.stack((packed >> 4, packed & 15), -1).flatten(1)  # [N, K]
+    table = torch.tensor(E2M1 + tuple(-value for value in E2M1))
+    scale = parts["weight_scale"].view(torch.float8_e4m3fn).float() * parts["weight_scale_2"].float()
+    return _by_block(table[halves.int()], scale, 16)
+
+
+def _by_block(weight: Tensor, scale: Tensor, block: int) -> Tensor:
+    """weight [N, K] times its blocks' scales, which lie in tiles of 128x4 (cuBLAS): entry (32a+b, c) at (b, 4a+c)."""
+    rows, columns = weight.shape
+    high, wide = -(-rows // 128), -(-columns // (4 * block))
+    if scale.numel() != high * wide * 512 or columns % block:
+        raise ValueError(f"weight_scale has shape {list(scale.shape)}, expected [{high * 128}, {wide * 4}]")
+    plain = scale.reshape(high, wide, 32, 4, 4).permute(0, 3, 2, 1, 4).reshape(high * 128, wide * 4)
+    return (weight.unflatten(1, (-1, block)) * plain[:rows, : columns // block, None]).flatten(1)
+
+
+def _rotated_back(weight: Tensor, settings: Mapping[str, Any]) -> Tensor:
+    """Each group of g columns times a symmetric orthogonal matrix, which undoes itself."""
+    group = settings.get("convrot_groupsize", 256)
+    if not isinstance(group, int) or group not in (4, 16, 64, 256, 1024) or weight.shape[1] % group:
+        raise ValueError(f"convrot_groupsize is {group!r}, expected a power of 4 that divides {weight.shape[1]}")
+    step = torch.tensor(HADAMARD, dtype=torch.float32)
+    rotation = step
+    while len(rotation) < group:
+        rotation = torch.kron(rotation, step)
+    return (weight.unflatten(1, (-1, group)) @ (rotation / group**0.5)).flatten(1)
+
+
+FORMATS = {
+    "float8_e4m3fn": Format(("F8_E4M3",), ("weight_scale",), 1, _scaled),
+    "float8_e5m2": Format(("F8_E5M2",), ("weight_scale",), 1, _scaled),
+    "mxfp8": Format(("F8_E4M3",), ("weight_scale",), 1, _mxfp8),
+    "nvfp4": Format(("U8",), ("weight_scale", "weight_scale_2"), 2, _nvfp4),
+    "int8_tensorwise": Format(("I8",), ("weight_scale",), 1, _int8),
+    "convrot_w4a4": Format(("I8",), ("weight_scale",), 2, _convrot_w4a4),
+}
+PADDED = {"mxfp8": 32, "nvfp4": 16}  # format -> the tile to whose size its weights are padded
+BY_DTYPE = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # of weights with a scale and no marker
+
+
+# Files
+
+
+class Weights:
+    """The weights among the tensors of a file, plain or quantised, by their keys."""
+
+    def __init__(self, files: TensorFiles, keys: Iterable[str]):
+        """Reads headers and markers. Raises CheckpointError for other formats and for missing scales."""
+        self.files = files
+        keys = list(keys)
+        self._layers: dict[str, tuple[str, Mapping[str, Any], dict[str, str]]] = {}  # key -> format, settings, parts
+        marked, beside = self._marks(keys)
+        # two values in the older marker mean that matrix products are not to be made in fp8
+        old_marker = next((key for key in keys if key.rpartition(".")[2] == OLD_MARKER), None)
+        exact = old_marker is not None and files.entries[old_marker].shape == (2,)
+        old = {"full_precision_matrix_mult": True} if exact else {}
+        for key, (settings, where) in marked.items():
+            self._layers[key] = (self._format(key, settings, where), settings, beside.pop(key, {}))
+        for key, parts in beside.items():
+            dtype = files.entries[key].dtype
+            if "weight_scale" in parts:
+                if dtype not in BY_DTYPE:
+                    raise CheckpointError(f"{files.paths[0]}: {key} has a scale, but is stored as {dtype}; {AGAIN}")
+                self._layers[key] = (BY_DTYPE[dtype], old, parts)
+        auxiliary = {part for _, _, parts in self._layers.values() for part in parts.values()}
+        auxiliary |= {key for key in keys if key.rpartition(".")[2] in (MARKER, OLD_MARKER)}
+        self.keys = [key for key in keys if key not in auxiliary]
+        self._check_layers()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: self._shape(key) for key in self.keys}
+
+    def dtype(self) -> torch.dtype:
+        """That of most values, from the headers alone; what is quantised counts as what it becomes."""
+        if self._layers or any(self._is_gguf(key) for key in self.keys):
+            return DEQUANTISED
+        return self.files.dtype(self.keys)
+
+    def packed(self, key: str) -> Packed | None:
+        """The weight as the file has it, if it is quantised."""
+        if self._is_gguf(key):
+            entry = self.files.entries[key]
+            return Packed(entry.dtype, entry.shape, {"weight": self.files.read(key)})
+        if key not in self._layers:
+            return None
+        name, settings, parts = self._layers[key]
+        tensors = {"weight": self.files.read(key)} | {part: self.files.read(at) for part, at in parts.items()}
+        return Packed(name, self._shape(key), tensors, settings)
+
+    def read(self, key: str, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The numbers: as they are stored if they are not quantised, else in this dtype (None: DEQUANTISED).
+
+        shape: what they should be, where some formats pad rows and columns to whole tiles.
+        """
+        packed = self.packed(key)
+        if packed is None:
+            return self.files.read(key)
+        try:
+            weight = packed.expand().to(dtype or DEQUANTISED)
+            tile = PADDED.get(packed.format, 1)
+            padding = [has - should for has, should in zip(weight.shape, shape or weight.shape, strict=False)]
+            if any(padding) and all(0 <= rows_or_columns < tile for rows_or_columns in padding):
+                weight = weight[: weight.shape[0] - padding[0], : weight.shape[1] - padding[1]]
+            return weight
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise CheckpointError(
+                f"{self.files.entries[key].path}: {key} ({packed.format}): {str(error).splitlines()[0]}; {AGAIN}"
+            ) from error
+
+    def _is_gguf(self, key: str) -> bool:
+        return self.files.entries[key].dtype in gguf_types.TYPES.keys() - gguf_types.PLAIN.keys()
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        shape = self.files.entries[key].shape
+        if key in self._layers and (values := FORMATS[self._layers[key][0]].values) > 1:
+            return (*shape[:-1], shape[-1] * values)
+        return shape
+
+    def _marks(self, keys: list[str]) -> tuple[dict[str, tuple[Mapping[str, Any], str]], dict[str, dict[str, str]]]:
+        """(weight -> its settings and where they are noted, weight -> part -> key of what lies beside it)."""
+        known = set(keys)
+        marked: dict[str, tuple[Mapping[str, Any], str]] = {}
+        beside: dict[str, dict[str, str]] = {}
+        for key in keys:
+            layer, _, last = key.rpartition(".")
+            part = OLD_NAMES.get(last, last)
+            if last == MARKER:
+                raw = self.files.read(key).flatten().to(torch.uint8).numpy().tobytes()
+                marked[f"{layer}.weight"] = (_json(self.files, key, raw), key)
+            elif part in PARTS and f"{layer}.weight" in known:
+                beside.setdefault(f"{layer}.weight", {})[part] = key
+        if stored := self.files.metadata.get(HEADER):
+            layers = _json(self.files, HEADER, stored.encode()).get("layers")
+            for name, settings in (layers if isinstance(layers, dict) else {}).items():
+                for key in known:
+                    if key == f"{name}.weight" or key.endswith(f".{name}.weight"):
+                        marked.setdefault(key, (settings if isinstance(settings, dict) else {}, HEADER))
+        for key, (_, where) in marked.items():
+            if key not in known:
+                raise CheckpointError(f"{self.files.paths[0]}: {key}, which {where} speaks of, is missing; {AGAIN}")
+        for key, (settings, where) in marked.items():
+            nested = settings.get("params")
+            marked[key] = ({**(nested if isinstance(nested, dict) else {}), **settings}, where)
+        return marked, beside
+
+    def _format(self, key: str, settings: Mapping[str, Any], where: str) -> str:
+        name = settings.get("format")
+        if name not in FORMATS:
+            raise CheckpointError(
+                f"{self.files.paths[0]}: {key.removesuffix('.weight')} is quantised as {name!r} by {where}, expected "
+                f"one of {', '.join(FORMATS)}; load a bf16, fp16 or fp8 version of the model instead"
+            )
+        return str(name)
+
+    def _check_layers(self) -> None:
+        for key, (name, _, parts) in self._layers.items():
+            entry, kind = self.files.entries[key], FORMATS[name]
+            if missing := [part for part in kind.scales if part not in parts]:
+                raise CheckpointError(
+                    f"{entry.path}: {key} is quantised as {name}, but its {' and '.join(missing)} is missing; {AGAIN}"
+                )
+            if entry.dtype not in kind.dtypes or len(entry.shape) != 2:
+                raise CheckpointError(
+                    f"{entry.path}: {key} is quantised as {name}, but stored as {entry.dtype} {list(entry.shape)}, "
+                    f"expected a matrix of {kind.dtypes[0]}; {AGAIN}"
+                )
+
+    def check(self, key: str) -> None:
+        """Raises CheckpointError if these are no weights: whole numbers, say, without a mark of what they mean."""
+        entry = self.files.entries[key]
+        if key not in self._layers and entry.dtype not in DTYPES and not self._is_gguf(key):
+            raise CheckpointError(
+                f"{entry.path}: {key} is stored as {entry.dtype}, expected one of {', '.join(DTYPES)}; "
+                "get a version of the model that is not quantised"
+            )
 
 
 def _json(files: TensorFiles, key: str, raw: bytes) -> dict[str, Any]:
     try:
         found = json.loads(raw)
-    except ValueError as error:
-        raise CheckpointError(f"{files.paths[0]}: {key} is damaged ({error}); download the file again") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{files.paths[0]}: {key} is damaged ({error}); {AGAIN}") from error
     return found if isinstance(found, dict) else {}

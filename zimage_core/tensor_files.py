@@ -1,4 +1,6 @@
-"""Safetensors files as one table of tensors: headers checked byte by byte, tensors read one at a time from the mapping.
+"""Weight files as one table of tensors: headers checked byte by byte, tensors read one at a time from the mapping.
+
+Safetensors and GGUF (`gguf_files`) look the same from here on; quantised tensors are bytes, `quantised` knows more.
 
 What is no safetensors file (a pickle, a web page, a git-lfs pointer, half a download) is refused with its name.
 """
@@ -16,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from . import gguf_files, gguf_types
 from .config import CheckpointError
 
 # bits of one value of each dtype of the format (https://github.com/huggingface/safetensors)
@@ -41,7 +44,6 @@ MAGIC = {
     b"<": "a web page, not a model; the download link led to a page, download the file itself",
     b"PK\x03\x04": "a pickle or zip archive, which is never opened; get the .safetensors version of the model",
     b"\x80": "a pickle, which is never opened (it can run code); get the .safetensors version of the model",
-    b"GGUF": "a GGUF file, which can't be read here; get the .safetensors version of the model",
     b"{": "a JSON file, not weights",
 }
 
@@ -51,8 +53,9 @@ class Entry:
     """A tensor as its file's header describes it."""
 
     path: Path
-    dtype: str  # one of BITS
+    dtype: str  # one of BITS, in a GGUF file one of gguf_types.TYPES
     shape: tuple[int, ...]
+    place: tuple[int, int] | None = None  # first byte and the one after the last, in a GGUF file
 
 
 class TensorFiles:
@@ -77,14 +80,30 @@ class TensorFiles:
         return {key: entry.shape for key, entry in self.entries.items()}
 
     def read(self, key: str) -> Tensor:
-        """The tensor, mapped from its file: no memory is taken until its values are used."""
-        path = self.entries[key].path
+        """The tensor, mapped from its file: no memory is taken until its values are used.
+
+        One of GGUF's quantised types comes as its bytes, [n] uint8.
+        """
+        entry = self.entries[key]
+        path = entry.path
         try:
+            if entry.place is not None:
+                return self._read_gguf(entry, *entry.place)
             if path not in self._open:
                 self._open[path] = safe_open(path, framework="pt")
             return self._open[path].get_tensor(key)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path}: {key} can't be read ({error}); download the file again") from error
+
+    def _read_gguf(self, entry: Entry, begin: int, end: int) -> Tensor:
+        if entry.path not in self._open:
+            size = entry.path.stat().st_size
+            self._open[entry.path] = torch.from_file(str(entry.path), shared=False, size=size, dtype=torch.uint8)
+        raw = self._open[entry.path][begin:end]
+        dtype = gguf_types.PLAIN.get(entry.dtype)
+        if dtype is None:
+            return raw
+        return (raw if begin % dtype.itemsize == 0 else raw.clone()).view(dtype).reshape(entry.shape)
 
     def dtype(self, keys: Iterable[str] | None = None) -> torch.dtype:
         """The dtype of most of the values of these tensors (None: all), from the headers alone."""
@@ -100,7 +119,7 @@ class TensorFiles:
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """(key -> entry, metadata) of a safetensors file, every byte of whose data is accounted for."""
+    """(key -> entry, metadata) of a safetensors or GGUF file, every byte of whose data is accounted for."""
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(
             f"{path}: a pickle file, which is never opened (it can run code); get the .safetensors version of the model"
@@ -119,9 +138,17 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raise CheckpointError(f"{path}: can't be read ({error.strerror}); check name and permissions") from error
     if size == 0:
         raise CheckpointError(f"{path}: the file is empty; download it again")
+    if start.startswith(gguf_files.MAGIC):
+        return _gguf_header(path)
     if not raw.startswith(b"{"):
         raise CheckpointError(f"{path}: {_what_else(start)}")
     return _entries(path, _json_object(path, raw), size - 8 - length)
+
+
+def _gguf_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    places, metadata = gguf_files.read_header(path)
+    entries = {key: Entry(path, at.dtype, at.shape, (at.begin, at.end)) for key, at in places.items()}
+    return entries, {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
 
 
 def _what_else(start: bytes) -> str:

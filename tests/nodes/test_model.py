@@ -389,7 +389,7 @@ def _anonymous_bytes() -> int:
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_fp8_files(pack, tmp_path, scaled):
-    """Without scales the weights stay in fp8 and are cast layer by layer; with scales they become bfloat16."""
+    """The weights stay in fp8 and are cast layer by layer; of a fused weight whose parts have scales, only then not."""
     (weights,) = (NANO / "transformer").glob("*.safetensors")
     tensors = load_file(weights)
     for name in [name for name in tensors if ".feed_forward." in name or ".attention.to_" in name]:
@@ -402,7 +402,8 @@ def test_fp8_files(pack, tmp_path, scaled):
     patcher = pack.host_model.load_model(tmp_path / "fp8.safetensors")
     kept = patcher.model.diffusion_model.state_dict()
     stored = kept["layers.0.feed_forward.w1.weight"].dtype
-    assert stored == (torch.bfloat16 if scaled else torch.float8_e4m3fn)
+    assert stored == torch.float8_e4m3fn
+    assert kept["layers.0.attention.qkv.weight"].dtype == (torch.float32 if scaled else torch.float8_e4m3fn)
     assert kept["layers.0.attention_norm1.weight"].dtype == torch.bfloat16
     text = conditioning(pack, "a red circle on a blue background")
     whole = sample(pack, pack.host_model.load_model(NANO, torch.float32), text)

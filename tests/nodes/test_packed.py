@@ -1,0 +1,249 @@
+"""Quantised files in the host: weights stay as the file has them, and LoRA and partial loading work on top, exactly."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from zimage_core import lora as core_lora
+from zimage_core.checkpoint import Snapshot, open_component
+
+from .. import gguf_writing
+from ..quantising import BLOCKS, block_quantise, quantise, with_markers
+
+NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
+KINDS = ("transformer", "text_encoder")
+CONFIGS = {f"zimage.{kind}.config": (NANO / kind / "config.json").read_text() for kind in KINDS}
+CPU = torch.device("cpu")
+PROMPT = "two red stars on a blue background"
+FORMATS = ["old", "marked", *BLOCKS, "gguf", "gguf, diffusers names"]
+# the host multiplies these in whole numbers of 8 or 4 bits, inputs included: how far off the picture may then be
+ROUNDED = {name: 0.5 if "w4a4" in name else 0.05 for name in BLOCKS if "int8" in name or "convrot" in name}
+
+
+def file_of(folder: Path, form: str) -> Path:
+    """The nano transformer in a quantised file."""
+    if form.startswith("gguf"):
+        native = Snapshot(NANO).transformer().state_dict()
+        published = load_file(NANO / "transformer" / "diffusion_pytorch_model.safetensors")
+        path = folder / "m.gguf"
+        tensors = {name: value.clone() for name, value in (published if "diffusers" in form else native).items()}
+        gguf_writing.write(path, tensors, gguf_writing.linear_weights("Q8_0"), strings=CONFIGS)
+        return path
+    plain = {name: value.clone() for name, value in Snapshot(NANO).transformer().state_dict().items()}
+    if form in BLOCKS:
+        stored, _, markers = block_quantise(plain, form)
+        stored = with_markers(stored, markers)
+    else:
+        stored, _ = quantise(plain, form, torch.float8_e4m3fn)
+    save_file(stored, folder / "m.safetensors", CONFIGS)
+    return folder / "m.safetensors"
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def form(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def path(form, tmp_path_factory) -> Path:
+    with torch.inference_mode(False):
+        return file_of(tmp_path_factory.mktemp("packed"), form)
+
+
+@pytest.fixture
+def lora_file(tmp_path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for module, rows, columns in (
+        ("layers.0.attention.to_k", 192, 192),
+        ("layers.1.feed_forward.w1", 512, 192),
+        ("layers.2.attention.qkv", 576, 192),
+    ):
+        tensors[f"diffusion_model.{module}.lora_A.weight"] = 0.2 * torch.randn(8, columns, generator=generator)
+        tensors[f"diffusion_model.{module}.lora_B.weight"] = 0.2 * torch.randn(rows, 8, generator=generator)
+    save_file(tensors, tmp_path / "l.safetensors")
+    folder_paths = importlib.import_module("folder_paths")
+    before = list(folder_paths.get_folder_paths("loras"))
+    folder_paths.add_model_folder_path("loras", str(tmp_path))
+    yield tmp_path / "l.safetensors"
+    folder_paths.folder_names_and_paths["loras"][0][:] = before
+
+
+def predict(model, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    latents, context = torch.randn(1, 16, 8, 8, generator=generator), torch.randn(1, 21, 128, generator=generator)
+    return model.apply_model(latents, torch.tensor([0.7]), c_crossattn=context, num_tokens=21, transformer_options={})
+
+
+def loaded(patcher, share: float | None = None):
+    """The patcher's model on its device, whole or only so much of it."""
+    management = importlib.import_module("comfy.model_management")
+    if share is None:
+        management.load_models_gpu([patcher])
+    else:
+        patcher.detach()
+        patcher.load(CPU, lowvram_model_memory=int(patcher.model_size() * share))
+        assert patcher.model.model_lowvram
+    return patcher.model
+
+
+def relative(ours: Tensor, reference: Tensor) -> float:
+    return ((ours - reference).norm() / reference.norm()).item()
+
+
+def reference(pack, path: Path, lora_file: Path | None = None, strength: float = 1.0):
+    """The same file expanded to float32 by the core, with the core's LoRA merged in float32, in the host."""
+    component = open_component(path, "transformer")
+    weights = component.state_dict(torch.float32)
+    patcher = pack.host_model.load_model(NANO, torch.float32)
+    if lora_file is not None:
+        plain = Snapshot(NANO).transformer(dtype=torch.float32)
+        plain.load_state_dict(weights)
+        opened = core_lora.open_lora(lora_file, core_lora.shapes_of(transformer=plain))
+        core_lora.add(plain, "transformer", [(opened, strength)])
+        weights = plain.state_dict()
+    patcher.model.diffusion_model.load_state_dict(weights)
+    return patcher
+
+
+def with_lora(pack, patcher, strength: float = 1.0):
+    return pack.lora.ZImageLoraLoader.execute(patcher, "l.safetensors", strength).args[0]
+
+
+def test_weights_stay_quantised_and_give_the_exact_result(pack, path, form):
+    patcher = pack.host_model.load_model(path)
+    assert type(patcher).__name__ == "PackedPatcher"
+    packed = [m for m in patcher.model.modules() if type(getattr(m, "weight", None)).__name__ == "QuantizedTensor"]
+    assert len(packed) >= 30
+    for layer in packed:
+        assert layer.weight.nbytes <= 1.1 * layer.weight.numel()
+    ours, exact = predict(loaded(patcher)), predict(loaded(reference(pack, path)))
+    plain = predict(loaded(pack.host_model.load_model(NANO, torch.float32)))
+    assert relative(ours, exact) <= ROUNDED.get(form, 1e-5)
+    assert 1e-4 < relative(ours, plain) < 0.6
+
+
+def test_a_chosen_precision_expands_the_weights(pack, path):
+    patcher = pack.host_model.load_model(path, torch.float32)
+    assert {parameter.dtype for parameter in patcher.model.diffusion_model.parameters()} == {torch.float32}
+    assert relative(predict(loaded(patcher)), predict(loaded(reference(pack, path)))) <= 1e-6
+
+
+@pytest.mark.parametrize("share", [None, 0.3, 0.7])
+def test_lora_is_exact_whole_or_partly_loaded_and_can_be_taken_off(pack, path, form, lora_file, share):
+    patcher = pack.host_model.load_model(path)
+    before = predict(loaded(patcher, share))
+    bytes_before = _bytes(patcher.model)
+    changed = with_lora(pack, patcher, 0.8)
+    ours = predict(loaded(changed, share))
+    exact = predict(loaded(reference(pack, path, lora_file, 0.8)))
+    assert relative(ours, exact) <= ROUNDED.get(form, 1e-5)
+    assert relative(ours, before) > 1e-2
+    for name in ("layers.0.attention.qkv", "layers.1.feed_forward.w1"):
+        layer = changed.model.diffusion_model.get_submodule(name)
+        x = torch.randn(3, layer.in_features)
+        merged = reference(pack, path, lora_file, 0.8).model.diffusion_model.get_parameter(f"{name}.weight")
+        assert relative(layer(x), x @ merged.T) <= 1e-5  # also in formats whose other layers the host rounds
+    changed.detach()
+    assert torch.equal(predict(loaded(patcher, share)), before)
+    assert _bytes(patcher.model) == bytes_before
+    patcher.detach()
+
+
+def test_partial_unloading_keeps_the_lora_once(pack, path, form, lora_file):
+    changed = with_lora(pack, pack.host_model.load_model(path))
+    whole = predict(loaded(changed))
+    changed.partially_unload(CPU, changed.model_size() // 2)
+    assert changed.model.model_lowvram
+    assert relative(predict(changed.model), whole) <= ROUNDED.get(form, 1e-5)
+    changed.partially_load(CPU, changed.model_size())
+    assert relative(predict(changed.model), whole) <= ROUNDED.get(form, 1e-5)
+    changed.detach()
+
+
+def test_the_report_on_overlap_reads_quantised_weights(pack, path, lora_file):
+    once = with_lora(pack, pack.host_model.load_model(path))
+    report = pack.lora.ZImageLoraLoader.execute(once, "l.safetensors", 1.0).args[2]
+    assert "with l.safetensors: cosine +1.00" in report
+
+
+def _bytes(model) -> list[bytes]:
+    weights = [m.weight for m in model.modules() if type(getattr(m, "weight", None)).__name__ == "QuantizedTensor"]
+    return [weight._qdata.view(torch.uint8).numpy().tobytes() for weight in weights]
+
+
+# Text encoders
+
+
+@pytest.mark.parametrize("form", ["old", "gguf"])
+def test_text_encoders_stay_quantised(pack, tmp_path, form):
+    with torch.inference_mode(False):
+        plain = load_file(NANO / "text_encoder" / "model.safetensors")
+        path = tmp_path / ("q.gguf" if form == "gguf" else "q.safetensors")
+        if form == "gguf":
+            gguf_writing.write(path, plain, gguf_writing.linear_weights("Q8_0"), strings=CONFIGS, architecture="qwen3")
+        else:
+            stored = dict(plain)
+            for name in [name for name in plain if name.endswith("proj.weight")]:
+                scale = plain[name].float().abs().max() / 448
+                stored[name] = (plain[name].float() / scale.clamp(min=1e-9)).to(torch.float8_e4m3fn)
+                stored[name.replace(".weight", ".scale_weight")] = scale
+            save_file(stored, path, CONFIGS)
+    component = open_component(path, "text_encoder")
+    expanded = Snapshot(NANO).text_encoder(dtype=torch.float32)
+    expanded.load_state_dict(component.state_dict(torch.float32))
+    clip = pack.host_clip.load_clip(path)
+    encoder = clip.cond_stage_model.encoder
+    packed = [m for m in encoder.modules() if type(getattr(m, "weight", None)).__name__ == "QuantizedTensor"]
+    assert len(packed) >= 20
+    ids = torch.tensor([[5, 0, 17, 639, 3]])
+    loaded(clip.patcher)
+    found = encoder(ids, dtype=torch.float32)
+    assert relative(found, expanded(ids)) <= 1e-5
+    tokens = pack.host_clip.HostTokenizer(Snapshot(NANO).tokenizer()).tokenize_with_weights(PROMPT)
+    assert clip.encode_from_tokens(tokens).shape == (1, len(tokens["qwen3_4b"][0]), 128)
+
+
+def test_an_embedding_expands_only_the_rows_that_are_asked_for(pack):
+    """A table of 152,000 rows of 256 in Q8_0: encoding one prompt makes no float table of it."""
+    parts = 152_000, 256
+    raw = torch.zeros(parts[0] * 8 * 34, dtype=torch.uint8)
+    params = pack.host_packed.GGUFLayout.Params(
+        scale=None, orig_dtype=torch.float32, orig_shape=parts, parts=(("Q8_0", parts),)
+    )
+    table = pack.host_packed.GGUFOperations.Embedding(*parts, device="meta")
+    table.weight = torch.nn.Parameter(
+        pack.host_packed.QuantizedTensor(raw, pack.host_packed.GGUF, params), requires_grad=False
+    )
+    table(torch.tensor([[1, 2]]))
+    gc.collect()
+    before = _peak()
+    assert table(torch.tensor([[5, 151_999]])).shape == (1, 2, 256)
+    assert _peak() - before < 20e6  # the whole table would be 156 MB
+
+
+def _peak() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def test_loaders_list_gguf_files(pack, tmp_path):
+    folder_paths = importlib.import_module("folder_paths")
+    before = list(folder_paths.get_folder_paths("diffusion_models"))
+    folder_paths.add_model_folder_path("diffusion_models", str(tmp_path))
+    try:
+        (tmp_path / "sub").mkdir()
+        (tmp_path / "sub" / "z.gguf").write_bytes(b"")
+        choice = next(name for name in pack.host.model_choices("transformer") if name.endswith("z.gguf"))
+        assert choice == "diffusion_models/sub/z.gguf"
+        assert pack.host.model_path(choice, "transformer") == tmp_path / "sub" / "z.gguf"
+        assert choice not in pack.host.model_choices("vae")
+    finally:
+        folder_paths.folder_names_and_paths["diffusion_models"][0][:] = before
