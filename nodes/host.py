@@ -8,10 +8,14 @@ from pathlib import Path
 
 import folder_paths
 
-from ..zimage_core.checkpoint import snapshot_folder
+from ..zimage_core.checkpoint import CheckpointError, snapshot_folder
+from ..zimage_core.download import KNOWN, Repository, is_complete
+from . import host_download
 
 NANO = "Z-Image-Nano (built in)"
 NANO_FOLDER = Path(__file__).parent.parent / "nano" / "snapshot"
+NANO_LORA = "Z-Image-Nano moon (built in)"
+NANO_LORA_FILE = NANO_FOLDER.parent / "zimage_nano_moon.safetensors"
 
 FOLDER_KINDS = ("zimage", "diffusers")  # sub-folders of models/, in the order in which equal names win
 MARKS = ("transformer", "text_encoder", "vae", "snapshots")  # one of these is in a snapshot, or in a cached one
@@ -33,15 +37,21 @@ for _kind, _own in GGUF_KINDS.items():
 
 
 def model_choices(component: str) -> list[str]:
-    """The built-in model, the snapshots under the host's models/zimage/ and models/diffusers/, then single files."""
-    return [NANO, *sorted(_snapshots(), key=str.casefold), *sorted(_files(component), key=str.casefold)]
+    """The built-in model, snapshots under the host's folders, those that can be downloaded, then single files."""
+    snapshots = {*_snapshots(), *(Repository(name).folder_name for name in KNOWN)}
+    return [NANO, *sorted(snapshots, key=str.casefold), *sorted(_files(component), key=str.casefold)]
 
 
-def model_path(choice: str, component: str) -> Path:
-    """The folder or file behind an entry of `model_choices`."""
-    if choice == NANO:
+def model_path(choice: str, component: str, repository: str = "", download: bool = False) -> Path:
+    """The folder or file behind an entry of `model_choices`, or of a repository of the hub (Org/Name@revision)."""
+    if choice == NANO and not repository.strip():
         return NANO_FOLDER
-    path = _snapshots().get(choice)
+    path = _snapshots().get(choice) if not repository.strip() else None
+    wanted = host_download.repository_of(choice, repository)
+    if wanted is not None and (path is None or not is_complete(path, [component])):
+        path, fetched = host_download.snapshot(wanted, component, allowed=download)
+        if fetched:
+            _downloaded[path] = _stamps(path, component)
     if path is None and (file := _files(component).get(choice)) is not None:
         path = Path(folder_paths.get_full_path_or_raise(*file))
     if path is None:
@@ -54,25 +64,45 @@ def model_path(choice: str, component: str) -> Path:
     return path
 
 
-def fingerprint(choice: str, component: str, *configs: str) -> list[tuple[str, int, int]]:
+def fingerprint(choice: str, component: str, repository: str = "") -> list[tuple[str, int, int]]:
     """(file, modification time in ns, size) of all that is read: a changed file is loaded again.
 
-    configs: folders of a snapshot that are read besides the component's own.
+    What this server has downloaded counts as what was there before, nothing: it was loaded when it came.
     """
-    path = model_path(choice, component)
+    try:
+        path = model_path(choice, component, repository)
+    except CheckpointError:  # a repository that is not here yet
+        return []
+    stamps = _stamps(path, component)
+    return [] if _downloaded.get(path) == stamps else stamps
+
+
+# folders that were downloaded since the host started -> what `_stamps` said right after
+_downloaded: dict[Path, list[tuple[str, int, int]]] = {}
+READ = {"transformer": ("scheduler", "vae"), "text_encoder": ("tokenizer",), "vae": ()}  # besides the component's own
+
+
+def _stamps(path: Path, component: str) -> list[tuple[str, int, int]]:
     folder = snapshot_folder(path)
-    files = [path] if folder is None else sorted(p for c in (component, *configs) for p in (folder / c).glob("*"))
+    folders = (component, *READ[component])
+    files = [path] if folder is None else sorted(p for name in folders for p in (folder / name).glob("*"))
     return [_stamp(file) for file in files if file.is_file()]
 
 
 def lora_choices() -> list[str]:
-    """The LoRA files of the host's own folder."""
-    return [name for name in folder_paths.get_filename_list("loras") if name.lower().endswith(FILE_SUFFIXES)]
+    """The LoRA files of the host's own folder, then the built-in model's."""
+    names = [name for name in folder_paths.get_filename_list("loras") if name.lower().endswith(FILE_SUFFIXES)]
+    return [*names, NANO_LORA]
+
+
+def lora_path(name: str) -> Path:
+    """The file behind an entry of `lora_choices`."""
+    return NANO_LORA_FILE if name == NANO_LORA else Path(folder_paths.get_full_path_or_raise("loras", name))
 
 
 def lora_fingerprint(name: str) -> tuple[str, int, int]:
     """(file, modification time in ns, size): a changed file is read again."""
-    return _stamp(Path(folder_paths.get_full_path_or_raise("loras", name)))
+    return _stamp(lora_path(name))
 
 
 def _stamp(file: Path) -> tuple[str, int, int]:

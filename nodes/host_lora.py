@@ -6,12 +6,12 @@ from typing import Any
 
 import comfy.sd
 import comfy.weight_adapter
-import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..zimage_core import adapters, lora
+from . import host
 
 # component -> what stands before our parameter names in the host's model (ours and its native Z-Image alike)
 PREFIXES = {"transformer": "diffusion_model.", "text_encoder": "qwen3_4b.transformer."}
@@ -60,7 +60,7 @@ def add_lora(
     patchers = {"transformer": model} if clip is None else {"transformer": model, "text_encoder": clip.patcher}
     weights = {kind: _weights(patcher, PREFIXES[kind]) for kind, patcher in patchers.items()}
     shapes = {kind: {key: tuple(weight.shape) for key, weight in of.items()} for kind, of in weights.items()}
-    opened = lora.open_lora(folder_paths.get_full_path_or_raise("loras", name), shapes)
+    opened = lora.open_lora(host.lora_path(name), shapes)
     report = [opened.report()]
     if clip is None and (words := _waiting(opened)):
         report.append(words)

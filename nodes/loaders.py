@@ -18,6 +18,27 @@ WEIGHT_DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16,
 DTYPE_TOOLTIP = "Precision of the weights in memory. default: as the file has them, fitted to the device."
 
 
+def _model_input(component: str) -> io.Combo.Input:
+    return io.Combo.Input("model", options=host.model_choices(component), tooltip=MODEL_TOOLTIP)
+
+
+def _download_inputs() -> list[io.Input]:
+    return [
+        io.Boolean.Input(
+            "download",
+            default=False,
+            optional=True,
+            tooltip="Fetch what is missing from the Hugging Face hub into models/zimage. Off: nothing is downloaded.",
+        ),
+        io.String.Input(
+            "repository",
+            default="",
+            optional=True,
+            tooltip="Another repository of the hub, in place of the model above: Org/Name or Org/Name@revision.",
+        ),
+    ]
+
+
 class ZImageTransformerLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -28,19 +49,21 @@ class ZImageTransformerLoader(io.ComfyNode):
             description="Loads a Z-Image transformer as a MODEL for this and any stock sampler.",
             search_aliases=[*ALIASES, "model", "unet", "dit", "turbo"],
             inputs=[
-                io.Combo.Input("model", options=host.model_choices("transformer"), tooltip=MODEL_TOOLTIP),
+                _model_input("transformer"),
                 io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", tooltip=DTYPE_TOOLTIP),
+                *_download_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="The transformer; LoRA loaders and model patches connect here.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model, weight_dtype):
-        return host.fingerprint(model, "transformer", "scheduler", "vae")
+    def fingerprint_inputs(cls, model, weight_dtype, download=False, repository=""):
+        return host.fingerprint(model, "transformer", repository)
 
     @classmethod
-    def execute(cls, model, weight_dtype) -> io.NodeOutput:
-        return io.NodeOutput(host_model.load_model(host.model_path(model, "transformer"), WEIGHT_DTYPES[weight_dtype]))
+    def execute(cls, model, weight_dtype, download=False, repository="") -> io.NodeOutput:
+        path = host.model_path(model, "transformer", repository, download)
+        return io.NodeOutput(host_model.load_model(path, WEIGHT_DTYPES[weight_dtype]))
 
 
 class ZImageTextEncoderLoader(io.ComfyNode):
@@ -53,19 +76,21 @@ class ZImageTextEncoderLoader(io.ComfyNode):
             description="Loads Z-Image's Qwen3 text encoder and tokenizer as a CLIP.",
             search_aliases=[*ALIASES, "clip", "qwen", "qwen3"],
             inputs=[
-                io.Combo.Input("model", options=host.model_choices("text_encoder"), tooltip=MODEL_TOOLTIP),
+                _model_input("text_encoder"),
                 io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", tooltip=DTYPE_TOOLTIP),
+                *_download_inputs(),
             ],
             outputs=[io.Clip.Output(tooltip="The text encoder, for ZImageTextEncode or any stock text node.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model, weight_dtype):
-        return host.fingerprint(model, "text_encoder", "tokenizer")
+    def fingerprint_inputs(cls, model, weight_dtype, download=False, repository=""):
+        return host.fingerprint(model, "text_encoder", repository)
 
     @classmethod
-    def execute(cls, model, weight_dtype) -> io.NodeOutput:
-        return io.NodeOutput(host_clip.load_clip(host.model_path(model, "text_encoder"), WEIGHT_DTYPES[weight_dtype]))
+    def execute(cls, model, weight_dtype, download=False, repository="") -> io.NodeOutput:
+        path = host.model_path(model, "text_encoder", repository, download)
+        return io.NodeOutput(host_clip.load_clip(path, WEIGHT_DTYPES[weight_dtype]))
 
 
 class ZImageVAELoader(io.ComfyNode):
@@ -77,14 +102,14 @@ class ZImageVAELoader(io.ComfyNode):
             category=CATEGORY,
             description="Loads Z-Image's autoencoder as a VAE.",
             search_aliases=[*ALIASES, "vae", "autoencoder"],
-            inputs=[io.Combo.Input("model", options=host.model_choices("vae"), tooltip=MODEL_TOOLTIP)],
+            inputs=[_model_input("vae"), *_download_inputs()],
             outputs=[io.Vae.Output(tooltip="The autoencoder, for this pack's or the stock VAE nodes.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model):
-        return host.fingerprint(model, "vae")
+    def fingerprint_inputs(cls, model, download=False, repository=""):
+        return host.fingerprint(model, "vae", repository)
 
     @classmethod
-    def execute(cls, model) -> io.NodeOutput:
-        return io.NodeOutput(host_vae.ZImageVAE(host.model_path(model, "vae")))
+    def execute(cls, model, download=False, repository="") -> io.NodeOutput:
+        return io.NodeOutput(host_vae.ZImageVAE(host.model_path(model, "vae", repository, download)))

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import download
 from .checkpoint import CheckpointError, open_component
+from .download import Progress, Repository
 from .pipeline import ZImagePipeline
 
 NANO = Path(__file__).resolve().parent.parent / "nano" / "snapshot"  # ships beside this package in a checkout
@@ -38,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted, nothing was written", file=sys.stderr)
+        print("interrupted, no picture was written", file=sys.stderr)
         return 130
 
 
@@ -46,7 +48,7 @@ def generate(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     output = args.output or Path(f"zimage-{datetime.now():%Y%m%d-%H%M%S}.png")
     _check_output(output)  # before the weights are read: nobody waits for a picture that can't be saved
-    folder = _model_folder(args.model)
+    folder = _model_folder(args)
     parts = {"transformer": args.transformer, "text_encoder": args.text_encoder, "vae": args.vae}
     size = open_component(args.vae or folder, "vae").config.sample_size
     width, height = args.width or size, args.height or size
@@ -68,7 +70,7 @@ def generate(args: argparse.Namespace) -> int:
     pipe = ZImagePipeline.from_pretrained(folder, device=device, dtype=dtype, **parts, tokenizer=args.tokenizer)
     for (_, strength), file in zip(args.lora, pipe.set_loras(*args.lora), strict=True):
         print("\n  ".join([f"LoRA      strength {strength:g}", *file.report().splitlines()]))
-    with _progress_bar(args.steps) as bar:
+    with _bar(total=args.steps, desc="Sampling", unit="step") as bar:
 
         def advance(*_: object) -> None:
             bar.update()
@@ -131,9 +133,9 @@ def _parameters(args: argparse.Namespace, width: int, height: int, seed: int, fo
     return "\n".join(lines)
 
 
-def _model_folder(model: Path | None) -> Path:
-    if model is not None:
-        return model
+def _model_folder(args: argparse.Namespace) -> Path:
+    if args.model is not None:
+        return Path(args.model) if Path(args.model).exists() else _downloaded(args)
     if not NANO.is_dir():
         raise CheckpointError(
             f"no --model given, and the built-in nano model is not at {NANO} (it comes with a checkout of the "
@@ -142,16 +144,49 @@ def _model_folder(model: Path | None) -> Path:
     return NANO
 
 
+def _downloaded(args: argparse.Namespace) -> Path:
+    """The snapshot of the repository that --model names, downloaded if --download says so."""
+    try:
+        repository = Repository.parse(args.model)
+    except ValueError:
+        raise CheckpointError(
+            f"{args.model}: there is no such file or folder, and it is no repository (Org/Name or Org/Name@revision)"
+        ) from None
+    needed = [kind for kind in ("transformer", "text_encoder", "vae") if getattr(args, kind) is None]
+    root = _models_folder() / "zimage"
+    found = download.find(repository, [root])
+    if found is not None and download.is_complete(found, needed):
+        return found
+    folder = root / repository.folder_name
+    if not args.download:
+        raise download.missing(repository, folder, needed, "Add --download to fetch it into that folder.")
+    with _bar(unit="B", unit_scale=True) as bar:
+
+        def tell(progress: Progress) -> None:
+            bar.total = progress.total
+            bar.set_description(progress.file, refresh=False)
+            bar.update(progress.done - bar.n)
+
+        download.fetch(repository, folder, needed, tell)
+    return folder
+
+
+def _models_folder() -> Path:
+    """ComfyUI's, if this is a pack in its custom_nodes, else `models` in the working directory."""
+    nodes = NANO.parents[2]
+    return nodes.parent / "models" if nodes.name == "custom_nodes" else Path("models")
+
+
 def _best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _progress_bar(steps: int) -> Any:
+def _bar(**settings: Any) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=steps, desc="Sampling", unit="step", dynamic_ncols=True)
+    return tqdm(dynamic_ncols=True, **settings)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -162,7 +197,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = command.add_argument
     add("prompt", help="what to show")
-    add("-m", "--model", type=Path, help="Z-Image snapshot folder or all-in-one file; else the built-in nano model")
+    add(
+        "-m",
+        "--model",
+        help="snapshot folder, all-in-one file, or repository of the Hugging Face hub (Org/Name, Org/Name@revision); "
+        "else the built-in nano model",
+    )
+    add("--download", action="store_true", help="fetch what is missing of the repository; nothing is fetched without")
     add("--transformer", type=Path, help="single file or snapshot to take the transformer from, instead of --model")
     add("--text-encoder", type=Path, help="single file or snapshot to take the text encoder from")
     add("--vae", type=Path, help="single file or snapshot to take the VAE from")

@@ -21,9 +21,9 @@ NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
 BUILT_IN = "Z-Image-Nano (built in)"
 SAMPLER, MODEL, CLIP, VAE, LATENT = "7", "1", "2", "3", "6"  # node ids of the nano workflow
 SCHEMAS = {
-    "ZImageTransformerLoader": (["model", "weight_dtype"], [], ["MODEL"]),
-    "ZImageTextEncoderLoader": (["model", "weight_dtype"], [], ["CLIP"]),
-    "ZImageVAELoader": (["model"], [], ["VAE"]),
+    "ZImageTransformerLoader": (["model", "weight_dtype"], ["download", "repository"], ["MODEL"]),
+    "ZImageTextEncoderLoader": (["model", "weight_dtype"], ["download", "repository"], ["CLIP"]),
+    "ZImageVAELoader": (["model"], ["download", "repository"], ["VAE"]),
     "ZImageLoraLoader": (["model", "lora", "strength"], ["clip", "strength_clip"], ["MODEL", "CLIP", "STRING"]),
     "ZImageTextEncode": (["clip", "text"], [], ["CONDITIONING"]),
     "ZImageSampler": (

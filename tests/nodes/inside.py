@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = "host host_packed host_model host_clip host_vae host_lora host_sampler".split()
+MODULES = "host host_download host_packed host_model host_clip host_vae host_lora host_sampler".split()
 MODULES += "convert loaders lora conditioning sampling vae".split()
 
 

@@ -1,0 +1,79 @@
+"""The process that talks to the Hugging Face hub for `download`; run as a script, with one JSON object as argument.
+
+It is a process of its own so that it can be stopped at once, whatever the network does. Prints one JSON object a line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from typing import Any
+
+
+def main(task: dict[str, Any]) -> None:
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    try:
+        (_list if task["do"] == "list" else _get)(task)
+    except Exception as error:
+        response = getattr(error, "response", None)
+        _say(
+            error=[kind.__name__ for kind in type(error).__mro__],
+            message=str(error).strip(),
+            status=getattr(response, "status_code", None),
+        )
+
+
+def _list(task: dict[str, Any]) -> None:
+    from huggingface_hub import HfApi
+
+    info = HfApi().model_info(task["repo"], revision=task["revision"], files_metadata=True)
+    files = [
+        {
+            "path": file.rfilename,
+            "size": file.size,
+            "sha256": file.lfs.sha256 if file.lfs else None,
+            "blob": file.blob_id,
+        }
+        for file in info.siblings or []
+    ]
+    _say(commit=info.sha, files=files)
+
+
+def _get(task: dict[str, Any]) -> None:
+    """Files to their `part`, each from where it stopped. `hf_hub_download` starts anew in each process."""
+    from urllib.parse import urlsplit
+
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    constants.DOWNLOAD_CHUNK_SIZE = 1 << 20  # bytes; what is lost when this process is stopped
+    for file in task["files"]:
+        url = hf_hub_url(task["repo"], file["path"], revision=task["revision"])
+        place = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT).location
+        headers = build_hf_headers()
+        if urlsplit(place).netloc != urlsplit(url).netloc:
+            headers.pop("authorization", None)  # a signed address elsewhere; the token is the hub's alone
+        os.makedirs(os.path.dirname(file["part"]), exist_ok=True)
+        with open(file["part"], "ab") as part:
+            http_get(place, part, resume_size=part.tell(), headers=headers, expected_size=file["size"])
+        _say(done=file["path"])
+
+
+def _end_with_the_parent() -> None:
+    sys.stdin.read()  # ends when the other side of the pipe is closed, be it by SIGKILL
+    os._exit(1)
+
+
+def _say(**content: Any) -> None:
+    print(json.dumps(content), flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: its `config` and `tokenizer` are not what others import under these names
+    os.environ["HF_HUB_DISABLE_XET"] = "1"  # the plain protocol continues a file where it stopped
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    main(json.loads(sys.argv[1]))
