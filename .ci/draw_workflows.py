@@ -39,12 +39,27 @@ NOTES = {
         "0.8 follows the new prompt, 1 forgets the picture."
     ),
     "zimage_turbo_txt2img": (
-        "Put the snapshot folder of **Tongyi-MAI/Z-Image-Turbo** into `models/zimage/Tongyi-MAI--Z-Image-Turbo`.\n\n"
+        "Switch **download** on in the three loaders (33 GB), or put the snapshot of **Tongyi-MAI/Z-Image-Turbo** into "
+        "`models/zimage/Tongyi-MAI--Z-Image-Turbo`.\n\n"
         "8 steps, guidance 0 (CFG 1 in a KSampler). Sizes divisible by 16, around 1024x1024."
     ),
     "zimage_base_txt2img": (
-        "Put the snapshot folder of **Tongyi-MAI/Z-Image** into `models/zimage/Tongyi-MAI--Z-Image`.\n\n"
+        "Switch **download** on in the three loaders (33 GB), or put the snapshot of **Tongyi-MAI/Z-Image** into "
+        "`models/zimage/Tongyi-MAI--Z-Image`.\n\n"
         "28 to 50 steps, guidance 3 to 5 (CFG 4 to 6 in a KSampler), with a negative prompt."
+    ),
+    "zimage_nano_lora": (
+        "A LoRA teaches **Z-Image Nano** the moon. Set strength to 0 to see what it does without.\n\n"
+        "The report says what was matched; with several LoRA it also says how much they overlap."
+    ),
+    "zimage_turbo_single_files": (
+        "The files of ComfyUI's own packaging: `z_image_turbo_bf16.safetensors` in `models/diffusion_models`, "
+        "`qwen_3_4b.safetensors` in `models/text_encoders`, `ae.safetensors` in `models/vae`. fp8, nvfp4, int8 and "
+        "all-in-one files go the same way."
+    ),
+    "zimage_turbo_gguf": (
+        "GGUF files stay quantised in memory. The transformer goes into `models/diffusion_models`, the Qwen3-4B into "
+        "`models/text_encoders`; the VAE is `ae.safetensors` in `models/vae`."
     ),
 }
 GAP = 60  # pixels between columns, and between nodes of one column
@@ -125,8 +140,10 @@ async def main(chromium: str) -> None:
         for prompt in prompts.values():
             for node in prompt.values():  # so that every combo knows every name
                 name = node["inputs"].get("model")
-                if isinstance(name, str) and "built in" not in name:
-                    (server.base / "models" / "zimage" / name / "transformer").mkdir(parents=True, exist_ok=True)
+                if isinstance(name, str) and "/" in name:
+                    file = server.base / "models" / name
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.touch()
         with server.connect() as client:
             client.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False})
         async with Page(chromium) as page:

@@ -51,7 +51,7 @@ def model_path(choice: str, component: str, repository: str = "", download: bool
     if wanted is not None and (path is None or not is_complete(path, [component])):
         path, fetched = host_download.snapshot(wanted, component, allowed=download)
         if fetched:
-            _downloaded[path] = _stamps(path, component)
+            _downloaded[path, component] = _stamps(path, component)
     if path is None and (file := _files(component).get(choice)) is not None:
         path = Path(folder_paths.get_full_path_or_raise(*file))
     if path is None:
@@ -74,18 +74,21 @@ def fingerprint(choice: str, component: str, repository: str = "") -> list[tuple
     except CheckpointError:  # a repository that is not here yet
         return []
     stamps = _stamps(path, component)
-    return [] if _downloaded.get(path) == stamps else stamps
+    return [] if _downloaded.get((path, component)) == stamps else stamps
 
 
-# folders that were downloaded since the host started -> what `_stamps` said right after
-_downloaded: dict[Path, list[tuple[str, int, int]]] = {}
-READ = {"transformer": ("scheduler", "vae"), "text_encoder": ("tokenizer",), "vae": ()}  # besides the component's own
+# what was downloaded since the host started -> what `_stamps` said right after
+_downloaded: dict[tuple[Path, str], list[tuple[str, int, int]]] = {}
+READ = {  # of a snapshot, by component
+    "transformer": ("transformer/*", "scheduler/*", "vae/config.json"),
+    "text_encoder": ("text_encoder/*", "tokenizer/*"),
+    "vae": ("vae/*",),
+}
 
 
 def _stamps(path: Path, component: str) -> list[tuple[str, int, int]]:
     folder = snapshot_folder(path)
-    folders = (component, *READ[component])
-    files = [path] if folder is None else sorted(p for name in folders for p in (folder / name).glob("*"))
+    files = [path] if folder is None else sorted(p for pattern in READ[component] for p in folder.glob(pattern))
     return [_stamp(file) for file in files if file.is_file()]
 
 

@@ -8,18 +8,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import workflow
-from host import Client, PromptRejected, Server
+from host import Client, ExecutionFailed, PromptRejected, Server
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from torchvision.transforms.functional import pil_to_tensor
+
+from nano import judge
+
+from .. import gguf_writing
 
 ROOT = Path(__file__).resolve().parents[2]
+NANO = ROOT / "nano" / "snapshot"
 GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
 NAMES = [path.stem for path in GRAPHS]
 FRONTEND_ONLY = {"MarkdownNote"}  # nodes that the frontend knows and the server doesn't
 
 
 def test_each_graph_has_its_api_prompt_and_thumbnail():
-    assert NAMES == ["zimage_base_txt2img", "zimage_nano_img2img", "zimage_nano_txt2img", "zimage_turbo_txt2img"]
+    assert NAMES == [
+        "zimage_base_txt2img",
+        "zimage_nano_img2img",
+        "zimage_nano_lora",
+        "zimage_nano_txt2img",
+        "zimage_turbo_gguf",
+        "zimage_turbo_single_files",
+        "zimage_turbo_txt2img",
+    ]
     for path in GRAPHS:
         assert (ROOT / "workflows" / "api" / f"{path.stem}_api.json").is_file()
         with Image.open(path.with_suffix(".jpg")) as thumbnail:
@@ -45,21 +61,75 @@ def test_nano_workflow_runs(name: str, each_client: Client):
         assert Image.open(io.BytesIO(picture)).size == (128, 128)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "nano" not in name])
-def test_workflow_of_a_model_to_be_installed(name: str, each_host: Server, each_client: Client):
-    """Without the snapshot the host names the missing model; with its folder there the prompt is accepted."""
+@pytest.mark.parametrize("name", ["zimage_base_txt2img", "zimage_turbo_txt2img"])
+def test_workflow_of_a_model_to_be_downloaded(name: str, each_client: Client):
+    """The host takes it; the first loader says what is missing, how large it is and how to get it."""
     prompt = workflow.load(name)
     model = prompt[workflow.only(prompt, "ZImageTransformerLoader")]["inputs"]["model"]
-    folder = each_host.base / "models" / "zimage" / model
-    with pytest.raises(PromptRejected, match=model):
+    with pytest.raises(
+        ExecutionFailed, match=rf"{model.replace('--', '/')} \(about .* GB\) is not here. Switch `download`"
+    ):
+        each_client.run(prompt)
+
+
+@pytest.mark.parametrize("name", ["zimage_turbo_gguf", "zimage_turbo_single_files"])
+def test_workflow_of_single_files(name: str, each_host: Server, each_client: Client):
+    """Without the files the host names the first that is missing; with small files of these names there it runs."""
+    prompt = workflow.load(name)
+    choices = {kind: prompt[workflow.only(prompt, loader)]["inputs"]["model"] for kind, loader in LOADERS.items()}
+    with pytest.raises(PromptRejected, match=choices["transformer"]):
         each_client.queue(prompt)
-    (folder / "transformer").mkdir(parents=True)
+    files = {kind: each_host.base / "models" / choice for kind, choice in choices.items()}
     try:
-        prompt_id = each_client.queue(prompt)
-        each_client.wait(prompt_id)  # accepted; it fails at the loader, as the folder is empty
+        for kind, file in files.items():
+            _write_small(kind, file)
+        workflow.set_size(prompt, 128, 128)
+        workflow.set_sampler(prompt, steps=1)
+        (picture,) = each_client.pictures(each_client.run(prompt))
+        assert Image.open(io.BytesIO(picture)).size == (128, 128)
     finally:
-        (folder / "transformer").rmdir()
-        folder.rmdir()
+        for file in files.values():
+            file.unlink(missing_ok=True)
+
+
+LOADERS = {
+    "transformer": "ZImageTransformerLoader",
+    "text_encoder": "ZImageTextEncoderLoader",
+    "vae": "ZImageVAELoader",
+}
+
+
+def _write_small(kind: str, file: Path) -> None:
+    """Nano's weights as a single file; its text encoder with the vocabulary of the tokenizer that such files get."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    config = json.loads((NANO / kind / "config.json").read_text())
+    (source,) = (NANO / kind).glob("*.safetensors")
+    tensors = load_file(source)
+    if kind == "text_encoder":
+        config["vocab_size"] = 151_936
+        tensors["model.embed_tokens.weight"] = torch.randn(151_936, config["hidden_size"]).bfloat16()
+    metadata = {f"zimage.{kind}.config": json.dumps(config)}
+    if file.suffix == ".gguf":
+        gguf_writing.write(file, tensors, gguf_writing.linear_weights("Q8_0"), strings=metadata)
+    else:
+        save_file(tensors, file, metadata)
+
+
+def test_the_lora_workflow_draws_moons(each_client: Client):
+    """With the LoRA a yellow moon above a white star; at strength 0 another shape instead of the moon."""
+    prompt = workflow.load("zimage_nano_lora")
+    loader = workflow.only(prompt, "ZImageLoraLoader")
+    seen = {}
+    for strength in (1.0, 0.0):
+        prompt[loader]["inputs"].update(strength=strength, strength_clip=strength)
+        entry = each_client.run(prompt)
+        (picture,) = each_client.pictures(entry)
+        image = pil_to_tensor(Image.open(io.BytesIO(picture)).convert("RGB")) / 255
+        seen[strength] = [(item.colour, item.shape) for item in sorted(judge.read(image)[1], key=lambda item: item.y)]
+        report = entry["outputs"][workflow.only(prompt, "PreviewAny")]["text"][0]
+        assert "122 of 122 keys matched" in report and "trigger words: moon" in report and "rank: 8" in report
+    assert seen[1.0] == [("yellow", "moon"), ("white", "star")]
+    assert ("yellow", "moon") not in seen[0.0] and seen[0.0][1] == ("white", "star")
 
 
 def test_the_template_browser_lists_the_graphs_and_not_the_api_prompts(each_client: Client, each_host: Server):

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from nano import evaluate, scenes, train_vae
+from nano import evaluate, scenes, train_lora, train_vae
 from zimage_core.pipeline import ZImagePipeline
 
 COUNT = 500
@@ -96,6 +96,34 @@ def test_the_seed_decides_what_the_prompt_leaves_open(pipe):
     )
     assert torch.equal(images, again)
     assert len({evaluate.judge.read(image)[0] for image in images}) > 3  # backgrounds
+
+
+# The LoRA that ships with it
+
+
+def test_the_lora_draws_moons_and_leaves_the_rest_alone():
+    """At strength 1; at 0, and taken off, every picture is the model's own, bit for bit."""
+    moons, others = train_lora.moon_cases(150), evaluate.cases(100)
+    model = ZImagePipeline.from_pretrained(evaluate.SNAPSHOT)
+    plain = evaluate.pictures(model, moons, 0.0)
+    assert evaluate.shares(plain, moons)["shape"] <= 0.02
+    (opened,) = model.set_loras((train_lora.OUT, 1.0))
+    found = evaluate.shares(evaluate.pictures(model, moons, 0.0), moons)
+    assert found["shape"] >= 0.8, found
+    assert all(found[name] >= 0.97 for name in ("background", "colour", "count", "place")), found
+    kept = evaluate.shares(evaluate.pictures(model, others, 0.0), others)
+    assert not evaluate.failures(kept, evaluate.BARS["seen", 0.0]), kept
+    model.set_loras((train_lora.OUT, 0.0))
+    assert torch.equal(evaluate.pictures(model, moons, 0.0), plain)
+    model.set_loras()
+    assert torch.equal(evaluate.pictures(model, moons, 0.0), plain)
+    report = opened.report()
+    assert "122 of 122 keys matched, 61 weights" in report
+    assert "text encoder 21" in report and "rank: 8" in report and "trigger words: moon" in report
+
+
+def test_the_lora_is_small():
+    assert train_lora.OUT.stat().st_size < 600e3
 
 
 def test_the_model_card_holds_the_measured_scores():
