@@ -46,6 +46,7 @@ PUBLISHED_SCHEDULE = SchedulerConfig(
     base_image_seq_len=256,
     max_image_seq_len=4096,
 )  # of Z-Image-Turbo's scheduler_config.json and diffusers' defaults
+LAYER_COUNTS = ("n_layers", "n_refiner_layers", "num_hidden_layers", "layers_per_block")  # fields of the configs
 NETWORKS = {"transformer": ZImageTransformer, "text_encoder": TextEncoder, "vae": AutoencoderKL}
 
 
@@ -137,6 +138,12 @@ class Component:
         self.weights = quantised.Weights(files, files.entries if keys is None else keys)
         self._keys = {key.removeprefix(prefix): key for key in self.weights.keys}  # without prefix -> in the file
         self._sources = self.key_map.sources(self._keys)
+        for name in LAYER_COUNTS:  # a network of absurd depth would take forever to build
+            if getattr(config, name, 0) > len(self._keys):
+                raise CheckpointError(
+                    f"{self.source}: {name} is {getattr(config, name)} by {config_source}, but there are only "
+                    f"{len(self._keys)} tensors; config and weights are of different models"
+                )
 
     def build(self, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> Any:
         """The network, ready to run. `dtype` None keeps each tensor's own; what is quantised then becomes bfloat16.
@@ -365,7 +372,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: the file is missing; the snapshot is incomplete, download it again")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a JSON file ({error}); download it again") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(raw).__name__}; download it again")

@@ -32,6 +32,7 @@ class TransformerConfig:
     axes_lens: tuple[int, int, int]  # (1536, 512, 512): positions seen in training
     in_channels: int  # 16 latent channels
     patch_size: int  # 2: a token is 2x2 latent cells, 16x16 pixels
+    siglip_feat_dim: int | None = None  # 1152 in Omni, whose refiner for reference pictures is then kept
 
     @property
     def head_dim(self) -> int:
@@ -71,6 +72,7 @@ class TransformerConfig:
             axes_lens=_numbers(raw, source, "axes_lens", 3),
             in_channels=_number(raw, source, "in_channels"),
             patch_size=patch_sizes[0],
+            siglip_feat_dim=None if raw.get("siglip_feat_dim") is None else _number(raw, source, "siglip_feat_dim"),
         )
         if config.dim % config.n_heads:
             raise CheckpointError(f"{source}: dim {config.dim} is not divisible by n_heads {config.n_heads}")

@@ -181,6 +181,7 @@ def transformer_config(shapes: Shapes, source: str) -> TransformerConfig:
         cap_feat_dim=cap_feat_dim,
         in_channels=patch_dim // 4,
         patch_size=2,
+        siglip_feat_dim=shapes["siglip_embedder.0.weight"][0] if "siglip_embedder.0.weight" in shapes else None,
         **PUBLISHED_TRANSFORMER,
     )
 
@@ -244,7 +245,7 @@ def config(component: str, shapes: Shapes, metadata: Mapping[str, str], source: 
     if stored is not None:
         try:
             raw = json.loads(stored)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{source}: the config in the metadata is not JSON ({error})") from error
         if not isinstance(raw, dict):
             raise CheckpointError(f"{source}: the config in the metadata is not a JSON object")

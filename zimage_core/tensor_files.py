@@ -184,7 +184,7 @@ def _entries(path: Path, header: dict[str, Any], data: int) -> tuple[dict[str, E
         raise CheckpointError(f"{path}: the metadata in the header is damaged; {AGAIN}")
     entries, places = {}, []
     for key, raw in header.items():
-        if not isinstance(raw, dict) or raw.keys() < {"dtype", "shape", "data_offsets"}:
+        if not isinstance(raw, dict) or not raw.keys() >= {"dtype", "shape", "data_offsets"}:
             raise CheckpointError(f"{path}: the header's entry of {key} is damaged; {AGAIN}")
         dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
         if not isinstance(dtype, str) or dtype not in BITS:

@@ -56,7 +56,7 @@ def comfyui_path() -> Path:
 
 @pytest.fixture(scope="session")
 def make_transformer():
-    def make(name: str, seed: int):
+    def make(name: str, seed: int, **settings):
         dim, heads, axes_dims, layers, refiners, cap_feat_dim = TRANSFORMERS[name]
         model = diffusers.ZImageTransformer2DModel(
             dim=dim,
@@ -67,6 +67,7 @@ def make_transformer():
             n_layers=layers,
             n_refiner_layers=refiners,
             cap_feat_dim=cap_feat_dim,
+            **settings,
         )
         return randomize(model, seed)
 

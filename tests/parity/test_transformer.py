@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from zimage_core.checkpoint import Snapshot
+from zimage_core.checkpoint import Snapshot, open_component
+from zimage_core.config import TransformerConfig
+from zimage_core.detect import PUBLISHED_TRANSFORMER, transformer_config
+from zimage_core.transformer import ZImageTransformer
 
 from .conftest import TRANSFORMERS, relative
 
@@ -67,6 +71,40 @@ def test_bfloat16_is_no_further_from_float32_than_diffusers(make_transformer, tm
             ours += relative(a, exact[case])
             theirs += relative(b, exact[case])
     assert ours <= 1.1 * theirs
+
+
+def test_the_siglip_part_of_omni_is_kept(make_transformer, tmp_path):
+    """All 30 tensors arrive, from a snapshot and a single file, and text alone gives the same picture."""
+    reference = make_transformer("wide", 0, siglip_feat_dim=40)
+    reference.save_pretrained(tmp_path / "transformer")
+    model = Snapshot(tmp_path).transformer()
+    theirs = {name: value for name, value in reference.state_dict().items() if "siglip" in name}
+    ours = {name: value for name, value in model.state_dict().items() if "siglip" in name}
+    assert len(theirs) == 30 and len(ours) == 30 - 2 * 2  # q, k and v are one tensor in each of two blocks
+    for name in ("siglip_embedder.0.weight", "siglip_embedder.1.bias", "siglip_pad_token"):
+        assert torch.equal(ours[name], theirs[name])
+    block = "siglip_refiner.1.attention"
+    assert torch.equal(ours[f"{block}.qkv.weight"], torch.cat([theirs[f"{block}.to_{x}.weight"] for x in "qkv"]))
+    assert torch.equal(ours[f"{block}.out.weight"], theirs[f"{block}.to_out.0.weight"])
+    found, expected = _both(reference, model, "neither, portrait", torch.float32)
+    assert relative(found, expected) <= 1e-5
+
+    config = {"zimage.transformer.config": (tmp_path / "transformer" / "config.json").read_text()}
+    native = {f"model.diffusion_model.{name}": value for name, value in model.state_dict().items()}
+    save_file(native, tmp_path / "omni.safetensors", config)
+    single = open_component(tmp_path / "omni.safetensors", "transformer").build()
+    assert all(torch.equal(value, single.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_the_siglip_width_of_a_single_file_is_seen_in_its_shapes():
+    published = TransformerConfig(
+        **{**PUBLISHED_TRANSFORMER, "dim": 256, "n_layers": 1, "n_refiner_layers": 2}
+        | {"n_heads": 2, "cap_feat_dim": 64, "in_channels": 16, "patch_size": 2, "siglip_feat_dim": 1152}
+    )
+    shapes = {
+        name: tuple(value.shape) for name, value in ZImageTransformer(published, device="meta").state_dict().items()
+    }
+    assert transformer_config(shapes, "here") == published
 
 
 def _inputs(cap_feat_dim, lengths, height, width):
