@@ -1,0 +1,38 @@
+"""RESULTS.md: one section for each benchmark, rewritten by it, with the machine, the versions and the command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+from datetime import date
+from pathlib import Path
+
+import torch
+
+FILE = Path(__file__).with_name("RESULTS.md")
+
+
+def write(name: str, command: str, content: str) -> None:
+    """Puts the content between this benchmark's marks, with when, where and how it was measured."""
+    begin, end = f"<!-- {name}: written by the benchmark -->", f"<!-- end of {name} -->"
+    text = FILE.read_text(encoding="utf-8")
+    if begin not in text or end not in text:
+        raise ValueError(f"{FILE}: the marks {begin!r} and {end!r} are missing; the table belongs between them")
+    head, tail = text.split(begin)[0], text.split(end)[1]
+    section = f"{begin}\n`{command}`, {date.today()}, {machine()}.\n\n{content}\n{end}"
+    FILE.write_text(head + section + tail, encoding="utf-8")
+
+
+def machine() -> str:
+    """Processor and memory, or the GPU; versions of what is compared."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        found = re.search(r"model name\s*: (.*)", info)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        device = f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores, {memory:.0f} GB"
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "transformers")]
+    return f"{device}; {', '.join(versions)}"
