@@ -1,7 +1,7 @@
 """How long the transformer takes to be ready, and how much memory that takes: ours, ComfyUI's loader and diffusers.
 
-    python -m benchmarks.loading                # the published geometry; writes 25 GB into a temporary folder
-    python -m benchmarks.loading --layers 15    # half of its layers
+    python -m benchmarks.loading --layers 15           # half of the layers, so that diffusers' loader fits into 24 GB
+    python -m benchmarks.loading --without diffusers   # the published geometry; writes 25 GB into a temporary folder
 
 Each load runs in a process of its own, alternating, with the files in the page cache. "Ready" is when the call returns;
 where weights are mapped, nothing of them has been read by then. Memory is the growth of the process's anonymous pages.
@@ -201,7 +201,7 @@ def measure(loader: str, path: Path) -> dict[str, float]:
 # The run
 
 
-def main(layers: int, repeats: int, toy: bool, folder: Path | None) -> str:
+def main(layers: int, repeats: int, toy: bool, folder: Path | None, without: list[str]) -> str:
     config = geometry(layers, toy)
     shapes = shapes_of(config)
     count = sum(math.prod(shape) for shape in shapes.values())
@@ -214,14 +214,16 @@ def main(layers: int, repeats: int, toy: bool, folder: Path | None) -> str:
         print(f"writing {2 * count / 1e9:.1f} GB", flush=True)
         write_file(single, shapes, "BF16", {"format": "pt"})
         # ComfyUI's own loader knows the published width only
-        rows += _rows("bf16 file", single, [name for name in LOADERS if not (toy and name == "ComfyUI")], repeats)
+        left_out = {*without, "ComfyUI"} if toy else {*without}
+        rows += _rows("bf16 file", single, [name for name in LOADERS if name not in left_out], repeats)
         shutil.rmtree(single.parent)
         snapshot = Path(temporary) / "snapshot"
         print(f"writing {4 * count / 1e9:.1f} GB", flush=True)
         write_folder(snapshot, config)
         (snapshot / "vae").mkdir()
         shutil.copy(ROOT / "nano" / "snapshot" / "vae" / "config.json", snapshot / "vae")
-        rows += _rows("fp32 folder to bf16", snapshot, [name for name in LOADERS if name != "ComfyUI"], repeats)
+        left_out = {*without, "ComfyUI"}
+        rows += _rows("fp32 folder to bf16", snapshot, [name for name in LOADERS if name not in left_out], repeats)
     note = (
         f"{count / 1e9:.2f} G parameters ({layers} of 30 layers), {2 * count / 1e9:.2f} GB in bf16; the largest tensor "
         f"has {4 * largest / 1e6:.0f} MB in float32. Medians of {repeats}, processes alternating; ComfyUI's own loader "
@@ -252,14 +254,16 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--toy", action="store_true", help="tiny and not written down: does the script work?")
     parser.add_argument("--folder", type=Path, help="where the temporary files go")
+    parser.add_argument("--without", action="append", default=[], choices=list(LOADERS), help="leave this loader out")
     parser.add_argument("--measure", nargs=2, metavar=("LOADER", "PATH"), help="one load in this process")
     a = parser.parse_args()
     if a.measure:
         print(json.dumps(measure_here(a.measure[0], Path(a.measure[1]))))
     else:
-        table = main(a.layers, a.repeats, a.toy, a.folder)
+        table = main(a.layers, a.repeats, a.toy, a.folder, a.without)
         print(table)
         if not a.toy:
-            results.write(
-                "loading", "python -m benchmarks.loading" + (f" --layers {a.layers}" * (a.layers != 30)), table
-            )
+            options = "" if a.layers == 30 else f" --layers {a.layers}"
+            options += "".join(f" --without {name}" for name in a.without)
+            section = "loading" if a.layers == 30 else "loading, fewer layers"
+            results.write(section, f"python -m benchmarks.loading{options}", table)

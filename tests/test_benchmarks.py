@@ -37,6 +37,6 @@ def test_results_are_put_between_their_marks(tmp_path, monkeypatch):
 
 def test_every_section_is_filled():
     text = results.FILE.read_text()
-    for name in ("loading",):
+    for name in ("loading", "loading, fewer layers"):
         section = text.split(f"<!-- {name}: written by the benchmark -->")[1].split(f"<!-- end of {name} -->")[0]
         assert "|---" in section
