@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from . import host_clip
+
 
 class ZImageTextEncode(io.ComfyNode):
     @classmethod
@@ -31,4 +33,4 @@ class ZImageTextEncode(io.ComfyNode):
                 "There is no text encoder in `clip`: the loader before it found none (a checkpoint without one, "
                 "perhaps). Connect a ZImageTextEncoderLoader."
             )
-        return io.NodeOutput(clip.encode_from_tokens_scheduled(clip.tokenize(text)))
+        return io.NodeOutput(host_clip.encode(clip, text))

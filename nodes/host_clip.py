@@ -13,7 +13,7 @@ import comfy.text_encoders
 import torch
 from torch import nn
 
-from ..zimage_core.checkpoint import open_component, open_tokenizer, snapshot_folder
+from ..zimage_core.checkpoint import not_finite, open_component, open_tokenizer, snapshot_folder
 from ..zimage_core.text_encoder import TextEncoder
 from ..zimage_core.tokenizer import Tokenizer
 from . import host_packed
@@ -141,6 +141,14 @@ def load_clip(
         clip.patcher = host_packed.PackedPatcher(plain.model, plain.load_device, plain.offload_device)
     clip.patcher.cached_patcher_init = (load_clip_patcher, (str(path), weight_dtype))
     return clip
+
+
+def encode(clip: comfy.sd.CLIP, text: str) -> list[Any]:
+    """CONDITIONING of a prompt, checked: a damaged weight is named."""
+    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    if any(isinstance(cond, torch.Tensor) and not cond.isfinite().all() for cond, _ in conditioning):
+        raise not_finite(text_encoder=clip.cond_stage_model)
+    return conditioning
 
 
 def _tokenizer(path: str | Path) -> Tokenizer:

@@ -18,21 +18,27 @@ PREFIXES = {"transformer": "diffusion_model.", "text_encoder": "qwen3_4b.transfo
 ATTACHMENT = "zimage_loras"  # the LoRAs that a patcher carries, for the report on how they overlap
 
 
-class HostAdapter(comfy.weight_adapter.WeightAdapterBase):
-    """One of our adapters behind the call that the host makes of its own.
+# family, names of the parts, the parts, strength, number among the parts of a fused weight, of how many
+Entry = tuple[str, tuple[str, ...], tuple[Tensor, ...], float, int | None, int]
 
-    `weights` is (family, names of the parts, the parts): the host takes it apart and rebuilds it with moved tensors.
+
+class HostAdapter(comfy.weight_adapter.WeightAdapterBase):
+    """All our adapters of one weight behind the call that the host makes of its own.
+
+    Together, because each changes the weight as it was without the others: two LoRA agree in either order. `weights` is
+    plain tuples: the host takes it apart and rebuilds it with moved tensors.
     """
 
     name = "zimage"
 
-    def __init__(self, loaded_keys: set[str], weights: tuple[str, tuple[str, ...], tuple[Tensor, ...]]):
+    def __init__(self, loaded_keys: set[str], weights: tuple[Entry, ...]):
         self.loaded_keys = loaded_keys
         self.weights: Any = weights
 
-    @classmethod
-    def of(cls, adapter: adapters.Adapter) -> HostAdapter:
-        return cls(set(), (adapter.family, tuple(adapter.tensors), tuple(adapter.tensors.values())))
+    def plus(self, target: lora.Target, adapter: adapters.Adapter, strength: float) -> HostAdapter:
+        names, parts = tuple(adapter.tensors), tuple(adapter.tensors.values())
+        entry: Entry = (adapter.family, names, parts, strength, target.part, target.parts)
+        return HostAdapter(set(), (*self.weights, entry))
 
     def calculate_weight(
         self,
@@ -45,11 +51,13 @@ class HostAdapter(comfy.weight_adapter.WeightAdapterBase):
         intermediate_dtype=torch.float32,
         original_weight=None,
     ):
-        """Adds to the weight in place: with an offset it is a view of the rows of the whole."""
-        family, names, tensors = self.weights
-        adapter = adapters.Adapter(family, dict(zip(names, tensors, strict=True)))
         base = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        weight += function(adapter.change(base, strength).to(weight.dtype))
+        total = torch.zeros_like(base)
+        for family, names, tensors, own_strength, part, parts in self.weights:
+            adapter = adapters.Adapter(family, dict(zip(names, tensors, strict=True)))
+            target = lora.Target("", key, part, parts)
+            total += lora.change(base, target, adapter, strength * own_strength)
+        weight += function(total.to(weight.dtype))
         return weight
 
 
@@ -87,13 +95,22 @@ def _weights(patcher: ModelPatcher, prefix: str) -> dict[str, Tensor]:
 def _patch(patcher: ModelPatcher, opened: lora.Lora, component: str, strength: float) -> None:
     if not strength:
         return  # a patch of strength 0 would still cost its time on every load
-    rows = {key: len(weight) for key, weight in patcher.model.named_parameters() if weight.ndim}
-    patches: dict[Any, HostAdapter] = {}
+    patches: dict[str, HostAdapter] = {}
     for target, adapter in opened.of(component).items():
         key = PREFIXES[component] + target.name
-        place = key if target.part is None else (key, (0, *target.rows(rows[key])))
-        patches[place] = HostAdapter.of(adapter)
-    patcher.add_patches(patches, strength)
+        if key not in patches:
+            patches[key] = _taken(patcher, key)
+        patches[key] = patches[key].plus(target, adapter, strength)
+    patcher.add_patches(patches)
+
+
+def _taken(patcher: ModelPatcher, key: str) -> HostAdapter:
+    """What we have put on a weight before, which is taken off the patcher to be put on again with more."""
+    patches = patcher.patches.get(key, [])
+    ours = [patch[1] for patch in patches if isinstance(patch[1], HostAdapter)]
+    if ours:
+        patcher.patches[key] = [patch for patch in patches if not isinstance(patch[1], HostAdapter)]
+    return ours[0] if ours else HostAdapter(set(), ())
 
 
 def _waiting(opened: lora.Lora) -> str:

@@ -12,6 +12,7 @@ import comfy.utils
 import latent_preview
 from torch import Tensor
 
+from ..zimage_core.checkpoint import not_finite
 from ..zimage_core.config import SchedulerConfig
 from ..zimage_core.sampling import guided_velocity, guides_at
 
@@ -120,4 +121,7 @@ def run(guider: ZImageGuider, latents: Tensor, sigmas: Tensor, seed: int, latent
         seed=seed,
     )
     dtype = mm.intermediate_dtype() if hasattr(mm, "intermediate_dtype") else samples.dtype  # newer hosts
-    return samples.to(device=mm.intermediate_device(), dtype=dtype)
+    samples = samples.to(device=mm.intermediate_device(), dtype=dtype)
+    if not samples.isfinite().all():
+        raise not_finite(transformer=guider.model_patcher.model.diffusion_model)
+    return samples

@@ -11,8 +11,9 @@ import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.ops
 import comfy.sd
+from torch import Tensor
 
-from ..zimage_core.checkpoint import open_component
+from ..zimage_core.checkpoint import not_finite, open_component
 from ..zimage_core.vae import AutoencoderKL
 
 
@@ -41,6 +42,14 @@ class ZImageVAE(comfy.sd.VAE):
         self.patcher = kind(module, load_device=self.device, offload_device=mm.vae_offload_device())
         self.patcher.cached_patcher_init = (load_vae_patcher, (str(path),))
         self.model_size()
+
+
+def decode(vae: comfy.sd.VAE, latents: Tensor) -> Tensor:
+    """Raw latents [B, 16, h, w] to pictures [B, H, W, 3], checked: a damaged weight is named."""
+    pictures = vae.decode(latents)
+    if not pictures.isfinite().all():
+        raise not_finite(vae=vae.first_stage_model)
+    return pictures
 
 
 def load_vae_patcher(path: str, disable_dynamic: bool = False):

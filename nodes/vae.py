@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from . import convert
+from . import convert, host_vae
 
 
 class ZImageVAEDecode(io.ComfyNode):
@@ -26,7 +26,7 @@ class ZImageVAEDecode(io.ComfyNode):
     @classmethod
     def execute(cls, vae, samples) -> io.NodeOutput:
         _check_vae(vae)
-        return io.NodeOutput(vae.decode(convert.checked_latents(samples["samples"], vae.latent_channels)))
+        return io.NodeOutput(host_vae.decode(vae, convert.checked_latents(samples["samples"], vae.latent_channels)))
 
 
 class ZImageVAEEncode(io.ComfyNode):

@@ -317,21 +317,23 @@ def add(model: nn.Module, component: str, loras: Sequence[tuple[Lora, float]]) -
         parameter = parameters[name]
         before[name] = parameter.data
         original = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-        total = sum(_change(original, *one) for one in adapters)
+        total = sum(change(original, *one) for one in adapters)
         parameter.data = (original + total).to(parameter.dtype)
     return before
 
 
-def _change(weight: Tensor, target: Target, adapter: Adapter, strength: float) -> Tensor:
+def change(weight: Tensor, target: Target, adapter: Adapter, strength: float) -> Tensor:
     """What an adapter adds to the whole weight, of which it may aim at some rows only."""
-    change = torch.zeros_like(weight)
+    if target.part is None:
+        return adapter.change(weight, strength)
+    added = torch.zeros_like(weight)
     first, count = target.rows(len(weight))
-    change[first : first + count] = adapter.change(weight[first : first + count], strength)
-    return change
+    added[first : first + count] = adapter.change(weight[first : first + count], strength)
+    return added
 
 
 def _later(target: Target, adapter: Adapter, strength: float) -> Callable[[Tensor], Tensor]:
-    return lambda weight: _change(weight, target, adapter, strength)
+    return lambda weight: change(weight, target, adapter, strength)
 
 
 @torch.no_grad()

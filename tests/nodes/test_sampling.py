@@ -328,3 +328,34 @@ def test_single_files_are_offered_by_the_loader_made_for_them(pack, tmp_path):
 def _weights(loaded: Any) -> dict[str, torch.Tensor]:
     """Of a MODEL, which is a patcher, or of a CLIP or VAE, which have one."""
     return getattr(loaded, "patcher", loaded).model.state_dict()
+
+
+# Damaged weights
+
+
+@pytest.mark.parametrize("kind", ["transformer", "text_encoder", "vae"])
+def test_a_weight_that_is_not_finite_is_named(pack, kind):
+    """Not when it is loaded, which need not read it, but where it spoils the result."""
+    clip, model, vae = pack.host_clip.load_clip(NANO), pack.host_model.load_model(NANO), pack.host_vae.ZImageVAE(NANO)
+    module, name = {
+        "transformer": (model.model.diffusion_model, "layers.1.attention.qkv.weight"),
+        "text_encoder": (clip.cond_stage_model.encoder, "model.layers.0.mlp.up_proj.weight"),
+        "vae": (vae.first_stage_model, "decoder.mid.block_1.conv1.bias"),
+    }[kind]
+    weight = module.get_parameter(name)
+    weight.data = weight.data.clone()
+    weight.data.view(-1)[3] = float("nan")
+    with pytest.raises(ValueError, match=f"{name} of the .* has values that are not finite .* download it again"):
+        (positive,) = pack.conditioning.ZImageTextEncode.execute(clip, "a red circle").args
+        (latent,) = pack.sampling.ZImageSampler.execute(
+            model=model,
+            positive=positive,
+            latent_image={"samples": torch.zeros(1, 16, 8, 8)},
+            seed=1,
+            steps=1,
+            guidance_scale=0.0,
+            cfg_normalization=0.0,
+            cfg_truncation=1.0,
+            denoise=1.0,
+        ).args
+        pack.vae.ZImageVAEDecode.execute(vae, latent)
