@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -333,3 +334,46 @@ def test_weights_that_are_there_but_not_listed_are_left_alone(hub, folder):
     save_file({"a": torch.zeros(1)}, folder / "mine.safetensors")
     download.fetch(REPOSITORY, folder, ["vae"])
     assert (folder / "mine.safetensors").is_file()
+
+
+# The command line
+
+
+def generate(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "zimage_core", "generate", "a red circle", "--cpu", "--steps", "1"]
+    size = ["--width", "32", "--height", "32", "-o", "out.png"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    return subprocess.run([*command, *size, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+
+def test_the_command_line_downloads_when_told_to(hub, tmp_path):
+    folder = tmp_path / "models" / "zimage" / "Org--Nano"
+    refused = generate(tmp_path, "-m", NAME)
+    assert refused.returncode == 2 and hub.asked == [] and not folder.exists()
+    assert "transformer and text encoder and vae of Org/Nano are not here. Add --download" in refused.stderr
+    done = generate(tmp_path, "-m", NAME, "--download")
+    assert done.returncode == 0, done.stderr
+    assert download.is_complete(folder, ALL) and (tmp_path / "out.png").is_file()
+    assert "B/s" in done.stderr
+    hub.asked.clear()
+    again = generate(tmp_path, "-m", NAME)
+    assert again.returncode == 0 and hub.asked == []
+    assert "is no repository" in generate(tmp_path, "-m", "nowhere").stderr
+
+
+def test_the_command_line_stops_at_once(hub, tmp_path):
+    """Control-C: nothing looks complete, and the next run goes on."""
+    hub.speed = 2e6
+    command = [sys.executable, "-m", "zimage_core", "generate", "a red circle", "-m", NAME, "--download"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "models" / "zimage" / "Org--Nano"
+    deadline = time.monotonic() + 60
+    while sum(map(len, contents(folder).values())) < 2e6:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    _, words = process.communicate()
+    assert time.monotonic() - started < 3 and process.returncode == 130
+    assert "interrupted, no picture was written" in words and not download.is_complete(folder, ALL)

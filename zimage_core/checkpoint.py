@@ -194,8 +194,13 @@ class Component:
         if any(part.shape[1:] != parts[0].shape[1:] for part in parts):
             shapes = ", ".join(f"{key} {list(part.shape)}" for key, part in zip(keys, parts, strict=True))
             raise CheckpointError(f"{self._file(keys[0])}: shapes don't fit together: {shapes}")
-        cast = [part.to(device=device, dtype=dtype) for part in parts]
-        tensor = torch.cat(cast) if len(cast) > 1 else cast[0]
+        if len(parts) == 1:
+            tensor = parts[0].to(device=device, dtype=dtype)
+        else:  # each part is cast into its place, so that nothing is held twice
+            rows = sum(len(part) for part in parts)
+            tensor = torch.empty(rows, *parts[0].shape[1:], device=device, dtype=dtype or parts[0].dtype)
+            for place, part in zip(tensor.split([len(part) for part in parts]), parts, strict=True):
+                place.copy_(part)
         if tensor.ndim == 2 and self.key_map.is_flat(name):
             tensor = tensor[..., None, None]
         if name.endswith("pad_token") and tensor.ndim == 1:
