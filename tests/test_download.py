@@ -376,3 +376,19 @@ def test_the_command_line_stops_at_once(hub, tmp_path):
     _, words = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "interrupted, no picture was written" in words and not download.is_complete(folder, ALL)
+
+
+# Two at once
+
+
+def test_two_processes_share_a_folder(hub, folder):
+    """The second waits for the first, or takes what it has fetched; nothing is fetched twice or damaged."""
+    hub.speed = 6e6
+    script = (
+        "import sys; from pathlib import Path; from zimage_core import download;"
+        f"download.fetch(download.Repository({NAME!r}), Path(sys.argv[1]), {list(ALL)!r})"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", script, str(folder)], cwd=ROOT) for _ in range(2)]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    assert contents(folder) == contents(NANO)
+    assert len(hub.sent(WEIGHTS)) == 1

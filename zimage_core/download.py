@@ -7,7 +7,6 @@ honours its usual variables: HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_DOWNL
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import queue
@@ -20,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -168,7 +166,6 @@ def fetch(repository: Repository, folder: Path, components: Sequence[str], callb
     if absent:
         meter = _Meter(callback, total)
         _transfer(repository, listing["commit"], folder, staging, absent, done, meter)
-    shutil.rmtree(staging, ignore_errors=True)
 
 
 def _matches(path: str, kind: str) -> bool:
@@ -179,8 +176,15 @@ def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # not begun, or just moved to its place
+        return 0
+
+
 def _arrived(staging: Path) -> int:
-    return sum(path.stat().st_size for path in staging.rglob("*") if path.is_file()) if staging.is_dir() else 0
+    return sum(_size(path) for path in staging.rglob("*") if path.is_file()) if staging.is_dir() else 0
 
 
 def _check_space(repository: Repository, folder: Path, needed: int) -> None:
@@ -213,49 +217,22 @@ def _transfer(
 ) -> None:
     # parts are named by their hash: if the file is another by then, the next try does not go on with this one
     parts = {file["path"]: staging / f"{file['path']}.{(file['sha256'] or file['blob'])[:16]}" for file in files}
-    waiting = {file["path"]: file for file in files}
-    asked = [{"path": path, "part": str(part), "size": waiting[path]["size"]} for path, part in parts.items()]
-    with _worker({"do": "get", "repo": repository.name, "revision": commit, "files": asked}) as lines:
+    waiting = {file["path"]: file["size"] for file in files}
+    asked = [{**file, "part": str(parts[file["path"]]), "place": str(folder / file["path"])} for file in files]
+    task = {"do": "get", "repo": repository.name, "revision": commit, "staging": str(staging), "files": asked}
+    with _worker(task) as lines:
         for line in lines:
             if line is None:
-                current = next(iter(waiting))
-                meter.tell(done + (parts[current].stat().st_size if parts[current].is_file() else 0), current)
+                current = next(iter(waiting), None)
+                if current is None:
+                    continue  # it cleans up
+                meter.tell(done + _size(parts[current]), current)
                 continue
             _raise(repository, line)
-            file = waiting.pop(line["done"])
-            size = file["size"]
-            _verify(repository, parts[file["path"]], file, partial(meter.tell, done + size, file["path"]))
-            place = folder / file["path"]
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(parts[file["path"]], place)
-            done += size
-            meter.tell(done, file["path"])
-            if not waiting:
-                return
-    raise DownloadError(f"{repository}: the download process ended early; what arrived is kept, try again")
-
-
-def _verify(repository: Repository, path: Path, file: dict[str, Any], tell: Callable[[], None]) -> None:
-    """Size and hash as the hub lists them; a file that is not so is deleted."""
-    size = path.stat().st_size
-    if size != file["size"]:
-        path.unlink()
-        raise DownloadError(
-            f"{repository}: {file['path']} arrived with {size} bytes, expected {file['size']}; it was deleted, "
-            "try again"
-        )
-    # large files are listed by their SHA-256, small ones by git's hash of a blob
-    digest = hashlib.sha256() if file["sha256"] else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-            tell()
-    if digest.hexdigest() != (file["sha256"] or file["blob"]):
-        path.unlink()
-        raise DownloadError(
-            f"{repository}: {file['path']} arrived damaged (its hash is not the one that the hub lists); "
-            "it was deleted, try again"
-        )
+            done += waiting.pop(line["done"])
+            meter.tell(done, line["done"])
+    if waiting:
+        raise DownloadError(f"{repository}: the download process ended early; what arrived is kept, try again")
 
 
 class _Meter:
@@ -335,7 +312,11 @@ def _raise(repository: Repository, line: dict[str, Any]) -> None:
     kinds, status, message = set(line["error"]), line["status"], line["message"].splitlines()[0:1]
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     said = f" ({message[0]})" if message else ""
-    if "GatedRepoError" in kinds or status == 403:
+    if "Damaged" in kinds:
+        why = (
+            f"{line['message']} arrived damaged (its hash is not the one that the hub lists); it was deleted, try again"
+        )
+    elif "GatedRepoError" in kinds or status == 403:
         why = f"access is restricted; accept its terms at {endpoint}/{repository.name} and set HF_TOKEN"
     elif status == 401 or ("RepositoryNotFoundError" in kinds and status != 404):
         why = "the hub refused access (401): the name is wrong or it is private; check it, and HF_TOKEN"

@@ -5,10 +5,13 @@ It is a process of its own so that it can be stopped at once, whatever the netwo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import sys
 import threading
+from contextlib import suppress
 from typing import Any
 
 
@@ -42,24 +45,60 @@ def _list(task: dict[str, Any]) -> None:
 
 
 def _get(task: dict[str, Any]) -> None:
-    """Files to their `part`, each from where it stopped. `hf_hub_download` starts anew in each process."""
+    """Files to their places, each from where its part stopped (`hf_hub_download` starts anew in each process).
+
+    A lock lets one process at a time into the folder; what another has fetched meanwhile is not fetched again.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+    constants.DOWNLOAD_CHUNK_SIZE = 1 << 20  # bytes; what is lost when this process is stopped
+    lock = f"{task['staging']}.lock"
+    with WeakFileLock(lock):
+        for file in task["files"]:
+            if not (os.path.isfile(file["place"]) and os.path.getsize(file["place"]) == file["size"]):
+                _fetch(task, file)
+                _verify(file)
+                os.makedirs(os.path.dirname(file["place"]), exist_ok=True)
+                os.replace(file["part"], file["place"])
+            _say(done=file["path"])
+        shutil.rmtree(task["staging"], ignore_errors=True)  # parts of other revisions, too
+    with suppress(OSError):  # another process may have it open
+        os.unlink(lock)
+
+
+def _fetch(task: dict[str, Any], file: dict[str, Any]) -> None:
     from urllib.parse import urlsplit
 
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-    constants.DOWNLOAD_CHUNK_SIZE = 1 << 20  # bytes; what is lost when this process is stopped
-    for file in task["files"]:
-        url = hf_hub_url(task["repo"], file["path"], revision=task["revision"])
-        place = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT).location
-        headers = build_hf_headers()
-        if urlsplit(place).netloc != urlsplit(url).netloc:
-            headers.pop("authorization", None)  # a signed address elsewhere; the token is the hub's alone
-        os.makedirs(os.path.dirname(file["part"]), exist_ok=True)
-        with open(file["part"], "ab") as part:
-            http_get(place, part, resume_size=part.tell(), headers=headers, expected_size=file["size"])
-        _say(done=file["path"])
+    url = hf_hub_url(task["repo"], file["path"], revision=task["revision"])
+    place = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT).location
+    headers = build_hf_headers()
+    if urlsplit(place).netloc != urlsplit(url).netloc:
+        headers.pop("authorization", None)  # a signed address elsewhere; the token is the hub's alone
+    os.makedirs(os.path.dirname(file["part"]), exist_ok=True)
+    with open(file["part"], "ab") as part:
+        http_get(place, part, resume_size=part.tell(), headers=headers, expected_size=file["size"])
+
+
+class Damaged(Exception):
+    """The file that arrived is not the one that the hub lists."""
+
+
+def _verify(file: dict[str, Any]) -> None:
+    """Size and hash as the hub lists them; a file that is not so is deleted."""
+    size = os.path.getsize(file["part"])
+    # large files are listed by their SHA-256, small ones by git's hash of a blob
+    digest = hashlib.sha256() if file["sha256"] else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with open(file["part"], "rb") as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    if size != file["size"] or digest.hexdigest() != (file["sha256"] or file["blob"]):
+        os.unlink(file["part"])
+        raise Damaged(file["path"])
 
 
 def _end_with_the_parent() -> None:
