@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -366,7 +367,14 @@ def test_the_command_line_stops_at_once(hub, tmp_path):
     hub.speed = 2e6
     command = [sys.executable, "-m", "zimage_core", "generate", "a red circle", "-m", NAME, "--download"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # shells start background jobs deaf to it
+    )
     folder = tmp_path / "models" / "zimage" / "Org--Nano"
     deadline = time.monotonic() + 60
     while sum(map(len, contents(folder).values())) < 2e6:
