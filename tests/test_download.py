@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -174,6 +175,19 @@ def test_a_connection_that_breaks_once_goes_on(hub, folder):
     assert (folder / WEIGHTS).read_bytes() == (NANO / WEIGHTS).read_bytes()
 
 
+def test_signed_addresses_elsewhere(hub, folder, monkeypatch):
+    """As the hub answers for large files. The token stays the hub's; an address that expires is asked for again."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.elsewhere = hub.expiring = True
+    hub.cut[WEIGHTS] = 4_000_000
+    download.fetch(REPOSITORY, folder, ["transformer"])
+    assert (folder / WEIGHTS).read_bytes() == (NANO / WEIGHTS).read_bytes()
+    addresses = [path for method, path, _ in hub.asked if method == "GET" and path.startswith("/signed/")]
+    assert len(addresses) == 3 and len(set(addresses)) == 2  # cut, refused, then the rest from a new one
+    assert int(hub.sent(WEIGHTS)[-1].removeprefix("bytes=").rstrip("-")) >= 3e6
+    assert hub.leaked == [] and "Bearer hf_secret" in hub.tokens
+
+
 def test_shards_and_their_index(hub, folder, tmp_path):
     source = hub.repositories[NAME] / "transformer"
     weights = Snapshot(NANO).transformer().state_dict()
@@ -226,8 +240,6 @@ def failure(folder: Path, kinds=("transformer",), repository: Repository = REPOS
 )
 def test_refusals(hub, folder, status, code, words):
     hub.status[NAME] = (status, code)
-    import re
-
     assert re.search(words, failure(folder))
 
 

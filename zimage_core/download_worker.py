@@ -63,8 +63,8 @@ def _get(task: dict[str, Any]) -> None:
                 os.replace(file["part"], file["place"])
             _say(done=file["path"])
         shutil.rmtree(task["staging"], ignore_errors=True)  # parts of other revisions, too
-    with suppress(OSError):  # another process may have it open
-        os.unlink(lock)
+        with suppress(OSError):  # Windows removes no open file
+            os.unlink(lock)  # while it is held: after that it may be another's
 
 
 def _fetch(task: dict[str, Any], file: dict[str, Any]) -> None:
@@ -72,16 +72,22 @@ def _fetch(task: dict[str, Any], file: dict[str, Any]) -> None:
 
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+    from huggingface_hub.utils import HfHubHTTPError, build_hf_headers  # type: ignore[attr-defined]
 
     url = hf_hub_url(task["repo"], file["path"], revision=task["revision"])
-    place = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT).location
-    headers = build_hf_headers()
-    if urlsplit(place).netloc != urlsplit(url).netloc:
-        headers.pop("authorization", None)  # a signed address elsewhere; the token is the hub's alone
     os.makedirs(os.path.dirname(file["part"]), exist_ok=True)
     with open(file["part"], "ab") as part:
-        http_get(place, part, resume_size=part.tell(), headers=headers, expected_size=file["size"])
+        while True:
+            place = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT).location
+            headers, elsewhere = build_hf_headers(), urlsplit(place).netloc != urlsplit(url).netloc
+            if elsewhere:
+                headers.pop("authorization", None)  # a signed address; the token is the hub's alone
+            begin = part.tell()
+            try:
+                return http_get(place, part, resume_size=begin, headers=headers, expected_size=file["size"])
+            except HfHubHTTPError:
+                if not elsewhere or part.tell() == begin:
+                    raise  # else the address has expired on the way, and there is a new one
 
 
 class Damaged(Exception):
