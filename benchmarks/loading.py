@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from nano.export import TRANSFORMER_NAMES, _renamed
+from nano.export import TRANSFORMER_NAMES, renamed
 from zimage_core.checkpoint import open_component
 from zimage_core.config import TransformerConfig
 from zimage_core.detect import PUBLISHED_TRANSFORMER
@@ -78,7 +78,7 @@ def published_names(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, 
             for letter in "qkv":
                 found[name.replace("qkv", f"to_{letter}")] = (shape[0] // 3, shape[1])
         else:
-            found[_renamed(name, TRANSFORMER_NAMES)] = shape
+            found[renamed(name, TRANSFORMER_NAMES)] = shape
     return found
 
 
@@ -235,8 +235,7 @@ def main(layers: int, repeats: int, toy: bool, folder: Path | None, without: lis
 
 def _rows(what: str, path: Path, loaders: list[str], repeats: int) -> list[str]:
     found: dict[str, list[dict[str, float]]] = {loader: [] for loader in loaders}
-    for loader in loaders[:1]:
-        measure(loader, path)  # the page cache
+    measure(loaders[0], path)  # fills the page cache
     for _ in range(repeats):
         for loader in loaders:
             found[loader].append(measure(loader, path))

@@ -85,7 +85,7 @@ def _transformer(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             for letter, part in zip("qkv", value.chunk(3), strict=True):
                 published[f"{stem}to_{letter}.weight"] = part
         else:
-            published[_renamed(name, TRANSFORMER_NAMES)] = value
+            published[renamed(name, TRANSFORMER_NAMES)] = value
     return published
 
 
@@ -108,13 +108,14 @@ def _vae(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         # diffusers counts the decoder's levels as they run, the original by resolution
         name = re.sub(r"\.up\.(\d)\.", lambda match: f".up.{levels - 1 - int(match[1])}.", name)
         linear = ".attn_1." in name and value.ndim == 4
-        published[_renamed(name, VAE_NAMES)] = value[:, :, 0, 0] if linear else value
+        published[renamed(name, VAE_NAMES)] = value[:, :, 0, 0] if linear else value
     return {
         re.sub(r"(resnets\.\d\.)nin_shortcut\.", r"\1conv_shortcut.", name): value for name, value in published.items()
     }
 
 
-def _renamed(name: str, rows: tuple[tuple[str, str], ...]) -> str:
+def renamed(name: str, rows: tuple[tuple[str, str], ...]) -> str:
+    """A parameter's published name, by the first row of (pattern, replacement) that fits."""
     for pattern, published in rows:
         if re.search(pattern, name):
             return re.sub(pattern, published, name)

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from zimage_core.checkpoint import CheckpointError, Snapshot
 from zimage_core.tensor_files import TensorFiles
 
+from . import process_memory
+
 NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -60,11 +62,11 @@ def test_weights_stay_in_the_file_mapping(tmp_path):
     """Tensors that are neither cast nor fused are views of the mapped file: reading them allocates nothing."""
     size = 64 * 2**20
     save_file({"weight": torch.randn(1024, size // 4096)}, tmp_path / "w.safetensors")
-    before = _anonymous_bytes()
+    before = process_memory.anonymous()
     tensor = TensorFiles([tmp_path / "w.safetensors"]).read("weight")
     checksum = tensor.sum()
     assert torch.isfinite(checksum)
-    assert _anonymous_bytes() - before < size / 4
+    assert process_memory.anonymous() - before < size / 4
 
 
 def test_loading_a_cast_model_holds_one_copy(folder):
@@ -201,10 +203,3 @@ def test_pickles_are_not_weights(folder):
     path = folder / "vae" / WEIGHTS
     path.rename(path.with_suffix(".bin"))
     refuse(Snapshot(folder).vae, "My-Model/vae", "safetensors")
-
-
-def _anonymous_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    pytest.skip("/proc/self/status has no RssAnon on this system")

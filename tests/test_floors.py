@@ -41,10 +41,10 @@ FLOORS = [
 FLOOR = {file: number for number, floor in enumerate(FLOORS) for file in floor}
 
 LIBRARIES = {"torch", "safetensors", "transformers", "huggingface_hub", "numpy"}
-LAZY = {
+LAZY = {  # inside functions only: the pack's optional extras
     "zimage_core/__main__": {"PIL", "tqdm"},
     "zimage_core/gguf_types": {"gguf"},
-}  # inside functions only: the command line's own needs
+}
 HOST = {
     "comfy",
     "comfy_kitchen",

@@ -17,9 +17,11 @@ from zimage_core import gguf_types, lora, packed
 from zimage_core.checkpoint import CheckpointError, Snapshot, open_component
 from zimage_core.config import TransformerConfig
 from zimage_core.pipeline import ZImagePipeline
+from zimage_core.quantised import Weights
+from zimage_core.tensor_files import TensorFiles
 from zimage_core.transformer import ZImageTransformer
 
-from . import gguf_writing
+from . import gguf_writing, process_memory
 
 NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
 CONFIGS = {kind: (NANO / kind / "config.json").read_text() for kind in ("transformer", "text_encoder")}
@@ -240,20 +242,13 @@ def test_weights_stay_mapped_and_packed(tmp_path):
     """Twenty megabytes of Q8_0 load without a copy: the process's own memory hardly grows."""
     value = torch.randn(4096, 4096)
     gguf_writing.write(tmp_path / "m.gguf", {"w.weight": value}, lambda *_: "Q8_0")
-    from zimage_core.quantised import Weights
-    from zimage_core.tensor_files import TensorFiles
-
-    def anonymous() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
-
     weights = Weights(TensorFiles([tmp_path / "m.gguf"]), ["w.weight"])
-    before = anonymous()
+    before = process_memory.anonymous()
     stored = weights.packed("w.weight")
     assert stored is not None and stored.shape == (4096, 4096)
     layer = packed.PackedLinear([stored], torch.float32)
     assert sum(buffer.nbytes for buffer in layer.buffers()) == 4096 * 4096 // 32 * 34
-    assert anonymous() - before < 2e6
+    assert process_memory.anonymous() - before < 2e6
 
 
 # What is refused

@@ -237,6 +237,24 @@ def test_other_models_are_named(tmp_path, kind, keys, words):
         assert word in message
 
 
+@pytest.mark.parametrize(
+    "keys, name",
+    [
+        (("qweight", "wscales", "smooth_factor"), "nunchaku (SVDQuant)"),
+        (("weight", "weight.absmax", "weight.quant_state.bitsandbytes__nf4"), "bitsandbytes"),
+        (("weight", "scale", "zero_point", "svd_up", "svd_down"), "SDNQ"),
+        (("weight", "scales", "biases"), "MLX"),
+        (("qweight", "qzeros", "scales"), "GPTQ or AWQ"),
+    ],
+)
+def test_families_that_are_not_supported_are_named(tmp_path, keys, name):
+    """In a file that is Z-Image's otherwise."""
+    tensors = {key: tuple(value.shape) for key, value in native("transformer").items() if ".qkv." not in key}
+    tensors |= {f"layers.{layer}.attention.to_{x}.{key}": (1,) for layer in range(2) for x in "qkv" for key in keys}
+    message = refusal(tmp_path, "transformer", tensors)
+    assert f"quantised by {name}" in message and "load the bf16 or fp16 version of the same model instead" in message
+
+
 def test_one_of_our_components_in_the_wrong_loader(tmp_path):
     save_file(native("vae"), tmp_path / "m.safetensors", metadata("vae"))
     with pytest.raises(CheckpointError, match=r"is an AutoencoderKL \(VAE\), not a Z-Image transformer; choose it"):

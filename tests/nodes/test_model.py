@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from .. import process_memory
+
 NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
 # parameters of a module that is no leaf are moved in the forward; everything else must be castable
 ROOT_PARAMETERS = {"x_pad_token", "cap_pad_token"}
@@ -65,12 +67,12 @@ def test_every_parameter_can_be_offloaded_and_cast(pack, patcher):
 def test_weights_are_not_copied_when_they_are_loaded(pack):
     """Tensors that need no cast or fusing share the file's mapping; nothing else of the model's size is held."""
     patcher = pack.host_model.load_model(NANO)
-    anonymous = _anonymous_bytes()
+    anonymous = process_memory.anonymous()
     kept = [pack.host_model.load_model(NANO) for _ in range(8)]
     gc.collect()
     size = patcher.model_size()
     fused = sum(p.nbytes for name, p in patcher.model.named_parameters() if name.endswith("qkv.weight"))
-    assert _anonymous_bytes() - anonymous < 8 * (fused + 0.35 * size)
+    assert process_memory.anonymous() - anonymous < 8 * (fused + 0.35 * size)
     assert len(kept) == 8
 
 
@@ -375,13 +377,6 @@ def test_loading_says_nothing_alarming(pack, caplog):
         pack.host_model.load_model(NANO)
         pack.host_vae.ZImageVAE(NANO)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-
-
-def _anonymous_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    pytest.skip("/proc/self/status has no RssAnon on this system")
 
 
 # fp8
