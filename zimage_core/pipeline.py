@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,6 +153,7 @@ class ZImagePipeline:
             cfg_normalization=float(cfg_normalization),
             cfg_truncation=cfg_truncation,
             dtype=self.dtype,
+            refine=partial(self.transformer.refine_captions, dtype=self.dtype),
             callback=callback,
         )  # [B, 16, h, w] float32
         if not latents.isfinite().all():

@@ -7,14 +7,15 @@ sampler's (sigma down to 0 at the picture, dlatents/dsigma).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .scheduler import euler_step
 
-# (latents [B, 16, h, w], t [B], captions: B of [L_i, D]) -> velocity towards the picture [B, 16, h, w]
-Model = Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor]
+# (latents [B, 16, h, w], t [B], captions) -> velocity towards the picture [B, 16, h, w]
+Model = Callable[[Tensor, Tensor, Any], Tensor]
 # (steps done, steps, latents, estimate of the picture's latents); returning False stops the run
 Callback = Callable[[int, int, Tensor, Tensor], "bool | None"]
 
@@ -67,25 +68,30 @@ def denoise(
     cfg_normalization: float = 0.0,
     cfg_truncation: float = 1.0,
     dtype: torch.dtype = torch.float32,
+    refine: Callable[[Sequence[Tensor]], Any] = list,
     callback: Callback | None = None,
 ) -> Tensor:
     """Takes latents [B, 16, h, w] float32 from noise level sigmas[0] to sigmas[-1] by Euler steps.
 
-    The model computes in `dtype`; latents, guidance and steps stay float32. With guidance, positive and negative
-    captions run in one batch. Raises `Cancelled` when the callback returns False.
+    cap_feats, negative_cap_feats: B of [L_i, D]. refine: what of the model's work on captions can be done before the
+    first step; the model gets its result. The model computes in `dtype`; latents, guidance and steps stay float32. With
+    guidance, positive and negative captions run in one batch. Raises `Cancelled` when the callback returns False.
     """
     if guidance_scale > 0 and negative_cap_feats is None:
         raise ValueError("guidance needs negative captions; those of an empty prompt serve where there is none")
     steps = len(sigmas) - 1
     batch = len(latents)
+    refined: dict[bool, Any] = {}  # whether guided -> captions of that batch
     for step, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         t = model_time(sigma).to(latents.device).expand(batch)  # (B,)
-        if negative_cap_feats is not None and guides_at(float(sigma), guidance_scale, cfg_truncation):
-            both = [*cap_feats, *negative_cap_feats]
-            out = velocity(model(latents.to(dtype).repeat(2, 1, 1, 1), t.repeat(2), both))  # (2B, 16, h, w)
+        guided = guides_at(float(sigma), guidance_scale, cfg_truncation)
+        if guided not in refined:
+            refined[guided] = refine([*cap_feats, *(negative_cap_feats or ())] if guided else cap_feats)
+        if guided:
+            out = velocity(model(latents.to(dtype).repeat(2, 1, 1, 1), t.repeat(2), refined[True]))  # (2B, 16, h, w)
             v = guided_velocity(out[:batch], out[batch:], guidance_scale, cfg_normalization)
         else:
-            v = velocity(model(latents.to(dtype), t, cap_feats))  # (B, 16, h, w)
+            v = velocity(model(latents.to(dtype), t, refined[False]))  # (B, 16, h, w)
         estimate = denoised(latents, v, float(sigma))
         latents = euler_step(latents, v, sigma.to(latents.device), sigma_next.to(latents.device))
         if callback is not None and callback(step + 1, steps, latents, estimate) is False:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +35,22 @@ FINAL_NORM_EPS = 1e-6  # the LayerNorm of the final layer, without weights
 
 # called after a block with (stage, index, state); see `ZImageTransformer.forward`
 BlockHook = Callable[[str, int, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Captions as every step of a run needs them: embedded, refined, with their rotations.
+
+    Nothing here depends on the latents or the time, so it is computed once for a prompt.
+    """
+
+    tokens: Tensor  # [B, L, D]
+    lengths: list[int]  # padded, one if all agree
+    mask: Tensor | None  # [B, 1, 1, L], true = a caption's own, where lengths differ
+    rotations: Tensor  # [1, L, 1, head_dim/2, 2, 2]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 class ZImageTransformer(nn.Module):
@@ -79,7 +96,7 @@ class ZImageTransformer(nn.Module):
         self,
         latents: Tensor,
         t: Tensor,
-        cap_feats: Tensor | Sequence[Tensor],
+        cap_feats: Tensor | Sequence[Tensor] | Captions,
         *,
         attention: Attention = attention,
         block_hook: BlockHook | None = None,
@@ -89,7 +106,8 @@ class ZImageTransformer(nn.Module):
 
         latents: [B, 16, h, w], h and w even; its dtype is the dtype of the computation.
         t: [B] model time, 0 = pure noise, 1 = picture (that is 1 - sigma).
-        cap_feats: caption features, [B, L, cap_feat_dim], or B of [L_i, cap_feat_dim] where lengths differ.
+        cap_feats: caption features, [B, L, cap_feat_dim], or B of [L_i, cap_feat_dim] where lengths differ; or what
+            `refine_captions` makes of them, so that a run of several steps does it once.
         block_hook: called as `hook("noise_refiner" | "layers", index, state)` after each such block. `state` holds
             img, txt (tokens now; for "layers" views of the joint sequence, to be written in place), img_input (image
             tokens as they entered the stage), pe (rotations of the image tokens), vec (time embedding), x (latents).
@@ -104,15 +122,14 @@ class ZImageTransformer(nn.Module):
         height, width = latents.shape[-2:]
         adaln = self.t_embedder(t, latents.dtype)  # (B, 256)
 
-        cap, cap_lengths, cap_mask = self._embed_caption(cap_feats, latents.dtype)  # (B, L, D)
+        if not isinstance(cap_feats, Captions):
+            cap_feats = self.refine_captions(cap_feats, latents.dtype, attention=attention)
+        cap, cap_lengths, cap_mask, cap_pe = cap_feats.tokens, cap_feats.lengths, cap_feats.mask, cap_feats.rotations
         img, n_image = self._embed_image(latents)  # (B, N, D)
         rows, columns = height // config.patch_size, width // config.patch_size
-        cap_pe = self._rotations(caption_positions(cap.shape[1], cap.device))  # (1, L, 1, head_dim/2, 2, 2)
         img_positions = image_positions(cap_lengths, rows, columns, img.shape[1], img.device, rope_options)
         img_pe = self._rotations(img_positions)  # (1 or B, N, 1, head_dim/2, 2, 2)
 
-        for block in self.context_refiner:
-            cap = block(cap, cap_pe, None, attention, cap_mask)
         state = {"img_input": img, "txt": cap, "pe": img_pe, "vec": adaln, "x": latents}
         for index, block in enumerate(self.noise_refiner):
             img = block(img, img_pe, adaln, attention)
@@ -134,6 +151,16 @@ class ZImageTransformer(nn.Module):
 
         x = self.final_layer(x[:, :n_image], adaln)  # (B, h/2 * w/2, 64)
         return unpatchify(x, height, width, config.patch_size)
+
+    def refine_captions(
+        self, cap_feats: Tensor | Sequence[Tensor], dtype: torch.dtype, *, attention: Attention = attention
+    ) -> Captions:
+        """Caption features, as `forward` takes them, through the embedder and the context refiner; in `dtype`."""
+        cap, lengths, mask = self._embed_caption(cap_feats, dtype)  # (B, L, D)
+        pe = self._rotations(caption_positions(cap.shape[1], cap.device))
+        for block in self.context_refiner:
+            cap = block(cap, pe, None, attention, mask)
+        return Captions(cap, lengths, mask, pe)
 
     def _embed_image(self, latents: Tensor) -> tuple[Tensor, int]:
         x = self.x_embedder(patchify(latents, self.config.patch_size))  # (B, h/2 * w/2, D)
