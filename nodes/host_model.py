@@ -91,6 +91,7 @@ class _BlockHook:
         self.options = options
         self.config = config
         self.patches = options.get("patches", {})
+        self.reads_tokens = any(self.patches.get(name) for name in ("noise_refiner", "double_block"))
 
     def __call__(self, stage: str, index: int, state: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():

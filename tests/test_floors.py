@@ -15,9 +15,9 @@ import pytest
 FLOORS = [
     {"zimage_core/__init__", "zimage_core/config", "zimage_core/key_maps"},
     {"zimage_core/gguf_types"},
-    {"zimage_core/gguf_files"},
-    {"zimage_core/rope", "zimage_core/attention", "zimage_core/patchify", "zimage_core/scheduler"}
-    | {"zimage_core/tensor_files", "zimage_core/detect", "zimage_core/adapters"},
+    {"zimage_core/gguf_files", "zimage_core/attention"},
+    {"zimage_core/rope", "zimage_core/row_blocks", "zimage_core/patchify", "zimage_core/scheduler"}
+    | {"zimage_core/tensor_files", "zimage_core/detect", "zimage_core/adapters", "zimage_core/prompt_cache"},
     {"zimage_core/transformer", "zimage_core/text_encoder", "zimage_core/tokenizer", "zimage_core/vae"}
     | {"zimage_core/quantised"},
     {"zimage_core/packed"},
@@ -29,6 +29,7 @@ FLOORS = [
         "nodes/convert",
         "nodes/host_download",
         "nodes/host_packed",
+        "nodes/host_prompts",
         "nodes/host_vae",
         "nodes/host_sampler",
     },

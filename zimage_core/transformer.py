@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import row_blocks
 from .attention import Attention, attention
 from .config import TransformerConfig
 from .patchify import padded, patchify, unpatchify
@@ -33,7 +34,8 @@ TIME_HIDDEN = 1024  # hidden width of the time MLP (reference `mid_size`)
 MAX_PERIOD = 10000.0
 FINAL_NORM_EPS = 1e-6  # the LayerNorm of the final layer, without weights
 
-# called after a block with (stage, index, state); see `ZImageTransformer.forward`
+# called after a block with (stage, index, state); see `ZImageTransformer.forward`. One that has an attribute
+# `reads_tokens = False` leaves the state's tensors alone, which spares copies and the last block's captions.
 BlockHook = Callable[[str, int, dict[str, Any]], None]
 
 
@@ -45,9 +47,9 @@ class Captions:
     """
 
     tokens: Tensor  # [B, L, D]
-    lengths: list[int]  # padded, one if all agree
-    mask: Tensor | None  # [B, 1, 1, L], true = a caption's own, where lengths differ
+    lengths: list[int]  # of each caption with the padding that belongs to it, multiples of 32; L is the largest
     rotations: Tensor  # [1, L, 1, head_dim/2, 2, 2]
+    image_rotations: dict[Any, Tensor] = field(default_factory=dict)  # of image tokens behind them, by picture size
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -124,27 +126,29 @@ class ZImageTransformer(nn.Module):
 
         if not isinstance(cap_feats, Captions):
             cap_feats = self.refine_captions(cap_feats, latents.dtype, attention=attention)
-        cap, cap_lengths, cap_mask, cap_pe = cap_feats.tokens, cap_feats.lengths, cap_feats.mask, cap_feats.rotations
+        captions, reads = cap_feats, block_hook is not None and getattr(block_hook, "reads_tokens", True)
         img, n_image = self._embed_image(latents)  # (B, N, D)
-        rows, columns = height // config.patch_size, width // config.patch_size
-        img_positions = image_positions(cap_lengths, rows, columns, img.shape[1], img.device, rope_options)
-        img_pe = self._rotations(img_positions)  # (1 or B, N, 1, head_dim/2, 2, 2)
+        n = img.shape[1]
+        img_pe = self._image_rotations(captions, height, width, n, rope_options)  # (1 or B, N, 1, head_dim/2, 2, 2)
 
-        state = {"img_input": img, "txt": cap, "pe": img_pe, "vec": adaln, "x": latents}
+        state = {"img_input": img.clone() if reads else img, "pe": img_pe, "vec": adaln, "x": latents}
+        state["txt"] = captions.tokens.clone() if reads else captions.tokens
         for index, block in enumerate(self.noise_refiner):
-            img = block(img, img_pe, adaln, attention)
+            img = _run(block, img, img_pe, adaln, attention, [n] * len(img))
             if block_hook is not None:
                 state["img"] = img
                 block_hook("noise_refiner", index, state)
                 img = state["img"]
 
-        x = torch.cat((img, cap), dim=1)  # (B, S, D)
-        pe = torch.cat((img_pe, cap_pe.expand(len(img_pe), *cap_pe.shape[1:])), dim=1)
-        mask = None if cap_mask is None else F.pad(cap_mask, (img.shape[1], 0), value=True)  # (B, 1, 1, S)
-        n = img.shape[1]
-        state = {"img_input": x[:, :n], "pe": img_pe, "vec": adaln, "x": latents}
+        x = torch.cat((img, captions.tokens), dim=1)  # (B, S, D)
+        pe = torch.cat((img_pe, captions.rotations.expand(len(img_pe), *captions.rotations.shape[1:])), dim=1)
+        counts = [n + length for length in captions.lengths]
+        mask = _mask(counts, x)
+        state = {"img_input": x[:, :n].clone() if reads else x[:, :n], "pe": img_pe, "vec": adaln, "x": latents}
         for index, block in enumerate(self.layers):
-            x = block(x, pe, adaln, attention, mask)
+            # of the last block only the picture's tokens are used
+            kept = n_image if index == config.n_layers - 1 and not reads else None
+            x = _run(block, x, pe, adaln, attention, counts, mask, kept)
             if block_hook is not None:
                 state.update(img=x[:, :n], txt=x[:, n:])
                 block_hook("layers", index, state)
@@ -156,11 +160,12 @@ class ZImageTransformer(nn.Module):
         self, cap_feats: Tensor | Sequence[Tensor], dtype: torch.dtype, *, attention: Attention = attention
     ) -> Captions:
         """Caption features, as `forward` takes them, through the embedder and the context refiner; in `dtype`."""
-        cap, lengths, mask = self._embed_caption(cap_feats, dtype)  # (B, L, D)
+        cap, lengths = self._embed_caption(cap_feats, dtype)  # (B, L, D)
         pe = self._rotations(caption_positions(cap.shape[1], cap.device))
+        mask = _mask(lengths, cap)
         for block in self.context_refiner:
-            cap = block(cap, pe, None, attention, mask)
-        return Captions(cap, lengths, mask, pe)
+            cap = _run(block, cap, pe, None, attention, lengths, mask)
+        return Captions(cap, lengths, pe)
 
     def _embed_image(self, latents: Tensor) -> tuple[Tensor, int]:
         x = self.x_embedder(patchify(latents, self.config.patch_size))  # (B, h/2 * w/2, D)
@@ -172,10 +177,8 @@ class ZImageTransformer(nn.Module):
             x = torch.cat((x, token.expand(len(x), pads, -1)), dim=1)
         return x, n_image
 
-    def _embed_caption(
-        self, cap_feats: Tensor | Sequence[Tensor], dtype: torch.dtype
-    ) -> tuple[Tensor, list[int], Tensor | None]:
-        """Captions [B, L, D], their padded lengths (one if all agree) and, if they differ, the mask of what counts."""
+    def _embed_caption(self, cap_feats: Tensor | Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[int]]:
+        """Captions [B, L, D] and their padded lengths."""
         lengths = [len(feats) for feats in cap_feats]
         padded_lengths = [padded(length) for length in lengths]
         total = max(padded_lengths)
@@ -186,11 +189,20 @@ class ZImageTransformer(nn.Module):
         cap = self.cap_embedder(feats.to(dtype))  # (B, L, D)
         place = torch.arange(total, device=cap.device)
         real = place < torch.tensor(lengths, device=cap.device).unsqueeze(1)  # (B, L)
-        cap = torch.where(real.unsqueeze(-1), cap, self.cap_pad_token.to(cap))
-        if len(set(padded_lengths)) == 1:
-            return cap, padded_lengths[:1], None
-        mask = place < torch.tensor(padded_lengths, device=cap.device).unsqueeze(1)
-        return cap, padded_lengths, mask[:, None, None]
+        return torch.where(real.unsqueeze(-1), cap, self.cap_pad_token.to(cap)), padded_lengths
+
+    def _image_rotations(
+        self, captions: Captions, height: int, width: int, count: int, rope_options: Mapping[str, float] | None
+    ) -> Tensor:
+        """For `count` padded image tokens, kept with the captions: every step of a run needs the same."""
+        key = (height, width, *sorted((rope_options or {}).items()))
+        if key not in captions.image_rotations:
+            lengths = captions.lengths if len(set(captions.lengths)) > 1 else captions.lengths[:1]
+            rows, columns = height // self.config.patch_size, width // self.config.patch_size
+            device = captions.tokens.device
+            positions = image_positions(lengths, rows, columns, count, device, rope_options)
+            captions.image_rotations[key] = self._rotations(positions)
+        return captions.image_rotations[key]
 
     def _rotations(self, positions: Tensor) -> Tensor:
         return rotations(positions, self.config.axes_dims, self.config.rope_theta)
@@ -212,16 +224,23 @@ class Block(nn.Module):
             self.adaLN_modulation = nn.Sequential(ops.Linear(config.adaln_dim, 4 * config.dim, **place))
 
     def forward(
-        self, x: Tensor, rotation: Tensor, adaln: Tensor | None, attention: Attention, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        adaln: Tensor | None,
+        attention: Attention,
+        mask: Tensor | None = None,
+        kept: int | None = None,
     ) -> Tensor:
+        """x [B, S, D] to [B, kept, D]: only so many of the first tokens come out, all unless told."""
         if adaln is None:
             x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rotation, attention, mask))
             return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
         modulation = self.adaLN_modulation(adaln).unsqueeze(1)  # (B, 1, 4D)
         scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
-        h = self.attention(self.attention_norm1(x) * (1 + scale_msa), rotation, attention, mask)  # (B, S, D)
-        x = x + gate_msa.tanh() * self.attention_norm2(h)
-        h = self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp))  # (B, S, D)
+        h = self.attention(self.attention_norm1(x) * (1 + scale_msa), rotation, attention, mask, kept)
+        x = x[:, :kept] + gate_msa.tanh() * self.attention_norm2(h)  # (B, kept, D)
+        h = self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp))
         return x + gate_mlp.tanh() * self.ffn_norm2(h)
 
 
@@ -234,11 +253,13 @@ class JointAttention(nn.Module):
         self.q_norm = ops.RMSNorm(config.head_dim, eps=config.norm_eps, **place)
         self.k_norm = ops.RMSNorm(config.head_dim, eps=config.norm_eps, **place)
 
-    def forward(self, x: Tensor, rotation: Tensor, attention: Attention, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Tensor, attention: Attention, mask: Tensor | None, kept: int | None = None
+    ) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)  # each (B, S, heads, head_dim)
-        q = rotate(self.q_norm(q), rotation)
+        q = rotate(self.q_norm(q[:, :kept]), rotation[:, :kept])
         k = rotate(self.k_norm(k), rotation)
-        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # (B, S, D)
+        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # (B, kept, D)
         return _finite(self.out(out))
 
 
@@ -281,6 +302,30 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, adaln: Tensor) -> Tensor:
         scale = 1 + self.adaLN_modulation(adaln).unsqueeze(1)  # (B, 1, D)
         return self.linear(self.norm_final(x) * scale)  # (B, N, 64)
+
+
+def _run(
+    block: Block,
+    x: Tensor,
+    rotation: Tensor,
+    adaln: Tensor | None,
+    attention: Attention,
+    counts: list[int],
+    mask: Tensor | None = None,
+    kept: int | None = None,
+) -> Tensor:
+    """The block, in the way that suits the device. counts: how many of each item's tokens are its own, as in mask."""
+    if row_blocks.suits(x):
+        return row_blocks.run(block, x, rotation, adaln, attention, counts, kept)
+    return block(x, rotation, adaln, attention, mask, kept)
+
+
+def _mask(counts: list[int], x: Tensor) -> Tensor | None:
+    """True where a token of x [B, S, D] is an item's own, [B, 1, 1, S]; None where all are, as masks cost time."""
+    if len(set(counts)) == 1:
+        return None
+    place = torch.arange(x.shape[1], device=x.device)
+    return (place < torch.tensor(counts, device=x.device).unsqueeze(1))[:, None, None]
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -1,0 +1,218 @@
+"""One step of the transformer: ours, diffusers' and the host's own, on the same weights, alternating in one process.
+
+    python -m benchmarks.step                  # 4 main layers, the sizes of a CPU
+    python -m benchmarks.step --device cuda    # all 30 layers, eager and compiled
+
+A step of ours is one call of the transformer and, because it runs once for a prompt, an eighth of the caption's part:
+that of a run of 8 steps. The floor is the step's matrix products and attention at the measured rate of such products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zimage_core.config import TransformerConfig
+from zimage_core.patchify import padded
+
+from . import memory, models, results
+
+STEPS = 8
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+NEGATIVE_TOKENS = 12  # a short negative prompt
+IMPLEMENTATIONS = ("core", "diffusers", "native")
+
+
+@dataclass(frozen=True)
+class Case:
+    size: int  # pixels, of a square picture
+    tokens: int  # of the prompt
+    guided: bool = False
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.tokens, NEGATIVE_TOKENS] if self.guided else [self.tokens]
+
+    def __str__(self) -> str:
+        return f"{self.size}², {self.tokens} tokens" + (", guidance" if self.guided else "")
+
+
+CPU_CASES = [Case(512, 40), Case(512, 400), Case(512, 40, guided=True), Case(1024, 40), Case(1024, 400)]
+CUDA_CASES = [Case(size, 40, guided) for size in (512, 1024, 2048) for guided in (False, True)] + [Case(1024, 400)]
+TOY_CASES = [Case(64, 10), Case(64, 40, guided=True)]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    latents: Tensor  # [B, 16, h, w]
+    t: Tensor  # [B]
+    cap_feats: list[Tensor]  # B of [L_i, cap_feat_dim]
+
+
+def inputs(case: Case, config: TransformerConfig, device: torch.device, dtype: torch.dtype) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    side = case.size // 8
+    latents = torch.randn(1, 16, side, side, generator=generator).repeat(len(case.lengths), 1, 1, 1)
+    cap_feats = [torch.randn(length, config.cap_feat_dim, generator=generator) for length in case.lengths]
+    t = torch.full((len(case.lengths),), 0.3)
+    return Inputs(latents.to(device, dtype), t.to(device), [feats.to(device, dtype) for feats in cap_feats])
+
+
+def calls(built: dict[str, Any], given: Inputs) -> dict[str, Callable[[], Tensor]]:
+    """Implementation -> one step: the velocity towards the picture, [B, 16, h, w]."""
+
+    def diffusers() -> Tensor:
+        images = [latents.unsqueeze(1) for latents in given.latents]
+        return torch.stack(built["diffusers"](images, given.t, given.cap_feats, return_dict=False)[0]).squeeze(2)
+
+    def native() -> Tensor:  # prompts of different lengths don't go into one batch of the host's
+        runs = zip(given.latents.split(1), given.t.split(1), given.cap_feats, strict=True)
+        return -torch.cat([built["native"](x, 1 - t, cap[None], num_tokens=len(cap)) for x, t, cap in runs])
+
+    found: dict[str, Callable[[], Tensor]] = {}
+    for name in built:
+        if name.startswith("core"):
+            found[name] = _step_of_core(built[name], given)
+    return found | {name: call for name, call in (("diffusers", diffusers), ("native", native)) if name in built}
+
+
+def _step_of_core(model: Any, given: Inputs) -> Callable[[], Tensor]:
+    captions = model.refine_captions(given.cap_feats, given.latents.dtype)
+    return lambda: model(given.latents, given.t, captions)
+
+
+@dataclass
+class Measured:
+    seconds: dict[str, list[float]]
+    peak: dict[str, int]  # bytes beside the weights
+    off: dict[str, float]  # ||result - core's|| / ||core's||
+
+
+def measure(built: dict[str, Any], given: Inputs, repeats: int) -> Measured:
+    """Medians need the runs apart; each repeat runs every implementation once, after one warm-up of all."""
+    steps = calls(built, given)
+    found = Measured({name: [] for name in steps}, {}, {})
+    first = None
+    for name, step in steps.items():
+        with memory.peak(given.latents.device) as peak:
+            result = step().float()
+        first = result if first is None else first
+        found.peak[name] = peak[0]
+        found.off[name] = ((result - first).norm() / first.norm()).item()
+    captions = {name: _seconds(lambda m=model: m.refine_captions(given.cap_feats, given.latents.dtype), given, 3)
+                for name, model in built.items() if name.startswith("core")}  # fmt: skip
+    for _ in range(repeats):
+        for name, step in steps.items():
+            found.seconds[name].append(_seconds(step, given, 1) + captions.get(name, 0.0) / STEPS)
+    return found
+
+
+def _seconds(call: Callable[[], Any], given: Inputs, repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        memory.synchronize(given.latents.device)
+        started = time.perf_counter()
+        call()
+        memory.synchronize(given.latents.device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+# The floor
+
+
+def operations(config: TransformerConfig, case: Case) -> float:
+    """Multiplications and additions of a step's matrix products and attention, the caption's part by an eighth."""
+    image = padded((case.size // 16) ** 2)
+    weights = 4 * config.dim**2 + 3 * config.dim * config.ffn_dim  # of one block
+
+    def block(tokens: int) -> float:
+        return 2 * tokens * weights + 4 * tokens**2 * config.dim
+
+    total = 0.0
+    for length in case.lengths:
+        caption = padded(length)
+        joint, refined = config.n_layers * block(image + caption), config.n_refiner_layers * block(image)
+        total += joint + refined + config.n_refiner_layers * block(caption) / STEPS
+    return total
+
+
+def matmul_rate(config: TransformerConfig, device: torch.device, dtype: torch.dtype, tokens: int) -> float:
+    """Operations per second of a product as in the feed-forward, for this many tokens."""
+    x = torch.randn(tokens, config.dim, device=device, dtype=dtype)
+    weight = torch.randn(config.ffn_dim, config.dim, device=device, dtype=dtype)
+    call = lambda: torch.nn.functional.linear(x, weight)  # noqa: E731
+    given = Inputs(x, x, [])
+    _seconds(call, given, 2)
+    return 2 * tokens * config.dim * config.ffn_dim / _seconds(call, given, 9)
+
+
+# The run
+
+
+@torch.inference_mode()
+def main(layers: int, repeats: int, device: torch.device, dtypes: list[str], cases: list[Case], toy: bool) -> str:
+    config = models.geometry(layers, toy)
+    lines = [
+        f"{layers} main layers and 2 + 2 refiner blocks, medians of {repeats} in seconds; the range is that of the "
+        "ratios, repeat by repeat. Memory is what a step needs beside the weights.",
+        "",
+        "| dtype | picture | core | diffusers | native | core / faster peer | range | floor | core MB | peers' MB |",
+        "|---|---|---:|---:|---:|---:|---|---:|---:|---:|",
+    ]
+    for name in dtypes:
+        ours = models.core(config, device, DTYPES[name])
+        built = {"core": ours, "diffusers": models.diffusers(ours), "native": models.native(ours)}
+        for case in cases:
+            given = inputs(case, config, device, DTYPES[name])
+            lines.append(_row(name, case, measure(built, given, repeats), config, device))
+            print(lines[-1], flush=True)
+        del ours, built
+    return "\n".join(lines)
+
+
+def _row(dtype: str, case: Case, found: Measured, config: TransformerConfig, device: torch.device) -> str:
+    medians = {name: statistics.median(times) for name, times in found.seconds.items()}
+    peers = [name for name in medians if name != "core"]
+    faster = min(peers, key=lambda name: medians[name])
+    ratios = [a / b for a, b in zip(found.seconds["core"], found.seconds[faster], strict=True)]
+    floor = operations(config, case) / matmul_rate(config, device, DTYPES[dtype], padded((case.size // 16) ** 2))
+    tolerance = 1e-4 if dtype == "fp32" else 0.1
+    if (worst := max(found.off.values())) > tolerance:
+        raise AssertionError(f"{case}, {dtype}: the implementations differ by {worst:.2g}")
+    memory_of = ", ".join(f"{found.peak[name] / 1e6:,.0f}" for name in peers)
+    cells = [dtype, str(case), *(f"{medians[name]:.2f}" for name in IMPLEMENTATIONS)]
+    cells += [f"{medians['core'] / medians[faster]:.3f}", f"{min(ratios):.2f}–{max(ratios):.2f}", f"{floor:.2f}"]
+    return f"| {' | '.join(cells)} | {found.peak['core'] / 1e6:,.0f} | {memory_of} |"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--layers", type=int, help="main layers; 4 on a CPU, 30 on a GPU unless told")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="repeatable; both on a CPU")
+    parser.add_argument("--size", type=int, action="append", help="only these picture sizes")
+    parser.add_argument("--toy", action="store_true", help="tiny and not written down: does the script work?")
+    a = parser.parse_args()
+    on_cuda = a.device == "cuda"
+    chosen = TOY_CASES if a.toy else CUDA_CASES if on_cuda else CPU_CASES
+    chosen = [case for case in chosen if a.size is None or case.size in a.size]
+    table = main(
+        a.layers or (2 if a.toy else 30 if on_cuda else 4),
+        a.repeats,
+        torch.device(a.device),
+        a.dtype or (["bf16"] if on_cuda else list(DTYPES)),
+        chosen,
+        a.toy,
+    )
+    print(table)
+    if not a.toy and a.size is None and a.dtype is None:
+        results.write(f"step, {a.device}", f"python -m benchmarks.step --device {a.device}", table)

@@ -1,0 +1,174 @@
+"""The way a CPU runs a block against the block itself."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from zimage_core import row_blocks
+from zimage_core.config import TransformerConfig
+from zimage_core.detect import PUBLISHED_TRANSFORMER
+from zimage_core.transformer import ZImageTransformer
+
+WIDTHS = {"dim": 96, "n_heads": 3, "axes_dims": (8, 12, 12), "cap_feat_dim": 40, "n_layers": 3, "n_refiner_layers": 2}
+# (caption lengths, latent height, latent width): 576 image tokens are several blocks of rows
+CASES = {
+    "one": ([40], 12, 20),
+    "several row blocks": ([70], 48, 48),
+    "batch": ([33, 33], 16, 16),
+    "mixed lengths": ([5, 40, 96], 10, 14),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> ZImageTransformer:
+    config = TransformerConfig(**{**PUBLISHED_TRANSFORMER, **WIDTHS, "in_channels": 16, "patch_size": 2})
+    model = ZImageTransformer(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3
+        parameter.data = noise * scale + (1 if parameter.ndim == 1 else 0)
+    return model.eval()
+
+
+def given(case: str, dtype: torch.dtype = torch.float32):
+    lengths, height, width = CASES[case]
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(len(lengths), 16, height, width, generator=generator)
+    t = torch.rand(len(lengths), generator=generator)
+    cap_feats = [torch.randn(length, WIDTHS["cap_feat_dim"], generator=generator) for length in lengths]
+    return latents.to(dtype), t, [feats.to(dtype) for feats in cap_feats]
+
+
+def as_module(model, *arguments, **settings) -> torch.Tensor:
+    with torch.enable_grad():
+        return model(*arguments, **settings).detach()
+
+
+def in_rows(model, *arguments, **settings) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(*arguments, **settings)
+
+
+def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((ours - reference).double().norm() / reference.double().norm()).item()
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int | None]:
+    """`kept` of each block that ran in rows."""
+    found: list[int | None] = []
+    run = row_blocks.run
+
+    def counted(*arguments):
+        found.append(arguments[6])
+        return run(*arguments)
+
+    monkeypatch.setattr(row_blocks, "run", counted)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_block_in_float32(model, case, calls):
+    latents, t, cap_feats = given(case)
+    before = latents.clone(), [feats.clone() for feats in cap_feats]
+    reference = as_module(model, latents, t, cap_feats)
+    assert calls == []
+    assert relative(in_rows(model, latents, t, cap_feats), reference) <= 1e-6
+    tokens = latents.shape[2] * latents.shape[3] // 4
+    assert calls == [None] * 6 + [tokens]  # refiners and layers; the last one for the picture's tokens
+    assert torch.equal(latents, before[0]) and all(map(torch.equal, cap_feats, before[1]))
+
+
+def test_bfloat16_is_no_further_from_float32_than_the_block():
+    """Distances are summed over models and cases: a single one is luck."""
+    ours, theirs = 0.0, 0.0
+    config = TransformerConfig(**{**PUBLISHED_TRANSFORMER, **WIDTHS, "in_channels": 16, "patch_size": 2})
+    for seed in range(4):
+        torch.manual_seed(seed)
+        exact = ZImageTransformer(config).eval()
+        rounded = copy.deepcopy(exact).bfloat16()
+        exact.load_state_dict({name: value.float() for name, value in rounded.state_dict().items()})
+        for case in CASES:
+            latents, t, cap_feats = given(case, torch.bfloat16)
+            reference = as_module(exact, latents.float(), t, [feats.float() for feats in cap_feats])
+            ours += relative(in_rows(rounded, latents, t, cap_feats).float(), reference)
+            theirs += relative(as_module(rounded, latents, t, cap_feats).float(), reference)
+    assert 0 < ours <= theirs
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_captions_refined_once_serve_every_step_and_size(model, case):
+    latents, t, cap_feats = given(case)
+    with torch.inference_mode():
+        captions = model.refine_captions(cap_feats, torch.float32)
+        for _ in range(2):  # nothing of them may be overwritten by a step
+            for x in (latents, latents[..., :8, :10]):
+                assert torch.equal(model(x, t, captions), model(x, t, cap_feats))
+            stretched = {"scale_x": 0.5}
+            assert torch.equal(
+                model(latents, t, captions, rope_options=stretched),
+                model(latents, t, cap_feats, rope_options=stretched),
+            )
+    assert len(captions.image_rotations) == 3
+
+
+@pytest.mark.parametrize("case", ["one", "batch"])
+def test_hook_sees_and_changes_the_tokens(model, case):
+    """What a hook writes into img and txt counts, and img_input is what entered the stage."""
+    latents, t, cap_feats = given(case)
+    seen: dict[str, list] = {}
+
+    def hook_of(kind):
+        def hook(stage, index, state):
+            state["img"][:, 0] += index + 1
+            if stage == "layers":
+                state["txt"][:, 1] -= 1
+            seen.setdefault(kind, []).append((stage, index, state["img_input"].clone(), state["txt"].clone()))
+
+        return hook
+
+    with torch.no_grad():
+        latents, t = latents.clone(), t.clone()
+    reference = _hooked_module(model, latents, t, cap_feats, hook_of("module"))
+    assert relative(in_rows(model, latents, t, cap_feats, block_hook=hook_of("rows")), reference) <= 1e-6
+    assert relative(as_module(model, latents, t, cap_feats), reference) > 1e-3
+    for ours, theirs in zip(seen["rows"], seen["module"], strict=True):
+        assert ours[:2] == theirs[:2]
+        assert relative(ours[2], theirs[2]) <= 1e-6 and relative(ours[3], theirs[3]) <= 1e-6
+
+
+def _hooked_module(model, latents, t, cap_feats, hook):
+    with pytest.MonkeyPatch.context() as patched, torch.no_grad():
+        patched.setattr(row_blocks, "suits", lambda x: False)
+        return model(latents, t, cap_feats, block_hook=hook)
+
+
+def test_hook_that_reads_nothing_spares_the_last_captions(model, calls):
+    latents, t, cap_feats = given("one")
+
+    class Hook:
+        reads_tokens = False
+        stages: list[str] = []
+
+        def __call__(self, stage, index, state):
+            self.stages.append(stage)
+
+    hook = Hook()
+    assert torch.equal(in_rows(model, latents, t, cap_feats, block_hook=hook), in_rows(model, latents, t, cap_feats))
+    assert hook.stages == ["noise_refiner"] * 2 + ["layers"] * 3
+    assert calls[6] == 60 and calls[13] == 60
+    calls.clear()
+    in_rows(model, latents, t, cap_feats, block_hook=lambda *_: None)
+    assert calls == [None] * 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_run_as_modules(model, dtype, calls):
+    latents, t, cap_feats = given("one", dtype)
+    same = copy.deepcopy(model).to(dtype)
+    assert torch.equal(in_rows(same, latents, t, cap_feats), as_module(same, latents, t, cap_feats))
+    assert calls == []

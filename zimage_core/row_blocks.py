@@ -1,0 +1,146 @@
+"""A transformer block on a CPU: in place, the items of a batch one after another, their tokens in blocks of rows.
+
+The same formulas as `transformer.Block`, which remains the reference, with less traffic of memory: what lies between
+two matrix products runs over few rows at a time in float32 and is rounded once; large new tensors, whose pages the
+system has to hand out and clear, are avoided; an item has no tokens that only pad it to the longest of its batch, so
+attention needs no mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import Attention
+
+MATMUL_ROWS = 256  # bfloat16 products of so many rows take 80 to 95 % of the time of all rows at once (benchmarks)
+NORM_ROWS = 64  # rows that stay in a core's cache between the passes of a norm
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def suits(x: Tensor) -> bool:
+    """Whether blocks may run this way: on a CPU, where no gradient is asked for and nothing is being compiled."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in DTYPES
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def run(
+    block: Any,  # a transformer.Block, from further up
+    x: Tensor,
+    rotation: Tensor,
+    adaln: Tensor | None,
+    attention: Attention,
+    counts: Sequence[int],
+    kept: int | None = None,
+) -> Tensor:
+    """The block on x [B, S, D], which it overwrites: item i has the tokens x[i, :counts[i]].
+
+    rotation: [1 or B, S, 1, head_dim/2, 2, 2]. adaln: [B, 256] or None. kept: that only so many of the first tokens
+    are needed afterwards. Returns x, [B, kept, D] of it.
+    """
+    gains = [
+        _gain(norm, x) for norm in (block.attention_norm1, block.attention_norm2, block.ffn_norm1, block.ffn_norm2)
+    ]
+    if adaln is not None:
+        scale_msa, gate_msa, scale_mlp, gate_mlp = block.adaLN_modulation(adaln).float().chunk(4, dim=-1)  # (B, D)
+        factors = (1 + scale_msa, gate_msa.tanh(), 1 + scale_mlp, gate_mlp.tanh())
+        gains = [gain * factor for gain, factor in zip(gains, factors, strict=True)]
+    turns = torch.view_as_complex(rotation[..., 0, :, :, 0].contiguous())  # (1 or B, S, head_dim/2): cos + i sin
+    for item, count in enumerate(counts):
+        tokens, last = x[item, :count], count if kept is None else kept
+        before_attention, after_attention, before_mlp, after_mlp = (gain[item % len(gain)] for gain in gains)
+        eps = block.attention_norm1.eps
+        out = _attend(block.attention, tokens, before_attention, eps, turns[item % len(turns)], attention, last)
+        for rows in _rows(tokens[:last], block.attention.out):
+            _add_normed(tokens[rows], block.attention.out(out[rows]), after_attention, eps)
+        for rows in _rows(tokens[:last], block.feed_forward.w1):
+            h = _feed(block.feed_forward, _normed(tokens[rows], before_mlp, eps))
+            _add_normed(tokens[rows], h, after_mlp, eps)
+    return x if kept is None else x[:, :kept]
+
+
+def _attend(
+    layer: Any,
+    tokens: Tensor,
+    gain: Tensor,
+    eps: float,
+    turns: Tensor,
+    attention: Attention,
+    queries: int,
+) -> Tensor:
+    """Attention of the first tokens to all, before its output projection: [queries, D]."""
+    gains = torch.stack((_gain(layer.q_norm, tokens), _gain(layer.k_norm, tokens)))  # (2, 1, head_dim)
+    qkv = tokens.new_empty(len(tokens), 3 * tokens.shape[-1])
+    for rows in _rows(tokens, layer.qkv):
+        part = layer.qkv(_normed(tokens[rows], gain, eps))
+        _norm_and_turn(part, gains, layer.q_norm.eps, turns[rows])
+        qkv[rows] = part
+    q, k, v = qkv.unflatten(-1, (3, layer.n_heads, -1)).permute(1, 2, 0, 3).unsqueeze(1)  # each (1, heads, S, head_dim)
+    return attention(q[:, :, :queries], k, v, None)[0]
+
+
+def _feed(layer: Any, x: Tensor) -> Tensor:
+    hidden = F.silu(layer.w1(x), inplace=True)
+    return layer.w2(hidden.mul_(layer.w3(x)))
+
+
+def _rows(x: Tensor, layer: nn.Module) -> list[slice]:
+    """The blocks in which rows of x go through a linear layer."""
+    # a weight that has to be cast or expanded for each product is better used once
+    plain = type(layer.weight) in (Tensor, nn.Parameter) and layer.weight.dtype == x.dtype
+    step = MATMUL_ROWS if plain and x.dtype == torch.bfloat16 else max(len(x), 1)
+    return [slice(start, min(start + step, len(x))) for start in range(0, len(x), step)]
+
+
+def _gain(norm: nn.Module, like: Tensor) -> Tensor:
+    """The norm's weight in float32, [1, D], whatever its host does to it: what it makes of a constant row.
+
+    128 is large enough for eps to vanish in its mean square, and its square fits float16.
+    """
+    width = norm.weight.shape[0]
+    return norm(like.new_full((1, width), 128.0)).float()
+
+
+def _normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * gain of rows [N, D]."""
+    out = torch.empty_like(x)
+    for part, result in zip(x.split(NORM_ROWS), out.split(NORM_ROWS), strict=True):
+        if x.dtype == torch.float32:
+            torch.mul(part, _inverse_rms(part, eps), out=result).mul_(gain)
+        else:
+            exact = part.float()
+            result.copy_(exact.mul_(_inverse_rms(exact, eps)).mul_(gain))
+    return out
+
+
+def _add_normed(x: Tensor, h: Tensor, gain: Tensor, eps: float) -> None:
+    """x += h / rms(h) * gain of rows [N, D]; h is spent."""
+    for total, part in zip(x.split(NORM_ROWS), h.split(NORM_ROWS), strict=True):
+        exact = part.float()
+        exact.mul_(_inverse_rms(exact, eps)).mul_(gain)
+        total.copy_(exact.add_(total))
+
+
+def _norm_and_turn(qkv: Tensor, gains: Tensor, eps: float, turns: Tensor) -> None:
+    """RMSNorm of each head of q and k and their rotation, in place: rows [N, 3 * D], gains [2, 1, head_dim]."""
+    width = qkv.shape[-1] // 3
+    for part, turn in zip(qkv.split(NORM_ROWS), turns.split(NORM_ROWS), strict=True):
+        stored = part[:, : 2 * width].unflatten(-1, (2, -1, gains.shape[-1]))  # (N, 2, heads, head_dim)
+        exact = stored.float()  # itself in float32
+        exact.mul_(_inverse_rms(exact, eps)).mul_(gains)
+        torch.view_as_complex(exact.unflatten(-1, (-1, 2))).mul_(turn[:, None, None])
+        if exact.dtype != stored.dtype:
+            stored.copy_(exact)
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
