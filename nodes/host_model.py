@@ -24,7 +24,7 @@ from torch import Tensor
 from ..zimage_core.checkpoint import Component, Snapshot, open_component, schedule_of, snapshot_folder
 from ..zimage_core.config import SchedulerConfig, TransformerConfig
 from ..zimage_core.sampling import model_time, velocity
-from ..zimage_core.transformer import ZImageTransformer
+from ..zimage_core.transformer import Captions, ZImageTransformer
 from . import host_packed
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -37,6 +37,7 @@ class HostTransformer(ZImageTransformer):
     def __init__(self, config: TransformerConfig, *, operations: Any, device: Any, dtype: Any, **_unused: Any):
         super().__init__(config, ops=operations, device=device, dtype=dtype)
         self.dtype = dtype
+        self.run_captions = _RunCaptions()
 
     def forward(self, x, timesteps, context, num_tokens=None, attention_mask=None, **kwargs):
         """Latents [B, 16, h, w], sigma [B], captions [B, L, cap_feat_dim] -> dlatents/dsigma [B, 16, h, w].
@@ -62,7 +63,7 @@ class HostTransformer(ZImageTransformer):
         out = super().forward(
             x,
             model_time(timesteps),
-            context,
+            self.run_captions.refined(self, x, context, options),
             attention=partial(_attention, options),
             block_hook=_BlockHook(options, self.config),
             rope_options=options.get("rope_options"),
@@ -82,6 +83,43 @@ class HostTransformer(ZImageTransformer):
 def _attention(options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """The host's attention of choice; the options carry overrides that other nodes set."""
     return optimized_attention_masked(q, k, v, q.shape[1], mask, skip_reshape=True, transformer_options=options)
+
+
+class _RunCaptions:
+    """Refined captions, from the start of a sampling run to its end; only on a CPU.
+
+    The host hands the same prompts over in new tensors at every step, and other nodes may change them on the way: only
+    their content tells whether they are the same. On a GPU looking would make the host wait for it, for a hundredth of
+    a step at most.
+    """
+
+    MOST = 8  # prompts of areas and schedules; more than any graph in use, and a bound
+
+    def __init__(self) -> None:
+        self.patcher: Any = None  # of the run
+        self.known: list[tuple[Tensor, torch.dtype, Captions]] = []
+
+    def begin(self, patcher: Any) -> None:
+        self.patcher, self.known = patcher, []
+
+    def end(self, _patcher: Any) -> None:
+        self.patcher, self.known = None, []
+
+    def refined(
+        self, model: ZImageTransformer, x: Tensor, context: Tensor, options: dict[str, Any]
+    ) -> Captions | Tensor:
+        """What the transformer takes in place of `context`."""
+        # hooks change weights and other nodes' overrides the attention, both perhaps by the step
+        steady = self.patcher is not None and self.patcher.current_hooks is None
+        steady = steady and getattr(options.get("optimized_attention_override", self), "steady", False)
+        if not steady or x.device.type != "cpu" or torch.compiler.is_compiling() or len(context) != len(x):
+            return context
+        for features, dtype, captions in self.known:
+            if dtype == x.dtype and features.dtype == context.dtype and torch.equal(features, context):
+                return captions
+        captions = model.refine_captions(context, x.dtype, attention=partial(_attention, options))
+        self.known = [*self.known[1 - self.MOST :], (context, x.dtype, captions)]
+        return captions
 
 
 class _BlockHook:
@@ -158,10 +196,15 @@ class ZImageModelConfig(comfy.supported_models.ZImage):
             self.latent_format.shift_factor = vae.shift_factor
 
 
-def load_model(path: str | Path, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False):
+def load_model(
+    path: str | Path,
+    weight_dtype: torch.dtype | None = None,
+    compiled: bool = False,
+    disable_dynamic: bool = False,
+):
     """A ModelPatcher of the transformer in a snapshot or single file, whose tensors stay mapped where nothing is cast.
 
-    weight_dtype: of the weights in memory; None is the file's, fitted to the device.
+    weight_dtype: of the weights in memory; None is the file's, fitted to the device. compiled: see `ZImageTransformer`.
     """
     component, scheduler = open_component(path, "transformer"), schedule_of(path)
     config = component.config
@@ -181,6 +224,7 @@ def load_model(path: str | Path, weight_dtype: torch.dtype | None = None, disabl
     model = ZImageModel(model_config, config, scheduler, build_device)
     model.diffusion_model.requires_grad_(False).load_state_dict(weights, strict=True, assign=True)
     model.diffusion_model.requires_grad_(False).eval()
+    model.diffusion_model.compiled = compiled
     model.device = offload_device  # until here "meta", where it was built
     model.to(offload_device)
 
@@ -188,7 +232,10 @@ def load_model(path: str | Path, weight_dtype: torch.dtype | None = None, disabl
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     kind = host_packed.PackedPatcher if quantised else kind
     patcher = kind(model, load_device=device, offload_device=offload_device)
-    patcher.cached_patcher_init = (load_model, (str(path), weight_dtype))
+    captions = model.diffusion_model.run_captions
+    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, captions.begin)
+    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_CLEANUP, captions.end)
+    patcher.cached_patcher_init = (load_model, (str(path), weight_dtype, compiled))
     return patcher
 
 

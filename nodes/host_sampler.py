@@ -6,6 +6,7 @@ from typing import Any
 
 import comfy.model_base
 import comfy.model_management as mm
+import comfy.model_patcher
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..zimage_core.checkpoint import not_finite
 from ..zimage_core.config import SchedulerConfig
 from ..zimage_core.sampling import guided_velocity, guides_at
+from . import host_attention
 
 
 class ZImageGuider(comfy.samplers.CFGGuider):
@@ -45,7 +47,14 @@ class ZImageGuider(comfy.samplers.CFGGuider):
 
 
 def make_guider(
-    model, positive, negative, *, scale: float, cfg_normalization: float, cfg_truncation: float
+    model,
+    positive,
+    negative,
+    *,
+    scale: float,
+    cfg_normalization: float,
+    cfg_truncation: float,
+    attention: str = host_attention.AUTO,
 ) -> ZImageGuider:
     """A guider of a Z-Image MODEL, ours or the host's own. Raises ValueError where the parts don't fit together."""
     conds = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
@@ -57,6 +66,12 @@ def make_guider(
             "(RescaleCFG, for example). Remove that node or set cfg_normalization to 0."
         )
     guider = ZImageGuider(model)
+    options = comfy.model_patcher.create_model_options_clone(guider.model_options)  # so far the model's own
+    transformer_options = options.setdefault("transformer_options", {})
+    choice = host_attention.choose(attention, model, transformer_options)
+    if choice is not None:
+        transformer_options[host_attention.OVERRIDE] = choice
+    guider.model_options = options
     guider.inner_set_conds(conds)
     guider.set_guidance(scale, cfg_normalization, cfg_truncation)
     return guider

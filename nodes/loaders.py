@@ -52,18 +52,28 @@ class ZImageTransformerLoader(io.ComfyNode):
                 _model_input("transformer"),
                 io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", tooltip=DTYPE_TOOLTIP),
                 *_download_inputs(),
+                io.Boolean.Input(
+                    "compile",
+                    default=False,
+                    optional=True,
+                    tooltip=(
+                        "Compile what lies between the matrix products (torch.compile): the first step waits some "
+                        "seconds, later ones are faster. Once for all sizes, prompts and LoRA. Needs Triton on a GPU, "
+                        "a C++ compiler on a CPU."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The transformer; LoRA loaders and model patches connect here.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model, weight_dtype, download=False, repository=""):
+    def fingerprint_inputs(cls, model, weight_dtype, download=False, repository="", compile=False):
         return host.fingerprint(model, "transformer", repository)
 
     @classmethod
-    def execute(cls, model, weight_dtype, download=False, repository="") -> io.NodeOutput:
+    def execute(cls, model, weight_dtype, download=False, repository="", compile=False) -> io.NodeOutput:
         path = host.model_path(model, "transformer", repository, download)
-        return io.NodeOutput(host_model.load_model(path, WEIGHT_DTYPES[weight_dtype]))
+        return io.NodeOutput(host_model.load_model(path, WEIGHT_DTYPES[weight_dtype], compile))
 
 
 class ZImageTextEncoderLoader(io.ComfyNode):

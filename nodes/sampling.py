@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..zimage_core.config import SchedulerConfig
 from ..zimage_core.scheduler import sigmas
-from . import convert, host_sampler
+from . import convert, host_attention, host_sampler
 
 
 class ZImageSampler(io.ComfyNode):
@@ -86,6 +86,16 @@ class ZImageSampler(io.ComfyNode):
                     round=0.001,
                     tooltip="1 starts from pure noise; less keeps more of latent_image. The number of steps stays.",
                 ),
+                io.Combo.Input(
+                    "attention",
+                    options=host_attention.choices(),
+                    default=host_attention.AUTO,
+                    optional=True,
+                    tooltip=(
+                        "Which kernel computes attention. auto: the fastest that is exact here. Another is checked "
+                        "first; where it errs by more than the precision explains, the log says so and pytorch is used."
+                    ),
+                ),
             ],
             outputs=[io.Latent.Output(tooltip="The picture's latents, for ZImageVAEDecode.")],
         )
@@ -108,6 +118,7 @@ class ZImageSampler(io.ComfyNode):
         cfg_truncation,
         denoise,
         negative=None,
+        attention=host_attention.AUTO,
     ) -> io.NodeOutput:
         if guidance_scale > 0 and negative is None:
             raise ValueError(
@@ -125,6 +136,7 @@ class ZImageSampler(io.ComfyNode):
             scale=guidance_scale,
             cfg_normalization=cfg_normalization,
             cfg_truncation=cfg_truncation,
+            attention=attention,
         )
         levels = noise_levels(steps, denoise, config, latents)
         samples = host_sampler.run(guider, latents, levels, seed, latent_image)

@@ -14,8 +14,8 @@ import pytest
 
 FLOORS = [
     {"zimage_core/__init__", "zimage_core/config", "zimage_core/key_maps"},
-    {"zimage_core/gguf_types"},
-    {"zimage_core/gguf_files", "zimage_core/attention"},
+    {"zimage_core/gguf_types", "zimage_core/attention"},
+    {"zimage_core/gguf_files", "zimage_core/fused"},
     {"zimage_core/rope", "zimage_core/row_blocks", "zimage_core/patchify", "zimage_core/scheduler"}
     | {"zimage_core/tensor_files", "zimage_core/detect", "zimage_core/adapters", "zimage_core/prompt_cache"},
     {"zimage_core/transformer", "zimage_core/text_encoder", "zimage_core/tokenizer", "zimage_core/vae"}
@@ -23,7 +23,7 @@ FLOORS = [
     {"zimage_core/packed"},
     {"zimage_core/checkpoint", "zimage_core/sampling", "zimage_core/lora"},
     {"zimage_core/pipeline", "zimage_core/download_worker"},
-    {"zimage_core/download"},
+    {"zimage_core/download", "nodes/host_attention"},
     {
         "zimage_core/__main__",
         "nodes/convert",

@@ -8,13 +8,14 @@ attention needs no mask.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import fused
 from .attention import Attention
 
 MATMUL_ROWS = 256  # bfloat16 products of so many rows take 80 to 95 % of the time of all rows at once (benchmarks)
@@ -40,34 +41,32 @@ def run(
     attention: Attention,
     counts: Sequence[int],
     kept: int | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """The block on x [B, S, D], which it overwrites: item i has the tokens x[i, :counts[i]].
 
     rotation: [1 or B, S, 1, head_dim/2, 2, 2]. adaln: [B, 256] or None. kept: that only so many of the first tokens
-    are needed afterwards. Returns x, [B, kept, D] of it.
+    are needed afterwards. compiled: norms and gates by torch.compile. Returns x, [B, kept, D] of it.
     """
-    gains = [
-        _gain(norm, x) for norm in (block.attention_norm1, block.attention_norm2, block.ffn_norm1, block.ffn_norm2)
-    ]
-    if adaln is not None:
-        scale_msa, gate_msa, scale_mlp, gate_mlp = block.adaLN_modulation(adaln).float().chunk(4, dim=-1)  # (B, D)
-        factors = (1 + scale_msa, gate_msa.tanh(), 1 + scale_mlp, gate_mlp.tanh())
-        gains = [gain * factor for gain, factor in zip(gains, factors, strict=True)]
+    way = COMPILED if compiled else EAGER
+    gains = fused.block_gains(block, x, adaln)
     turns = torch.view_as_complex(rotation[..., 0, :, :, 0].contiguous())  # (1 or B, S, head_dim/2): cos + i sin
     for item, count in enumerate(counts):
         tokens, last = x[item, :count], count if kept is None else kept
         before_attention, after_attention, before_mlp, after_mlp = (gain[item % len(gain)] for gain in gains)
         eps = block.attention_norm1.eps
-        out = _attend(block.attention, tokens, before_attention, eps, turns[item % len(turns)], attention, last)
+        out = _attend(way, block.attention, tokens, before_attention, eps, turns[item % len(turns)], attention, last)
         for rows in _rows(tokens[:last], block.attention.out):
-            _add_normed(tokens[rows], block.attention.out(out[rows]), after_attention, eps)
-        for rows in _rows(tokens[:last], block.feed_forward.w1):
-            h = _feed(block.feed_forward, _normed(tokens[rows], before_mlp, eps))
-            _add_normed(tokens[rows], h, after_mlp, eps)
+            way.add_normed(tokens[rows], block.attention.out(out[rows]), after_attention, eps)
+        mlp = block.feed_forward
+        for rows in _rows(tokens[:last], mlp.w1):
+            h = way.normed(tokens[rows], before_mlp, eps)
+            way.add_normed(tokens[rows], mlp.w2(way.gated(mlp.w1(h), mlp.w3(h))), after_mlp, eps)
     return x if kept is None else x[:, :kept]
 
 
 def _attend(
+    way: Way,
     layer: Any,
     tokens: Tensor,
     gain: Tensor,
@@ -77,19 +76,16 @@ def _attend(
     queries: int,
 ) -> Tensor:
     """Attention of the first tokens to all, before its output projection: [queries, D]."""
-    gains = torch.stack((_gain(layer.q_norm, tokens), _gain(layer.k_norm, tokens)))  # (2, 1, head_dim)
+    gains = torch.stack(
+        (fused.norm_gain(layer.q_norm, tokens), fused.norm_gain(layer.k_norm, tokens))
+    )  # (2, 1, head_dim)
     qkv = tokens.new_empty(len(tokens), 3 * tokens.shape[-1])
     for rows in _rows(tokens, layer.qkv):
-        part = layer.qkv(_normed(tokens[rows], gain, eps))
+        part = layer.qkv(way.normed(tokens[rows], gain, eps))
         _norm_and_turn(part, gains, layer.q_norm.eps, turns[rows])
         qkv[rows] = part
     q, k, v = qkv.unflatten(-1, (3, layer.n_heads, -1)).permute(1, 2, 0, 3).unsqueeze(1)  # each (1, heads, S, head_dim)
     return attention(q[:, :, :queries], k, v, None)[0]
-
-
-def _feed(layer: Any, x: Tensor) -> Tensor:
-    hidden = F.silu(layer.w1(x), inplace=True)
-    return layer.w2(hidden.mul_(layer.w3(x)))
 
 
 def _rows(x: Tensor, layer: nn.Module) -> list[slice]:
@@ -98,15 +94,6 @@ def _rows(x: Tensor, layer: nn.Module) -> list[slice]:
     plain = type(layer.weight) in (Tensor, nn.Parameter) and layer.weight.dtype == x.dtype
     step = MATMUL_ROWS if plain and x.dtype == torch.bfloat16 else max(len(x), 1)
     return [slice(start, min(start + step, len(x))) for start in range(0, len(x), step)]
-
-
-def _gain(norm: nn.Module, like: Tensor) -> Tensor:
-    """The norm's weight in float32, [1, D], whatever its host does to it: what it makes of a constant row.
-
-    128 is large enough for eps to vanish in its mean square, and its square fits float16.
-    """
-    width = norm.weight.shape[0]
-    return norm(like.new_full((1, width), 128.0)).float()
 
 
 def _normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -129,8 +116,32 @@ def _add_normed(x: Tensor, h: Tensor, gain: Tensor, eps: float) -> None:
         total.copy_(exact.add_(total))
 
 
+def _gated(a: Tensor, b: Tensor) -> Tensor:
+    """silu(a) * b; a is overwritten."""
+    return F.silu(a, inplace=True).mul_(b)
+
+
+def _add_normed_compiled(x: Tensor, h: Tensor, gain: Tensor, eps: float) -> None:
+    x.copy_(fused.add_normed(x, h, gain, eps))
+
+
+class Way(NamedTuple):
+    """How the parts between matrix products run."""
+
+    normed: Callable[[Tensor, Tensor, float], Tensor]
+    add_normed: Callable[[Tensor, Tensor, Tensor, float], None]
+    gated: Callable[[Tensor, Tensor], Tensor]
+
+
+EAGER = Way(_normed, _add_normed, _gated)
+COMPILED = Way(fused.normed, _add_normed_compiled, fused.gated)
+
+
 def _norm_and_turn(qkv: Tensor, gains: Tensor, eps: float, turns: Tensor) -> None:
-    """RMSNorm of each head of q and k and their rotation, in place: rows [N, 3 * D], gains [2, 1, head_dim]."""
+    """RMSNorm of each head of q and k and their rotation, in place: rows [N, 3 * D], gains [2, 1, head_dim].
+
+    Not compiled: what torch.compile makes of it takes two to three times as long on a CPU.
+    """
     width = qkv.shape[-1] // 3
     for part, turn in zip(qkv.split(NORM_ROWS), turns.split(NORM_ROWS), strict=True):
         stored = part[:, : 2 * width].unflatten(-1, (2, -1, gains.shape[-1]))  # (N, 2, heads, head_dim)

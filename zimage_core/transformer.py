@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import row_blocks
+from . import fused, row_blocks
 from .attention import Attention, attention
 from .config import TransformerConfig
+from .fused import finite
 from .patchify import padded, patchify, unpatchify
 from .rope import caption_positions, image_positions, rotate, rotations
 
@@ -71,6 +72,7 @@ class ZImageTransformer(nn.Module):
     ):
         super().__init__()
         self.config = config
+        self.compiled = False  # may be set: what lies between matrix products goes through torch.compile
         make: dict[str, Any] = {"ops": ops, "device": device, "dtype": dtype}
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.x_embedder = ops.Linear(config.patch_dim, config.dim, **place)
@@ -134,7 +136,7 @@ class ZImageTransformer(nn.Module):
         state = {"img_input": img.clone() if reads else img, "pe": img_pe, "vec": adaln, "x": latents}
         state["txt"] = captions.tokens.clone() if reads else captions.tokens
         for index, block in enumerate(self.noise_refiner):
-            img = _run(block, img, img_pe, adaln, attention, [n] * len(img))
+            img = self._run(block, img, img_pe, adaln, attention, [n] * len(img))
             if block_hook is not None:
                 state["img"] = img
                 block_hook("noise_refiner", index, state)
@@ -148,7 +150,7 @@ class ZImageTransformer(nn.Module):
         for index, block in enumerate(self.layers):
             # of the last block only the picture's tokens are used
             kept = n_image if index == config.n_layers - 1 and not reads else None
-            x = _run(block, x, pe, adaln, attention, counts, mask, kept)
+            x = self._run(block, x, pe, adaln, attention, counts, mask, kept)
             if block_hook is not None:
                 state.update(img=x[:, :n], txt=x[:, n:])
                 block_hook("layers", index, state)
@@ -164,7 +166,7 @@ class ZImageTransformer(nn.Module):
         pe = self._rotations(caption_positions(cap.shape[1], cap.device))
         mask = _mask(lengths, cap)
         for block in self.context_refiner:
-            cap = _run(block, cap, pe, None, attention, lengths, mask)
+            cap = self._run(block, cap, pe, None, attention, lengths, mask)
         return Captions(cap, lengths, pe)
 
     def _embed_image(self, latents: Tensor) -> tuple[Tensor, int]:
@@ -203,6 +205,24 @@ class ZImageTransformer(nn.Module):
             positions = image_positions(lengths, rows, columns, count, device, rope_options)
             captions.image_rotations[key] = self._rotations(positions)
         return captions.image_rotations[key]
+
+    def _run(
+        self,
+        block: Block,
+        x: Tensor,
+        rotation: Tensor,
+        adaln: Tensor | None,
+        attention: Attention,
+        counts: list[int],
+        mask: Tensor | None = None,
+        kept: int | None = None,
+    ) -> Tensor:
+        """The block, in the way that suits the device. counts: of each item's tokens that are its own, as in mask."""
+        if row_blocks.suits(x):
+            return row_blocks.run(block, x, rotation, adaln, attention, counts, kept, self.compiled)
+        if self.compiled:
+            return fused.run(block, x, rotation, adaln, attention, mask, kept)
+        return block(x, rotation, adaln, attention, mask, kept)
 
     def _rotations(self, positions: Tensor) -> Tensor:
         return rotations(positions, self.config.axes_dims, self.config.rope_theta)
@@ -260,7 +280,7 @@ class JointAttention(nn.Module):
         q = rotate(self.q_norm(q[:, :kept]), rotation[:, :kept])
         k = rotate(self.k_norm(k), rotation)
         out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # (B, kept, D)
-        return _finite(self.out(out))
+        return finite(self.out(out))
 
 
 class FeedForward(nn.Module):
@@ -271,7 +291,7 @@ class FeedForward(nn.Module):
         self.w3 = ops.Linear(config.dim, config.ffn_dim, bias=False, **place)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _finite(self.w2(_finite(F.silu(self.w1(x)) * self.w3(x))))
+        return finite(self.w2(finite(F.silu(self.w1(x)) * self.w3(x))))
 
 
 class TimestepEmbedder(nn.Module):
@@ -304,30 +324,9 @@ class FinalLayer(nn.Module):
         return self.linear(self.norm_final(x) * scale)  # (B, N, 64)
 
 
-def _run(
-    block: Block,
-    x: Tensor,
-    rotation: Tensor,
-    adaln: Tensor | None,
-    attention: Attention,
-    counts: list[int],
-    mask: Tensor | None = None,
-    kept: int | None = None,
-) -> Tensor:
-    """The block, in the way that suits the device. counts: how many of each item's tokens are its own, as in mask."""
-    if row_blocks.suits(x):
-        return row_blocks.run(block, x, rotation, adaln, attention, counts, kept)
-    return block(x, rotation, adaln, attention, mask, kept)
-
-
 def _mask(counts: list[int], x: Tensor) -> Tensor | None:
     """True where a token of x [B, S, D] is an item's own, [B, 1, 1, S]; None where all are, as masks cost time."""
     if len(set(counts)) == 1:
         return None
     place = torch.arange(x.shape[1], device=x.device)
     return (place < torch.tensor(counts, device=x.device).unsqueeze(1))[:, None, None]
-
-
-def _finite(x: Tensor) -> Tensor:
-    """Keeps float16 from overflowing where Z-Image's activations exceed its range; other dtypes pass untouched."""
-    return torch.nan_to_num(x, nan=0.0) if x.dtype == torch.float16 else x

@@ -1,13 +1,15 @@
-"""The way a CPU runs a block against the block itself."""
+"""The other ways to run a block, in rows on a CPU and with compiled parts, against the block itself."""
 
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
+import torch._inductor.config
 
-from zimage_core import row_blocks
+from zimage_core import fused, row_blocks
 from zimage_core.config import TransformerConfig
 from zimage_core.detect import PUBLISHED_TRANSFORMER
 from zimage_core.transformer import ZImageTransformer
@@ -172,3 +174,68 @@ def test_other_dtypes_run_as_modules(model, dtype, calls):
     same = copy.deepcopy(model).to(dtype)
     assert torch.equal(in_rows(same, latents, t, cap_feats), as_module(same, latents, t, cap_feats))
     assert calls == []
+
+
+# Compiled
+
+
+@pytest.fixture
+def compiled(model: ZImageTransformer, monkeypatch) -> ZImageTransformer:
+    monkeypatch.setattr(model, "compiled", True)
+    return model
+
+
+def as_on_a_gpu(model, *arguments) -> torch.Tensor:
+    """Whole batches through `fused.run`, as where row blocks don't suit."""
+    with pytest.MonkeyPatch.context() as patched, torch.inference_mode():
+        patched.setattr(row_blocks, "suits", lambda x: False)
+        return model(*arguments)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("way", [in_rows, as_on_a_gpu])
+def test_compiled_equals_the_block_in_float32(compiled, monkeypatch, case, way):
+    latents, t, cap_feats = given(case)
+    ours = way(compiled, latents, t, cap_feats)
+    monkeypatch.setattr(compiled, "compiled", False)
+    assert relative(ours, as_module(compiled, latents, t, cap_feats)) <= 1e-6
+
+
+def test_float16_stays_finite_where_a_product_overflows(model, monkeypatch):
+    """As in the block: what exceeds float16 is cut off, and does not become infinite."""
+    half = copy.deepcopy(model).half().requires_grad_(False)
+    for block in half.layers:
+        block.feed_forward.w1.weight *= 3000
+    latents, t, cap_feats = given("one", torch.float16)
+    reference = as_module(half, latents, t, cap_feats)
+    monkeypatch.setattr(half, "compiled", True)
+    ours = as_on_a_gpu(half, latents, t, cap_feats)
+    assert ours.isfinite().all() and reference.isfinite().all()
+    assert relative(ours.float(), reference.float()) <= 2e-2
+
+
+def test_one_compilation_serves_all_layers_sizes_and_prompts(compiled):
+    in_rows(compiled, *given("one"))  # whatever had to be compiled so far
+    before = _graphs()
+    for case in ("one", "several row blocks", "mixed lengths"):
+        in_rows(compiled, *given(case))
+    assert before > 0 and _graphs() == before
+
+
+def _graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_no_compiler_is_a_warning_not_an_error(monkeypatch, caplog):
+    def double(x):
+        return x.sin() * 2
+
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    function = fused.Compiled(double)
+    x = torch.randn(5, 7)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(function(x), double(x))
+        assert torch.equal(function(x), double(x))
+    (record,) = caplog.records
+    assert "torch.compile does not work here, so double runs without" in record.getMessage()

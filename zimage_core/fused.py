@@ -1,0 +1,129 @@
+"""What a transformer block does between its matrix products, as functions that torch.compile fuses.
+
+They hold no weights and know no layer: one compilation serves all layers, sizes, prompts and LoRA, and every way in
+which a host keeps its weights. `run` is a block made of them, for a GPU; `row_blocks.run` uses them on a CPU.
+
+Letters: B batch, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import Attention
+
+logger = logging.getLogger(__name__)
+
+
+class Compiled:
+    """A function behind torch.compile with dynamic sizes, compiled when it is first called.
+
+    Where that fails (no C++ compiler, no Triton, ...), it warns once and goes on uncompiled.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]):
+        self.function = function
+        self.call: Callable[..., Tensor] | None = None
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        if self.call is None:  # not earlier: it imports the whole compiler
+            self.call = torch.compile(self.function, dynamic=True)
+        try:
+            return self.call(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            logger.warning("torch.compile does not work here, so %s runs without: %s", self.function.__name__, reason)
+            self.call = self.function
+            return self.function(*arguments)
+
+
+@Compiled
+def normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * gain over the last dimension, in float32; back in x's dtype."""
+    exact = x.float()
+    return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps) * gain).to(x.dtype)
+
+
+@Compiled
+def add_normed(x: Tensor, h: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x + h / rms(h) * gain, in float32; back in x's dtype."""
+    exact = h.float()
+    return (x.float() + exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps) * gain).to(x.dtype)
+
+
+@Compiled
+def gated(a: Tensor, b: Tensor) -> Tensor:
+    """silu(a) * b, cut off at what the dtype can hold."""
+    if a.dtype != torch.float16:
+        return F.silu(a) * b
+    # what is compiled has no float16 in between, and so no infinity that could be seen before it is stored
+    most = torch.finfo(a.dtype).max
+    return (F.silu(a.float()) * b.float()).clamp(-most, most).to(a.dtype)
+
+
+@Compiled
+def norm_and_turn(qk: Tensor, gains: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """RMSNorm of each head of q and k [B, N, 2, heads, head_dim], and their rotation by angles [1 or B, N, head_dim/2].
+
+    gains: [2, 1, head_dim].
+    """
+    exact = qk.float()
+    exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps) * gains
+    even, odd = exact.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., None, None, :], sin[..., None, None, :]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(qk.dtype)
+
+
+def run(
+    block: Any,  # a transformer.Block, from further up
+    x: Tensor,
+    rotation: Tensor,
+    adaln: Tensor | None,
+    attention: Attention,
+    mask: Tensor | None = None,
+    kept: int | None = None,
+) -> Tensor:
+    """The block on x [B, N, D], with the arguments of its `forward`."""
+    before_attention, after_attention, before_mlp, after_mlp = block_gains(block, x, adaln)
+    eps, layer, mlp = block.attention_norm1.eps, block.attention, block.feed_forward
+    qkv = layer.qkv(normed(x, before_attention, eps)).unflatten(
+        -1, (3, layer.n_heads, -1)
+    )  # (B, N, 3, heads, head_dim)
+    gains = torch.stack((norm_gain(layer.q_norm, x), norm_gain(layer.k_norm, x)))
+    cos, sin = rotation[:, :, 0, :, 0, 0], rotation[:, :, 0, :, 1, 0]
+    q, k = norm_and_turn(qkv[:, :, :2], gains, layer.q_norm.eps, cos, sin).permute(2, 0, 3, 1, 4).unbind(0)
+    out = attention(q[:, :, :kept], k, qkv[:, :, 2].transpose(1, 2), mask)  # (B, kept, D)
+    x = add_normed(x[:, :kept], finite(layer.out(out)), after_attention, eps)
+    h = normed(x, before_mlp, eps)
+    return add_normed(x, finite(mlp.w2(gated(mlp.w1(h), mlp.w3(h)))), after_mlp, eps)
+
+
+def block_gains(block: Any, x: Tensor, adaln: Tensor | None) -> list[Tensor]:
+    """What the results of a block's four norms are multiplied by, in their order: float32, [1 or B, 1, D]."""
+    norms = (block.attention_norm1, block.attention_norm2, block.ffn_norm1, block.ffn_norm2)
+    gains = [norm_gain(norm, x).unsqueeze(0) for norm in norms]
+    if adaln is None:
+        return gains
+    modulation = block.adaLN_modulation(adaln).float().unsqueeze(1)  # (B, 1, 4D)
+    scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
+    factors = (1 + scale_msa, gate_msa.tanh(), 1 + scale_mlp, gate_mlp.tanh())
+    return [gain * factor for gain, factor in zip(gains, factors, strict=True)]
+
+
+def norm_gain(norm: nn.Module, like: Tensor) -> Tensor:
+    """The weight of an RMSNorm in float32, [1, D], whatever its host does to it: what it makes of a constant row.
+
+    128 is large enough for eps to vanish in its mean square, and its square fits float16.
+    """
+    return norm(like.new_full((1, norm.weight.shape[0]), 128.0)).float()
+
+
+def finite(x: Tensor) -> Tensor:
+    """Keeps float16 from overflowing where Z-Image's activations exceed its range; other dtypes pass untouched."""
+    return torch.nan_to_num(x, nan=0.0) if x.dtype == torch.float16 else x
