@@ -22,15 +22,25 @@ class ZImageTextEncode(io.ComfyNode):
             inputs=[
                 io.Clip.Input("clip", tooltip="A Z-Image text encoder: ours, or the stock CLIPLoader's Qwen3-4B."),
                 io.String.Input("text", multiline=True, dynamic_prompts=True, tooltip="What the picture shows."),
+                io.Boolean.Input(
+                    "cache",
+                    default=True,
+                    optional=True,
+                    tooltip=(
+                        "Keep encoded prompts, also for later sessions: for a known one the text encoder is not even "
+                        "loaded. They are kept in the precision that the transformer computes in by default on this "
+                        "device. Off: encode anew, in float32."
+                    ),
+                ),
             ],
             outputs=[io.Conditioning.Output(tooltip="For the positive or negative input of a sampler.")],
         )
 
     @classmethod
-    def execute(cls, clip, text) -> io.NodeOutput:
+    def execute(cls, clip, text, cache=True) -> io.NodeOutput:
         if clip is None:
             raise ValueError(
                 "There is no text encoder in `clip`: the loader before it found none (a checkpoint without one, "
                 "perhaps). Connect a ZImageTextEncoderLoader."
             )
-        return io.NodeOutput(host_clip.encode(clip, text))
+        return io.NodeOutput(host_clip.encode(clip, text, cache))

@@ -62,17 +62,24 @@ def state_dict(component: Component, dtype: torch.dtype, compute_dtype: torch.dt
     """What such layers load. dtype: of the weights that are not quantised."""
     state: dict[str, Tensor] = {}
     for name, shape in component.shapes.items():
-        parts = _kept(component, name, shape)
-        if not parts:
-            state[name] = component.tensor(name, shape, dtype=dtype)
-        elif parts[0].is_gguf:
-            state[name] = _gguf_tensor(parts, shape, compute_dtype)
-        else:
-            layer = name.removesuffix("weight")
-            marker = json.dumps({**parts[0].settings, "format": parts[0].format}).encode()
-            state |= {f"{layer}{part}": tensor for part, tensor in parts[0].tensors.items()}
-            state[f"{layer}comfy_quant"] = torch.tensor(list(marker), dtype=torch.uint8)
+        kept = kept_tensors(component, name, shape, compute_dtype)
+        state |= kept or {name: component.tensor(name, shape, dtype=dtype)}
     return state
+
+
+def kept_tensors(
+    component: Component, name: str, shape: tuple[int, ...], compute_dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """What a layer loads for a weight that stays as the file has it; nothing where it can't."""
+    parts = _kept(component, name, shape)
+    if not parts:
+        return {}
+    if parts[0].is_gguf:
+        return {name: _gguf_tensor(parts, shape, compute_dtype)}
+    layer = name.removesuffix("weight")
+    marker = json.dumps({**parts[0].settings, "format": parts[0].format}).encode()
+    tensors = {f"{layer}{part}": tensor for part, tensor in parts[0].tensors.items()}
+    return {**tensors, f"{layer}comfy_quant": torch.tensor(list(marker), dtype=torch.uint8)}
 
 
 def _kept(component: Component, name: str, shape: tuple[int, ...]) -> list[Packed]:

@@ -1,20 +1,65 @@
-"""VAE: the autoencoder inside ComfyUI's own VAE class, which brings tiling, batching and the out-of-memory fallback."""
+"""VAE: the autoencoder inside ComfyUI's own VAE class, which brings tiling, batching and the out-of-memory fallback.
+
+Where memory is short, ours runs in bands of rows: the same picture, before the host would have to cut it into tiles.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.ops
 import comfy.sd
+import torch
 from torch import Tensor
 
+from ..zimage_core import vae_bands
 from ..zimage_core.checkpoint import not_finite, open_component
 from ..zimage_core.vae import AutoencoderKL
+
+LOW_MEMORY = ("auto", "on", "off")
+_low_memory: ContextVar[str] = ContextVar("low_memory", default="auto")  # of the call that is running
+
+
+class HostAutoencoder(AutoencoderKL):
+    """The autoencoder behind the calls that the host's VAE makes of it."""
+
+    # (shape of latents, dtype) -> bytes: the host's figure for one picture, which leaves room for what a GPU's
+    # convolutions want; set by the VAE
+    host_memory: Callable[[tuple[int, ...], torch.dtype], float]
+
+    def decode(self, raw_latents: Tensor) -> Tensor:
+        cell = self.config.downscale
+        shape = (len(raw_latents), 3, *(side * cell for side in raw_latents.shape[-2:]))
+        if self.runs_in_bands(shape, raw_latents.dtype, raw_latents.device):
+            return vae_bands.decode(self, raw_latents, tick=mm.throw_exception_if_processing_interrupted)
+        return super().decode(raw_latents)
+
+    def encode(self, image: Tensor) -> Tensor:
+        if self.runs_in_bands(tuple(image.shape), image.dtype, image.device):
+            return vae_bands.encode(self, image, tick=mm.throw_exception_if_processing_interrupted)
+        return super().encode(image)
+
+    def runs_in_bands(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether pictures [B, 3, H, W] do, at this moment."""
+        if _low_memory.get() != "auto":
+            return _low_memory.get() == "on"
+        return mm.get_free_memory(device) < shape[0] * self._plain_memory(shape, dtype)
+
+    def memory(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> float:
+        """Bytes that the host shall have free before one picture of [B, 3, H, W] is decoded or encoded."""
+        if self.runs_in_bands((1, *shape[1:]), dtype, device):
+            return vae_bands.bands_bytes(self, shape[2], shape[3], dtype.itemsize)
+        return self._plain_memory(shape, dtype)
+
+    def _plain_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> float:
+        cell = self.config.downscale
+        return self.host_memory((1, self.config.latent_channels, shape[2] // cell, shape[3] // cell), dtype)
 
 
 class ZImageVAE(comfy.sd.VAE):
@@ -32,10 +77,16 @@ class ZImageVAE(comfy.sd.VAE):
         self.output_device = mm.intermediate_device()
 
         weights = component.state_dict(self.vae_dtype)
-        module = AutoencoderKL(config, ops=comfy.ops.disable_weight_init, device="meta", dtype=self.vae_dtype)
+        module = HostAutoencoder(config, ops=comfy.ops.disable_weight_init, device="meta", dtype=self.vae_dtype)
         mm.archive_model_dtypes(module)
         module.load_state_dict(weights, strict=True, assign=True)
         self.first_stage_model = module.requires_grad_(False).eval()
+        cell, device = config.downscale, self.device
+        module.host_memory = self.memory_used_decode
+        self.memory_used_encode = lambda shape, dtype: module.memory(shape, dtype, device)
+        self.memory_used_decode = lambda shape, dtype: module.memory(
+            (shape[0], 3, shape[2] * cell, shape[3] * cell), dtype, device
+        )
 
         # The host rebinds CoreModelPatcher when it starts; it must be looked up at the time of the call.
         kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
@@ -44,9 +95,21 @@ class ZImageVAE(comfy.sd.VAE):
         self.model_size()
 
 
-def decode(vae: comfy.sd.VAE, latents: Tensor) -> Tensor:
-    """Raw latents [B, 16, h, w] to pictures [B, H, W, 3], checked: a damaged weight is named."""
-    pictures = vae.decode(latents)
+def decode(vae: comfy.sd.VAE, latents: Tensor, low_memory: str = "auto") -> Tensor:
+    """Raw latents [B, 16, h, w] to pictures [B, H, W, 3], checked: a damaged weight is named.
+
+    low_memory: in bands of rows "on", "off", or "auto": where memory is short. Another VAE than ours can't: ValueError.
+    """
+    if low_memory == "on" and not isinstance(vae.first_stage_model, HostAutoencoder):
+        raise ValueError(
+            f'low_memory is "on", but this VAE is a {type(vae.first_stage_model).__name__} of another loader, which '
+            'can\'t decode in bands. Load it with a ZImageVAELoader (it takes single files, too), or use "auto".'
+        )
+    token = _low_memory.set(low_memory)
+    try:
+        pictures = vae.decode(latents)
+    finally:
+        _low_memory.reset(token)
     if not pictures.isfinite().all():
         raise not_finite(vae=vae.first_stage_model)
     return pictures

@@ -18,6 +18,7 @@ from . import download
 from .checkpoint import CheckpointError, open_component
 from .download import Progress, Repository
 from .pipeline import ZImagePipeline
+from .prompt_cache import PromptCache
 
 NANO = Path(__file__).resolve().parent.parent / "nano" / "snapshot"  # ships beside this package in a checkout
 FORMATS = {
@@ -67,7 +68,10 @@ def generate(args: argparse.Namespace) -> int:
     if args.negative_prompt and args.guidance_scale <= 0:
         print("Note      the negative prompt has no effect without guidance (--guidance-scale above 0)")
 
-    pipe = ZImagePipeline.from_pretrained(folder, device=device, dtype=dtype, **parts, tokenizer=args.tokenizer)
+    cache = None if args.prompt_cache is None else PromptCache(args.prompt_cache)
+    pipe = ZImagePipeline.from_pretrained(
+        folder, device=device, dtype=dtype, **parts, tokenizer=args.tokenizer, prompt_cache=cache
+    )
     for (_, strength), file in zip(args.lora, pipe.set_loras(*args.lora), strict=True):
         print("\n  ".join([f"LoRA      strength {strength:g}", *file.report().splitlines()]))
     with _bar(total=args.steps, desc="Sampling", unit="step") as bar:
@@ -223,6 +227,12 @@ def _parser() -> argparse.ArgumentParser:
     add("-g", "--guidance-scale", type=_guidance, default=0.0, help="0 = off (Turbo), 3-5 for Base (= CFG - 1)")
     add("--negative-prompt", help="what to avoid; needs guidance")
     add("--seed", type=_seed, help="whole number from 0; random if left out")
+    add(
+        "--prompt-cache",
+        type=Path,
+        metavar="FOLDER",
+        help="keep encoded prompts there (512 MB at most): for a known one the text encoder is not read",
+    )
     add("--cpu", action="store_true", help="use the processor even if there is a GPU")
     return parser
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .attention import Attention
 
@@ -116,7 +116,7 @@ def block_gains(block: Any, x: Tensor, adaln: Tensor | None) -> list[Tensor]:
     return [gain * factor for gain, factor in zip(gains, factors, strict=True)]
 
 
-def norm_gain(norm: nn.Module, like: Tensor) -> Tensor:
+def norm_gain(norm: Any, like: Tensor) -> Tensor:
     """The weight of an RMSNorm in float32, [1, D], whatever its host does to it: what it makes of a constant row.
 
     128 is large enough for eps to vanish in its mean square, and its square fits float16.

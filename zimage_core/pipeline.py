@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import lora, sampling
-from .checkpoint import CheckpointError, not_finite, open_component, open_tokenizer, schedule_of
+from . import lora, sampling, vae_bands
+from .checkpoint import CheckpointError, Component, not_finite, open_component, open_tokenizer, schedule_of
 from .config import SchedulerConfig
+from .prompt_cache import PromptCache, key_of, stamps
 from .scheduler import sigmas
 from .text_encoder import TextEncoder
 from .tokenizer import MAX_LENGTH, Tokenizer
@@ -27,25 +28,35 @@ class ZImagePipeline:
     image = pipe.generate("a red fox in the snow", seed=7)  # [1, 3, 1024, 1024] float32, 0..1
     """
 
+    _text_encoder: TextEncoder | None  # None until `_unread` is built
+    _unread: UnreadEncoder | None
+
     def __init__(
         self,
         tokenizer: Tokenizer,
-        text_encoder: TextEncoder,
+        text_encoder: TextEncoder | UnreadEncoder,
         transformer: ZImageTransformer,
         vae: AutoencoderKL,
         scheduler: SchedulerConfig,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        prompt_cache: PromptCache | None = None,
     ):
+        """prompt_cache: keeps the features of prompts that an `UnreadEncoder` has encoded. What another network holds
+        can't be known, so its features are not kept.
+        """
         self.tokenizer = tokenizer
-        self.text_encoder = text_encoder
         self.transformer = transformer
         self.vae = vae
         self.scheduler = scheduler
         self.device = torch.device(device)
         self.dtype = dtype
+        self.prompt_cache = prompt_cache
         self._plain: dict[str, dict[str, Tensor]] = {}  # component -> the weights that LoRA changed, as they were
+        self._loras: list[tuple[lora.Lora, float]] = []
+        self._encoder_loras: list[Any] = []  # those that change the text encoder, as they count for `prompt_cache`
+        self.text_encoder = text_encoder
 
     @classmethod
     def from_pretrained(
@@ -59,12 +70,16 @@ class ZImagePipeline:
         text_encoder: str | Path | None = None,
         vae: str | Path | None = None,
         tokenizer: str | Path | None = None,
+        prompt_cache: PromptCache | None = None,
     ) -> ZImagePipeline:
         """Loads a snapshot folder or an all-in-one file. The VAE runs in float32 unless asked otherwise, as officially.
 
         transformer, text_encoder, vae: where that part comes from, if from elsewhere: a single file or a snapshot.
         tokenizer: a snapshot or a tokenizer's folder; needed where no snapshot is given for the text encoder.
         The schedule is that of the transformer's snapshot; a single file gets Turbo's.
+        prompt_cache: where features of prompts are looked up, and kept. The text encoder is read when a prompt is not
+        in it, so a known one costs nothing. What is changed in its weights by hand, other than by `set_loras`, goes
+        unnoticed.
 
         Raises `CheckpointError`, naming the file, when something is missing, damaged or of another model.
         """
@@ -76,13 +91,31 @@ class ZImagePipeline:
         parts = {kind: open_component(place, kind) for kind, place in places.items()}
         return cls(
             open_tokenizer(tokenizer or _tokenizer_place(places["text_encoder"], path)),
-            parts["text_encoder"].build(device=device, dtype=dtype),
+            UnreadEncoder(parts["text_encoder"], device=device, dtype=dtype),
             parts["transformer"].build(device=device, dtype=dtype),
             parts["vae"].build(device=device, dtype=vae_dtype),
             schedule_of(places["transformer"]),
             device=device,
             dtype=dtype,
+            prompt_cache=prompt_cache,
         )
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """The network, with LoRA on it. Its weights are read now if nothing needed them before."""
+        if self._text_encoder is None:
+            assert self._unread is not None
+            with torch.inference_mode(False):  # else it could never be trained, as what is made in that mode can't
+                encoder = self._unread.build()
+                self._plain["text_encoder"] = lora.add(encoder, "text_encoder", self._loras)
+            self._text_encoder = encoder
+        return self._text_encoder
+
+    @text_encoder.setter
+    def text_encoder(self, encoder: TextEncoder | UnreadEncoder) -> None:
+        self._unread = encoder if isinstance(encoder, UnreadEncoder) else None
+        self._text_encoder = None if isinstance(encoder, UnreadEncoder) else encoder
+        self._plain.pop("text_encoder", None)
 
     def set_loras(self, *files: tuple[str | Path, float]) -> list[lora.Lora]:
         """Puts exactly these LoRA files, each with its strength, onto transformer and text encoder; none takes all off.
@@ -90,13 +123,26 @@ class ZImagePipeline:
         Returns what each holds; its `report()` tells what was matched. Raises `CheckpointError` for files of other
         models, and then changes nothing.
         """
-        models = {"transformer": self.transformer, "text_encoder": self.text_encoder}
-        shapes = lora.shapes_of(**models)
+        shapes = lora.shapes_of(transformer=self.transformer, text_encoder=self._text_encoder)
+        if self._unread is not None:
+            shapes["text_encoder"] = self._unread.shapes
+        before = stamps(path for path, _ in files)
         opened = [(lora.open_lora(path, shapes), strength) for path, strength in files]
-        for kind, model in models.items():
+        for kind, model in self._networks().items():
             lora.remove(model, self._plain.pop(kind, {}))
             self._plain[kind] = lora.add(model, kind, opened)
+        self._loras = opened
+        self._encoder_loras = [
+            (stamp, strength)
+            for stamp, (file, strength) in zip(before, opened, strict=True)
+            if strength and file.of("text_encoder")
+        ]
         return [file for file, _ in opened]
+
+    def _networks(self) -> dict[str, nn.Module]:
+        """Those that LoRA may be put on, without a text encoder that was not read yet."""
+        encoder = {} if self._text_encoder is None else {"text_encoder": self._text_encoder}
+        return {"transformer": self.transformer, **encoder}
 
     @torch.inference_mode()
     def generate(
@@ -157,26 +203,79 @@ class ZImagePipeline:
             callback=callback,
         )  # [B, 16, h, w] float32
         if not latents.isfinite().all():
-            raise not_finite(transformer=self.transformer, text_encoder=self.text_encoder)
+            raise not_finite(**self._networks())
         return latents if output == "latents" else self.decode(latents)
 
     @torch.inference_mode()
     def encode_prompts(self, prompts: Sequence[str], max_tokens: int = MAX_LENGTH) -> list[Tensor]:
-        """Caption features of each prompt, [L_i, 2560] in the pipeline's dtype."""
-        ids = [self.tokenizer(prompt, max_tokens) for prompt in prompts]
-        longest = max(map(len, ids))
-        rows = [row + [self.tokenizer.pad_id] * (longest - len(row)) for row in ids]
-        features = self.text_encoder(torch.tensor(rows, device=self.device), self.dtype)  # (B, L, 2560)
-        return [feats[: len(row)] for feats, row in zip(features, ids, strict=True)]
+        """Caption features of each prompt, [L_i, 2560] in the pipeline's dtype; those that are known are not computed.
+
+        Token ids stand for prompt, template, limit and tokenizer: the features depend on nothing else of these.
+        """
+        prompts_ids = [tuple(self.tokenizer(prompt, max_tokens)) for prompt in prompts]
+        features = {ids: found for ids in prompts_ids if (found := self._known(ids)) is not None}
+        if missing := [ids for ids in dict.fromkeys(prompts_ids) if ids not in features]:
+            longest = max(map(len, missing))
+            rows = [[*ids, *[self.tokenizer.pad_id] * (longest - len(ids))] for ids in missing]
+            encoded = self.text_encoder(torch.tensor(rows, device=self.device), self.dtype)  # (B, L, 2560)
+            for ids, feats in zip(missing, encoded, strict=True):
+                features[ids] = feats[: len(ids)]
+                if self.prompt_cache is not None and self._unread is not None:
+                    self.prompt_cache.put(self._key(ids), features[ids])
+        return [features[ids] for ids in prompts_ids]
+
+    def _known(self, ids: tuple[int, ...]) -> Tensor | None:
+        if self.prompt_cache is None or self._unread is None:
+            return None
+        found = self.prompt_cache.get(self._key(ids))
+        return None if found is None else found.to(self.device)
+
+    def _key(self, ids: tuple[int, ...]) -> str:
+        assert self._unread is not None
+        return key_of(
+            encoder=self._unread.identity,
+            loras=self._encoder_loras,
+            device=self.device.type,
+            dtype=str(self.dtype),
+            tokens=ids,
+        )
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, 16, h, w] to pictures [B, 3, H, W] float32 in 0..1."""
         raw = self.vae.unscale(latents).to(next(self.vae.parameters()).dtype)
-        pictures = torch.cat([self.vae.decode(item) for item in raw.split(1)])  # one by one bounds the memory
+        pictures = torch.cat([self._decode_one(item) for item in raw.split(1)])  # one by one bounds the memory
         if not pictures.isfinite().all():
             raise not_finite(vae=self.vae)
         return (pictures.float() / 2 + 0.5).clamp(0, 1)
+
+    def _decode_one(self, raw: Tensor) -> Tensor:
+        height, width = (side * self.vae.config.downscale for side in raw.shape[-2:])
+        in_bands = vae_bands.advised(self.vae, height, width, raw)
+        return vae_bands.decode(self.vae, raw) if in_bands else self.vae.decode(raw)
+
+
+class UnreadEncoder:
+    """A text encoder whose weights are read when it is built, though its files are checked before: it may never be."""
+
+    def __init__(self, component: Component, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
+        """dtype: of the weights, None the file's. Raises CheckpointError, naming the file, if it can't be built."""
+        self.shapes = component.shapes
+        self.identity = {"config": repr(component.config), "files": stamps(component.files.paths)}
+        self._component = component
+        self._device = device
+        self._dtype = dtype
+        # scales of a quantised weight can only be checked by reading it
+        if not any(not part.is_gguf for name in self.shapes for part in component.packed(name)):
+            component.build(device="meta", dtype=dtype)  # on this device no value is read
+
+    def build(self) -> TextEncoder:
+        """Raises CheckpointError if the files are no longer those that were opened."""
+        if stamps(self._component.files.paths) != self.identity["files"]:
+            raise CheckpointError(
+                f"{self._component.source}: the file has changed since it was opened; open the pipeline again"
+            )
+        return self._component.build(device=self._device, dtype=self._dtype)
 
 
 def _tokenizer_place(text_encoder: Path, path: str | Path | None) -> str | Path:

@@ -208,7 +208,7 @@ class ZImageTransformer(nn.Module):
 
     def _run(
         self,
-        block: Block,
+        block: nn.Module,
         x: Tensor,
         rotation: Tensor,
         adaln: Tensor | None,

@@ -40,18 +40,22 @@ class AutoencoderKL(nn.Module):
 
     def encode_moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Picture [B, 3, H, W] in -1..1 to mean and log-variance of its latents, each [B, 16, h, w]."""
-        height, width = image.shape[-2:]
-        if height % self.config.downscale or width % self.config.downscale:
-            raise ValueError(
-                f"a picture of {width}x{height} can't be encoded: "
-                f"width and height must be divisible by {self.config.downscale}"
-            )
+        self.check_size(image)
         mean, logvar = self.encoder(image).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)  # the reference's bounds, so that exp() stays finite
 
     def encode(self, image: Tensor) -> Tensor:
         """Picture [B, 3, H, W] in -1..1 to raw latents [B, 16, h, w]: the posterior's mean, no randomness."""
         return self.encode_moments(image)[0]
+
+    def check_size(self, image: Tensor) -> None:
+        """Raises ValueError unless height and width of a picture [B, 3, H, W] are multiples of 8."""
+        height, width = image.shape[-2:]
+        if height % self.config.downscale or width % self.config.downscale:
+            raise ValueError(
+                f"a picture of {width}x{height} can't be encoded: "
+                f"width and height must be divisible by {self.config.downscale}"
+            )
 
     def decode(self, raw_latents: Tensor) -> Tensor:
         """Raw latents [B, 16, h, w] to a picture [B, 3, H, W] in about -1..1 (not clamped)."""
@@ -179,9 +183,15 @@ class AttentionBlock(nn.Module):
         self.proj_out = make.conv(width, width, kernel=1, padding=0)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.joined(x, F.scaled_dot_product_attention(*self.heads(x)))
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of a map [B, C, h, w], each [B, 1, h*w, C]."""
         h = self.norm(x)
-        q, k, v = (_cells(project(h)) for project in (self.q, self.k, self.v))  # (B, 1, h*w, C)
-        out = F.scaled_dot_product_attention(q, k, v)
+        return _cells(self.q(h)), _cells(self.k(h)), _cells(self.v(h))
+
+    def joined(self, x: Tensor, out: Tensor) -> Tensor:
+        """The map with what attention found, [B, 1, h*w, C], added."""
         return x + self.proj_out(out.squeeze(1).transpose(1, 2).reshape(x.shape))
 
 

@@ -21,17 +21,17 @@ NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
 BUILT_IN = "Z-Image-Nano (built in)"
 SAMPLER, MODEL, CLIP, VAE, LATENT = "7", "1", "2", "3", "6"  # node ids of the nano workflow
 SCHEMAS = {
-    "ZImageTransformerLoader": (["model", "weight_dtype"], ["download", "repository"], ["MODEL"]),
+    "ZImageTransformerLoader": (["model", "weight_dtype"], ["download", "repository", "compile"], ["MODEL"]),
     "ZImageTextEncoderLoader": (["model", "weight_dtype"], ["download", "repository"], ["CLIP"]),
     "ZImageVAELoader": (["model"], ["download", "repository"], ["VAE"]),
     "ZImageLoraLoader": (["model", "lora", "strength"], ["clip", "strength_clip"], ["MODEL", "CLIP", "STRING"]),
-    "ZImageTextEncode": (["clip", "text"], [], ["CONDITIONING"]),
+    "ZImageTextEncode": (["clip", "text"], ["cache"], ["CONDITIONING"]),
     "ZImageSampler": (
         "model positive latent_image seed steps guidance_scale cfg_normalization cfg_truncation denoise".split(),
-        ["negative"],
+        ["negative", "attention"],
         ["LATENT"],
     ),
-    "ZImageVAEDecode": (["vae", "samples"], [], ["IMAGE"]),
+    "ZImageVAEDecode": (["vae", "samples"], ["low_memory"], ["IMAGE"]),
     "ZImageVAEEncode": (["vae", "pixels"], [], ["LATENT"]),
 }
 DEFAULTS = {

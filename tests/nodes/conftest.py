@@ -31,3 +31,14 @@ def comfy(pack):
 def _as_the_host_runs_nodes():
     with torch.inference_mode():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _prompts_of_this_test_alone(pack, tmp_path):
+    """What is cached under the host's user directory belongs to one test."""
+    import folder_paths
+
+    before = folder_paths.get_user_directory()
+    folder_paths.set_user_directory(str(tmp_path / "user"))
+    yield
+    folder_paths.set_user_directory(before)

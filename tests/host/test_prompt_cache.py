@@ -1,0 +1,110 @@
+"""Prompts that a server has encoded cost the next one nothing: not one weight of the text encoder is read."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import provision
+import pytest
+import torch
+import workflow
+from host import Client, ExecutionFailed, Server
+from PIL import Image
+from safetensors.torch import save_file
+
+from ..poisoning import poison
+
+NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
+LOADERS = ("ZImageTransformerLoader", "ZImageTextEncoderLoader", "ZImageVAELoader")
+DAMAGED = r"embed_tokens\.weight of the text encoder has values that are not finite"
+LOADED = "Requested to load HostTextModel"  # in the host's log, once the encoder goes to its device
+LORA = "90"  # node id
+
+
+@pytest.fixture(params=[provision.OLDEST, provision.NEWEST])
+def comfyui(request: pytest.FixtureRequest) -> Path:
+    folder = provision.newest() if request.param == provision.NEWEST else provision.folder(request.param)
+    if not (folder / "main.py").is_file():
+        pytest.skip(f"there is no ComfyUI in {folder}; `make setup` provisions one")
+    return folder
+
+
+@contextmanager
+def started(comfyui: Path, base: Path) -> Iterator[tuple[Server, Client]]:
+    """A server whose models, LoRA files and user directory are those of the one before it."""
+    packs, environment = {"comfyui-zimage": provision.ROOT}, {"TRANSFORMERS_OFFLINE": "1"}
+    with Server(comfyui, packs=packs, base=base, environment=environment) as server, server.connect() as client:
+        yield server, client
+
+
+def prompt(text: str, seed: int, strength: float | None = None, **encoding: Any) -> dict[str, Any]:
+    """The nano workflow with the model of this test; strength: of its LoRA, None is without. encoding: inputs."""
+    found = workflow.load("zimage_nano_txt2img")
+    for loader in LOADERS:
+        found[workflow.only(found, loader)]["inputs"]["model"] = "Mine"
+    workflow.set_text(found, text)
+    workflow.set_sampler(found, seed=seed, steps=2)
+    for node in workflow.nodes(found, workflow.TEXT):
+        found[node]["inputs"].update(encoding)
+    if strength is not None:
+        model, clip = (workflow.only(found, loader) for loader in LOADERS[:2])
+        inputs = {"model": [model, 0], "clip": [clip, 0], "lora": "l.safetensors", "strength": 1.0}
+        found[LORA] = {"class_type": "ZImageLoraLoader", "inputs": {**inputs, "strength_clip": strength}}
+        for node in workflow.nodes(found, workflow.TEXT):
+            found[node]["inputs"]["clip"] = [LORA, 1]
+    return found
+
+
+def picture(client: Client, *arguments: Any, **settings: Any) -> bytes:
+    (png,) = client.pictures(client.run(prompt(*arguments, **settings)))
+    return Image.open(io.BytesIO(png)).tobytes()
+
+
+def write_lora(file: Path, size: float) -> None:
+    name, down = "lora_te_layers_1_self_attn_q_proj", torch.eye(4, 128)
+    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": size * torch.ones(128, 4)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, file)
+
+
+def test_after_a_restart_a_known_prompt_needs_no_encoder(comfyui: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(NANO, tmp_path / "models" / "zimage" / "Mine"))
+    weights, lora = folder / "text_encoder" / "model.safetensors", tmp_path / "models" / "loras" / "l.safetensors"
+    write_lora(lora, 0.5)
+    text = "two red stars on a blue background"
+    with started(comfyui, tmp_path) as (server, client):
+        plain, with_lora = picture(client, text, 1), picture(client, text, 1, strength=0.8)
+        assert plain != with_lora and LOADED in server.log_text()
+    entries = sorted((tmp_path / "user" / "zimage" / "prompts").iterdir())
+    assert len(entries) == 4  # positive and negative, without and with LoRA
+
+    poison(weights)
+    with started(comfyui, tmp_path) as (server, client):
+        assert picture(client, text, 1) == plain
+        assert picture(client, text, 1, strength=0.8) == with_lora
+        assert picture(client, text, 2) != plain
+        assert picture(client, text, 3, cache=True) != plain
+        assert LOADED not in server.log_text()
+        for other in (
+            prompt("a green ring", 1),
+            prompt(text, 1, cache=False),
+            prompt(text, 1, strength=0.7),
+        ):
+            with pytest.raises(ExecutionFailed, match=DAMAGED):
+                client.run(other)
+        assert LOADED in server.log_text()
+        write_lora(lora, 0.6)
+        with pytest.raises(ExecutionFailed, match=DAMAGED):
+            client.run(prompt(text, 1, strength=0.8))
+        write_lora(lora, 0.5)  # the same content again, in a new file
+        assert picture(client, text, 1, strength=0.8) == with_lora
+        os.utime(weights, ns=(1, 1))
+        with pytest.raises(ExecutionFailed, match=DAMAGED):
+            client.run(prompt(text, 4))
+    assert sorted((tmp_path / "user" / "zimage" / "prompts").iterdir()) == entries

@@ -1,0 +1,139 @@
+"""The autoencoder in bands against the whole of it: same numbers, less memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from zimage_core import vae_bands
+from zimage_core.checkpoint import open_component
+from zimage_core.config import VAEConfig
+from zimage_core.pipeline import ZImagePipeline
+from zimage_core.vae import AutoencoderKL
+
+from . import process_memory
+
+NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
+PUBLISHED = json.loads((Path(__file__).parent / "published_configs.json").read_text())["vae"]
+TINY = {**PUBLISHED, "block_out_channels": [8, 16, 16, 24], "norm_num_groups": 4}
+SIZES = [(16, 16), (9, 7), (1, 3)]  # latent height and width
+ROWS = [6, 64, None]
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients():
+    with torch.inference_mode():
+        yield
+
+
+def random_vae(config: dict) -> AutoencoderKL:
+    """Norms and biases away from 1 and 0, so that each of them matters."""
+    torch.manual_seed(0)
+    model = AutoencoderKL(VAEConfig.from_dict(config, "here"))
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return model.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module", params=["trained", "random"])
+def vae(request) -> AutoencoderKL:
+    if request.param == "random":
+        return random_vae(TINY)
+    return open_component(NANO, "vae").build(dtype=torch.float32)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_decoding_equals_the_plain_one(vae, size, rows):
+    latents = torch.randn(2, 16, *size, generator=torch.Generator().manual_seed(1)) * 2
+    plain = vae.decode(latents)
+    assert (vae_bands.decode(vae, latents, rows) - plain).abs().max() <= 2e-5
+    assert (plain - plain.mean()).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_encoding_equals_the_plain_one(vae, size, rows):
+    image = torch.rand(2, 3, *(8 * side for side in size), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    assert (vae_bands.encode(vae, image, rows) - vae.encode(image)).abs().max() <= 2e-5
+
+
+def test_statistics_of_a_map_far_from_zero_keep_their_digits(vae):
+    """A large mean with a small variance is where a sum of squares in float32 would fail."""
+    x = 1000 + 0.01 * torch.randn(1, 16, 64, 8, generator=torch.Generator().manual_seed(0))
+    norm = torch.nn.GroupNorm(4, 16)
+    bands = vae_bands._Bands(6, None)
+    mean, variance = bands.statistics(norm, vae_bands.Stored(list(x.split(10, dim=2))))
+    groups = x.double().view(4, -1)
+    assert torch.allclose(mean, groups.mean(1), rtol=1e-7, atol=0)
+    assert torch.allclose(variance, groups.var(1, correction=0), rtol=1e-3, atol=0)
+
+
+def test_bfloat16_is_no_further_from_float32_than_plain(vae):
+    latents = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(1))
+    exact = copy.deepcopy(vae).bfloat16().float().decode(latents)
+    half = copy.deepcopy(vae).bfloat16()
+    ours = (vae_bands.decode(half, latents.bfloat16(), 20).float() - exact).norm()
+    theirs = (half.decode(latents.bfloat16()).float() - exact).norm()
+    assert 0 < ours <= 1.1 * theirs
+
+
+def test_size_that_can_not_be_encoded_is_an_error(vae):
+    with pytest.raises(ValueError, match="a picture of 20x16 can't be encoded"):
+        vae_bands.encode(vae, torch.zeros(1, 3, 16, 20))
+
+
+def test_each_band_is_announced_and_can_be_the_last(vae):
+    class Stop(Exception):
+        pass
+
+    def stop():
+        raise Stop
+
+    with pytest.raises(Stop):
+        vae_bands.decode(vae, torch.zeros(1, 16, 8, 8), 16, stop)
+    ticks: list[int] = []
+    vae_bands.decode(vae, torch.zeros(1, 16, 8, 8), 16, lambda: ticks.append(1))
+    few = len(ticks)
+    vae_bands.decode(vae, torch.zeros(1, 16, 8, 8), 4, lambda: ticks.append(1))
+    assert 10 < few < len(ticks) - few
+
+
+def test_memory_is_a_third_of_plain():
+    """The published shape of the maps at an eighth of the channels, at a size where maps outweigh the rest."""
+    narrow = {**PUBLISHED, "block_out_channels": [16, 32, 64, 64], "norm_num_groups": 16}
+    vae, latents = random_vae(narrow), torch.randn(1, 16, 128, 96)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(vae_bands, "WORKSPACE", 4 * 2**20)
+        patched.setattr(vae_bands, "SCORES", 8 * 2**20)
+        vae_bands.decode(vae, latents[:, :, :16])  # what is allocated once
+        in_bands = process_memory.growth(lambda: vae_bands.decode(vae, latents))
+    plain = process_memory.growth(lambda: vae.decode(latents))
+    assert in_bands <= plain / 3
+
+
+def test_the_pipeline_decodes_in_bands_where_memory_is_short(monkeypatch):
+    pipe = ZImagePipeline.from_pretrained(NANO)
+    latents = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(1))
+    calls = []
+    decode = vae_bands.decode
+    monkeypatch.setattr(vae_bands, "decode", lambda *arguments: calls.append(1) or decode(*arguments))
+    plain = pipe.decode(latents)
+    assert calls == []
+    for free, expected in ((2**40, 0), (None, 0), (2**20, 2)):
+        monkeypatch.setattr(vae_bands, "_free_bytes", lambda device, free=free: free)
+        assert (pipe.decode(latents) - plain).abs().max() <= 1e-5
+        assert len(calls) == expected
+
+
+def test_free_memory_is_what_the_system_tells():
+    free = vae_bands._free_bytes(torch.device("cpu"))
+    if not Path("/proc/meminfo").exists():
+        assert free is None
+    else:
+        assert 2**20 < free < 2**50

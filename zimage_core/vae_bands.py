@@ -1,0 +1,301 @@
+"""The autoencoder in bands of rows: the same numbers as `AutoencoderKL`, in a fraction of its memory.
+
+Convolutions get the true rows above and below their band, group norms the mean and variance of the whole map, the
+attention all its keys: there are no seams to hide. At most two maps of the picture's size are held, and never the
+widest one, which the last upsampling gives: it is computed twice, first for its statistics, then for its use.
+
+Letters: B batch, C channels, H W height and width of a map, G groups of a norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .vae import AttentionBlock, AutoencoderKL, Downsample, Mid, ResnetBlock, Upsample
+
+WORKSPACE = 96 * 2**20  # bytes of the widest band; a handful of such are alive at a time
+LEAST_ROWS = 8  # each band repeats up to two rows of its neighbours
+SCORES = 256 * 2**20  # bytes of attention scores at a time, where a kernel materializes them
+
+Tick = Callable[[], None]  # called before each band; may raise to stop
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, raw_latents: Tensor, rows: int | None = None, tick: Tick | None = None) -> Tensor:
+    """`vae.decode` in bands: raw latents [B, 16, h, w] to pictures [B, 3, 8h, 8w], item by item.
+
+    rows: height of a band of the picture; None fits WORKSPACE. tick: called before each band.
+    """
+    widest = max(vae.config.block_out_channels[:2])
+    bands = _Bands(rows or _rows(widest, raw_latents.shape[-1] * vae.config.downscale, raw_latents), tick)
+    return torch.cat([_decode(vae.decoder, item, bands) for item in raw_latents.split(1)])
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, image: Tensor, rows: int | None = None, tick: Tick | None = None) -> Tensor:
+    """`vae.encode` in bands: pictures [B, 3, H, W] in -1..1 to raw latents [B, 16, H/8, W/8], item by item."""
+    vae.check_size(image)
+    bands = _Bands(rows or _rows(vae.config.block_out_channels[0], image.shape[-1], image), tick)
+    moments = torch.cat([_encode(vae.encoder, item, bands) for item in image.split(1)])
+    return moments.chunk(2, dim=1)[0]
+
+
+def advised(vae: AutoencoderKL, height: int, width: int, like: Tensor) -> bool:
+    """Whether the memory that is free now would not do for plain decoding of a picture on the device of `like`."""
+    free = _free_bytes(like.device)
+    channels = max(vae.config.block_out_channels[:2])
+    return free is not None and free < PLAIN_MAPS * channels * height * width * like.element_size()
+
+
+def bands_bytes(vae: AutoencoderKL, height: int, width: int, itemsize: int) -> int:
+    """What decoding or encoding in bands takes at its peak beside the weights."""
+    channels = vae.config.block_out_channels[0]
+    return 2 * channels * height * width * itemsize + BAND_MAPS * WORKSPACE
+
+
+PLAIN_MAPS = 4.5  # of the widest at the picture's size: 4.0 were measured, the rest is for what else happens
+BAND_MAPS = 7  # of the widest band: 6 were measured
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Memory that can be had without swapping; None where nobody tells."""
+    if device.type == "cuda":  # what torch holds without using it is free as well
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "cpu" and (told := Path("/proc/meminfo")).exists():
+        found = (line.split() for line in told.read_text().splitlines())
+        return next((int(words[1]) * 1024 for words in found if words[0] == "MemAvailable:"), None)
+    return None
+
+
+def _rows(channels: int, width: int, like: Tensor) -> int:
+    return max(LEAST_ROWS, WORKSPACE // (channels * width * like.element_size()))
+
+
+def _decode(decoder: Any, raw_latents: Tensor, bands: _Bands) -> Tensor:
+    x: Map = Stored([_mid(decoder.mid, decoder.conv_in(raw_latents), bands)])
+    for level, stage in reversed(list(enumerate(decoder.up))):
+        for block in stage.block:
+            x = _resnet(block, x, bands)
+        if stage.upsample is not None:
+            upsampled = Upsampled(stage.upsample, x)
+            x = upsampled if level == 1 else bands.stored(upsampled)
+    return _out(decoder, x, bands)
+
+
+def _encode(encoder: Any, image: Tensor, bands: _Bands) -> Tensor:
+    x: Map = bands.stored(Convolved(encoder.conv_in, Stored([image])))
+    for stage in encoder.down:
+        for block in stage.block:
+            x = _resnet(block, x, bands)
+        if stage.downsample is not None:
+            x = bands.stored(Downsampled(stage.downsample, x))
+    return _out(encoder, Stored([_mid(encoder.mid, x.rows(0, x.height), bands)]), bands)
+
+
+def _out(half: Any, x: Map, bands: _Bands) -> Tensor:
+    """The last norm and convolution of a decoder or encoder."""
+    normed = Normed(half.norm_out, x, bands.statistics(half.norm_out, x))
+    return torch.cat(bands.stored(Convolved(half.conv_out, normed)).bands, dim=2)
+
+
+def _resnet(block: ResnetBlock, x: Map, bands: _Bands) -> Stored:
+    """A residual block; x is spent. Its own map and the inner one are all that is held."""
+    normed = Normed(block.norm1, x, bands.statistics(block.norm1, x))
+    first = Convolved(block.conv1, normed)
+    hidden, kept = Stored([]), Stored([])
+    shortcut = block.nin_shortcut
+    for top, bottom in bands.of(x.height):
+        hidden.bands.append(first.rows(top, bottom))
+        if shortcut is not None or isinstance(x, Upsampled):
+            own = x.rows(top, bottom)
+            kept.bands.append(own if shortcut is None else shortcut(own))
+            x.free(bottom - 2)  # the next band's convolution reaches one row up, and an upsampled one's source further
+    residual = kept if kept.bands else x
+    normed = Normed(block.norm2, hidden, bands.statistics(block.norm2, hidden))
+    second = Convolved(block.conv2, normed)
+    out = Stored([])
+    for top, bottom in bands.of(hidden.height):
+        out.bands.append(second.rows(top, bottom).add_(residual.rows(top, bottom)))
+        residual.free(bottom)
+        hidden.free(bottom - 1)
+    return out
+
+
+def _mid(mid: Mid, x: Tensor, bands: _Bands) -> Tensor:
+    """The bottom, where maps are small: as a whole, but for the attention's scores."""
+    x = mid.block_1(x)
+    bands.tick()
+    x = _attention(mid.attn_1, x, bands)
+    return mid.block_2(x)
+
+
+def _attention(layer: AttentionBlock, x: Tensor, bands: _Bands) -> Tensor:
+    q, k, v = layer.heads(x)  # each (1, 1, h*w, C)
+    step = max(1, SCORES // (k.shape[2] * k.element_size()))
+    out = torch.empty_like(q)
+    for part, result in zip(q.split(step, dim=2), out.split(step, dim=2), strict=True):
+        bands.tick()
+        result.copy_(F.scaled_dot_product_attention(part, k, v))
+    return layer.joined(x, out)
+
+
+# Maps, of which any rows can be had
+
+
+class Map:
+    """A map [1, C, height, W], somewhere or still to be computed."""
+
+    height: int
+
+    def rows(self, top: int, bottom: int) -> Tensor:
+        """[1, C, bottom - top, W]; not to be written to."""
+        raise NotImplementedError
+
+    def free(self, bottom: int) -> None:
+        """Rows above `bottom` are not needed any more."""
+
+
+class Stored(Map):
+    """Bands of rows, one below the other."""
+
+    def __init__(self, bands: list[Tensor]):
+        self.bands: list[Any] = bands
+
+    @property
+    def height(self) -> int:  # type: ignore[override]
+        return sum(self._heights())
+
+    def _heights(self) -> list[int]:
+        return [band if isinstance(band, int) else band.shape[2] for band in self.bands]
+
+    def rows(self, top: int, bottom: int) -> Tensor:
+        parts, start = [], 0
+        for band, height in zip(self.bands, self._heights(), strict=True):
+            first, last = max(top - start, 0), min(bottom - start, height)
+            if first < last:
+                parts.append(band[:, :, first:last])
+            start += height
+        return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+    def free(self, bottom: int) -> None:
+        start = 0
+        for index, height in enumerate(self._heights()):
+            start += height
+            if start <= bottom:
+                self.bands[index] = height  # of a freed band only its height is known
+
+
+class Convolved(Map):
+    """A 3x3 convolution with padding 1 of a map. Its module pads the band; rows that this falsifies are cut off."""
+
+    def __init__(self, conv: nn.Module, source: Map):
+        self.conv, self.source, self.height = conv, source, source.height
+
+    def rows(self, top: int, bottom: int) -> Tensor:
+        above, below = int(top > 0), int(bottom < self.height)
+        out = self.conv(self.source.rows(top - above, bottom + below))
+        return out[:, :, above : out.shape[2] - below]
+
+    def free(self, bottom: int) -> None:
+        self.source.free(bottom - 1)
+
+
+class Upsampled(Map):
+    """Twice the height and width by repeating, then a convolution."""
+
+    def __init__(self, layer: Upsample, source: Map):
+        self.layer, self.source, self.height = layer, source, 2 * source.height
+
+    def rows(self, top: int, bottom: int) -> Tensor:
+        above, below = int(top > 0), int(bottom < self.height)
+        first, last = top - above, bottom + below
+        band = self.source.rows(first // 2, (last + 1) // 2)
+        doubled = F.interpolate(band, scale_factor=2.0, mode="nearest")
+        out = self.layer.conv(doubled[:, :, first % 2 : first % 2 + last - first])
+        return out[:, :, above : out.shape[2] - below]
+
+    def free(self, bottom: int) -> None:
+        self.source.free((bottom - 1) // 2)
+
+
+class Downsampled(Map):
+    """A convolution of stride 2, with a row and column of zeros at the bottom and right of the whole map only."""
+
+    def __init__(self, layer: Downsample, source: Map):
+        self.layer, self.source, self.height = layer, source, source.height // 2
+
+    def rows(self, top: int, bottom: int) -> Tensor:
+        last = 2 * bottom + 1
+        band = self.source.rows(2 * top, min(last, self.source.height))
+        return self.layer.conv(F.pad(band, (0, 1, 0, max(0, last - self.source.height))))
+
+    def free(self, bottom: int) -> None:
+        self.source.free(2 * bottom)
+
+
+class Normed(Map):
+    """silu(group norm) of a map, with the whole map's statistics."""
+
+    def __init__(self, norm: Any, source: Map, statistics: tuple[Tensor, Tensor]):
+        self.source, self.height = source, source.height
+        mean, variance = (value.repeat_interleave(norm.num_channels // norm.num_groups) for value in statistics)
+        self.scale = (norm.weight.to(mean) * torch.rsqrt(variance + norm.eps)).view(1, -1, 1, 1)  # float64, on the CPU
+        self.shift = norm.bias.to(mean).view(1, -1, 1, 1) - mean.view(1, -1, 1, 1) * self.scale
+
+    def rows(self, top: int, bottom: int) -> Tensor:
+        band = self.source.rows(top, bottom)
+        scale, shift = (value.to(band.device, torch.float32) for value in (self.scale, self.shift))
+        normed = torch.addcmul(shift, band.float(), scale)
+        return F.silu(normed.to(band.dtype), inplace=True)
+
+    def free(self, bottom: int) -> None:
+        self.source.free(bottom)
+
+
+class _Bands:
+    """The height of bands and what goes over all of them."""
+
+    def __init__(self, rows: int, tick: Tick | None):
+        self.height = max(2, rows + rows % 2)
+        self._tick = tick
+
+    def tick(self) -> None:
+        if self._tick is not None:
+            self._tick()
+
+    def of(self, height: int) -> Iterator[tuple[int, int]]:
+        """(top, bottom) of each band of a map."""
+        for top in range(0, height, self.height):
+            self.tick()
+            yield top, min(top + self.height, height)
+
+    def stored(self, lazy: Map) -> Stored:
+        """The whole map; what it is computed from is spent on the way."""
+        result = Stored([])
+        for top, bottom in self.of(lazy.height):
+            result.bands.append(lazy.rows(top, bottom))
+            lazy.free(bottom)
+        return result
+
+    def statistics(self, norm: Any, x: Map) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each group over the whole map, [G] float64, combined from those of the bands."""
+        count = 0
+        mean = deviations = torch.zeros(())
+        for top, bottom in self.of(x.height):
+            values = x.rows(top, bottom).float().reshape(norm.num_groups, -1)
+            # float64 for few numbers, which not every device has
+            variance, band_mean = (value.cpu().double() for value in torch.var_mean(values, dim=1, correction=0))
+            added = values.shape[1]
+            # Chan, Golub, LeVeque 1979: sums of squared deviations of two parts, to that of both
+            difference, total = band_mean - mean, count + added
+            mean = mean + difference * (added / total)
+            deviations = deviations + variance * added + difference.square() * (count * added / total)
+            count = total
+        return mean, deviations / count
