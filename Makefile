@@ -9,7 +9,7 @@ override NEGATIVE := $(value NEGATIVE)
 export PROMPT NEGATIVE COMFYUI_PATH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check nano clean
+.PHONY: help setup demo serve test check bench nano clean
 
 help: ## this list
 	@echo "make TARGET"
@@ -33,6 +33,9 @@ check: setup ## lint, import floors, types
 	@$(RUN) -m ruff check .
 	@$(RUN) -m pytest -q tests/test_floors.py
 	@$(RUN) -m mypy
+
+bench: setup ## the transformer step beside diffusers and ComfyUI: DEVICE=cpu ARGS="--size 512"
+	@$(RUN) -m benchmarks.step --device $(or $(DEVICE),cpu) $(ARGS)
 
 nano: setup ## trains the nano model anew, hours on a CPU: ARGS="..."
 	@$(RUN) -m nano $(ARGS)

@@ -23,6 +23,15 @@ def test_loading_runs(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_step_runs():
+    """It ends with an error where the three implementations disagree."""
+    command = [sys.executable, "-m", "benchmarks.step", "--toy", "--repeats", "1", "--dtype", "fp32"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.split(" | ")[1] for line in done.stdout.splitlines() if line.startswith("| fp32")]
+    assert set(rows) == {"64², 10 tokens", "64², 40 tokens, guidance"}
+
+
 def test_results_are_put_between_their_marks(tmp_path, monkeypatch):
     file = tmp_path / "RESULTS.md"
     file.write_text("before\n<!-- a: written by the benchmark -->\nold\n<!-- end of a -->\nafter\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 
 import pytest
@@ -166,6 +167,33 @@ def test_hook_that_reads_nothing_spares_the_last_captions(model, calls):
     calls.clear()
     in_rows(model, latents, t, cap_feats, block_hook=lambda *_: None)
     assert calls == [None] * 7
+
+
+@pytest.mark.parametrize("way", ["forward", "hook", "module"])
+def test_a_block_that_somebody_replaced_is_called(model, monkeypatch, way, calls):
+    """Nodes that skip, patch or compile single blocks put something in their place."""
+    latents, t, cap_feats = given("one")
+    plain = in_rows(model, latents, t, cap_feats)
+    changed = copy.deepcopy(model)
+    block = changed.layers[1]
+    if way == "forward":
+        block.forward = lambda x, *_: x
+    elif way == "hook":
+        block.register_forward_hook(lambda module, inputs, output: inputs[0])
+    else:
+
+        class Skip(torch.nn.Module):
+            def forward(self, x, *_):
+                return x
+
+        changed.layers[1] = Skip()
+    calls.clear()
+    skipped = in_rows(changed, latents, t, cap_feats)
+    assert len(calls) == 6 and relative(skipped, plain) > 1e-3
+    expected = copy.deepcopy(model)
+    del expected.layers[1]
+    expected.config = dataclasses.replace(model.config, n_layers=2)
+    assert relative(skipped, in_rows(expected, latents, t, cap_feats)) <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
