@@ -122,7 +122,7 @@ def _resnet(block: ResnetBlock, x: Map, bands: _Bands) -> Stored:
     second = Convolved(block.conv2, normed)
     out = Stored([])
     for top, bottom in bands.of(hidden.height):
-        out.bands.append(second.rows(top, bottom).add_(residual.rows(top, bottom)))
+        out.bands.append(second.rows(top, bottom) + residual.rows(top, bottom))
         residual.free(bottom)
         hidden.free(bottom - 1)
     return out
@@ -139,11 +139,11 @@ def _mid(mid: Mid, x: Tensor, bands: _Bands) -> Tensor:
 def _attention(layer: AttentionBlock, x: Tensor, bands: _Bands) -> Tensor:
     q, k, v = layer.heads(x)  # each (1, 1, h*w, C)
     step = max(1, SCORES // (k.shape[2] * k.element_size()))
-    out = torch.empty_like(q)
-    for part, result in zip(q.split(step, dim=2), out.split(step, dim=2), strict=True):
+    found = []
+    for part in q.split(step, dim=2):
         bands.tick()
-        result.copy_(F.scaled_dot_product_attention(part, k, v))
-    return layer.joined(x, out)
+        found.append(F.scaled_dot_product_attention(part, k, v))
+    return layer.joined(x, torch.cat(found, dim=2))
 
 
 # Maps, of which any rows can be had
