@@ -31,7 +31,7 @@ from ..zimage_core.checkpoint import (
 from ..zimage_core.prompt_cache import Stamp, stamps
 from ..zimage_core.text_encoder import TextEncoder
 from ..zimage_core.tokenizer import Tokenizer
-from . import host_packed, host_prompts
+from . import host_operations, host_packed, host_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,8 @@ def load_clip(
     if dtype.itemsize == 1:  # fp8 without scales: an Embedding can't look rows up in it
         dtype = torch.bfloat16
     quantised = weight_dtype is None and host_packed.keeps(component)
-    operations, build_device = comfy.ops.manual_cast, torch.device("meta")
+    operations = host_operations.for_device(mm.text_encoder_device(), comfy.ops.manual_cast)
+    build_device = torch.device("meta")
     if quantised:
         operations, build_device = host_packed.operations(
             component, torch.float32, mm.text_encoder_device(), exact=True

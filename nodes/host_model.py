@@ -25,7 +25,7 @@ from ..zimage_core.checkpoint import Component, Snapshot, open_component, schedu
 from ..zimage_core.config import SchedulerConfig, TransformerConfig
 from ..zimage_core.sampling import model_time, velocity
 from ..zimage_core.transformer import Captions, ZImageTransformer
-from . import host_packed
+from . import host_operations, host_packed
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 NATIVE_DIM = 3840  # the width for which the host measured memory_usage_factor
@@ -217,6 +217,7 @@ def load_model(
         weights = host_packed.state_dict(component, storage, compute)
     else:
         storage, compute = _dtypes(weight_dtype, component, model_config.supported_inference_dtypes, device)
+        model_config.custom_operations = host_operations.for_device(device)  # None: the host picks
         build_device = torch.device("meta")
         weights = component.state_dict(None if storage in FP8 else storage)  # norms stay as they are
     model_config.set_inference_dtype(storage, compute)

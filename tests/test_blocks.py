@@ -265,5 +265,6 @@ def test_no_compiler_is_a_warning_not_an_error(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         assert torch.equal(function(x), double(x))
         assert torch.equal(function(x), double(x))
-    (record,) = caplog.records
+    # other tests may have made torch's own loggers speak
+    (record,) = (record for record in caplog.records if record.name == fused.logger.name)
     assert "torch.compile does not work here, so double runs without" in record.getMessage()

@@ -14,7 +14,7 @@ import pytest
 
 FLOORS = [
     {"zimage_core/__init__", "zimage_core/config", "zimage_core/key_maps"},
-    {"zimage_core/gguf_types", "zimage_core/attention"},
+    {"zimage_core/gguf_types", "zimage_core/attention", "zimage_core/products"},
     {"zimage_core/gguf_files", "zimage_core/fused"},
     {"zimage_core/rope", "zimage_core/row_blocks", "zimage_core/patchify", "zimage_core/scheduler"}
     | {"zimage_core/tensor_files", "zimage_core/detect", "zimage_core/adapters", "zimage_core/prompt_cache"},
@@ -23,7 +23,7 @@ FLOORS = [
     {"zimage_core/packed", "zimage_core/vae_bands"},
     {"zimage_core/checkpoint", "zimage_core/sampling", "zimage_core/lora"},
     {"zimage_core/pipeline", "zimage_core/download_worker"},
-    {"zimage_core/download", "nodes/host_attention"},
+    {"zimage_core/download", "nodes/host_attention", "nodes/host_operations"},
     {
         "zimage_core/__main__",
         "nodes/convert",

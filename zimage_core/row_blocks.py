@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import fused
+from . import fused, products
 from .attention import Attention
 
 MATMUL_ROWS = 256  # bfloat16 products of so many rows take 80 to 95 % of the time of all rows at once (benchmarks)
@@ -92,7 +92,7 @@ def _rows(x: Tensor, layer: nn.Module) -> list[slice]:
     """The blocks in which rows of x go through a linear layer."""
     # a weight that has to be cast or expanded for each product is better used once
     plain = type(layer.weight) in (Tensor, nn.Parameter) and layer.weight.dtype == x.dtype
-    step = MATMUL_ROWS if plain and x.dtype == torch.bfloat16 else max(len(x), 1)
+    step = MATMUL_ROWS if plain and products.multiplies(x.dtype) else max(len(x), 1)
     return [slice(start, min(start + step, len(x))) for start in range(0, len(x), step)]
 
 

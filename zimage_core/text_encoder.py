@@ -13,20 +13,21 @@ from transformers import Qwen3Config, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from .config import TextEncoderConfig
+from .products import Layers
 
 
 class TextEncoder(nn.Module):
     """Qwen3 up to `hidden_states[-2]`.
 
-    `ops` supplies Linear, Embedding and RMSNorm (`torch.nn`, or a host's namespace of the same names). Parameter names
-    are the published ones (`model.layers.0.self_attn.q_proj.weight`), of the layers that are run.
+    `ops` supplies Linear, Embedding and RMSNorm (`torch.nn`'s, or a host's namespace of the same names). Parameter
+    names are the published ones (`model.layers.0.self_attn.q_proj.weight`), of the layers that are run.
     """
 
     def __init__(
         self,
         config: TextEncoderConfig,
         *,
-        ops: Any = nn,
+        ops: Any = Layers,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):

@@ -28,6 +28,7 @@ from .attention import Attention, attention
 from .config import TransformerConfig
 from .fused import finite
 from .patchify import padded, patchify, unpatchify
+from .products import Layers
 from .rope import caption_positions, image_positions, rotate, rotations
 
 TIME_FREQUENCIES = 256  # sinusoids of the model time (reference `frequency_embedding_size`)
@@ -59,14 +60,14 @@ class Captions:
 class ZImageTransformer(nn.Module):
     """S3-DiT.
 
-    `ops` supplies Linear, RMSNorm and LayerNorm (`torch.nn`, or a host's namespace of the same names).
+    `ops` supplies Linear, RMSNorm and LayerNorm (`torch.nn`'s, or a host's namespace of the same names).
     """
 
     def __init__(
         self,
         config: TransformerConfig,
         *,
-        ops: Any = nn,
+        ops: Any = Layers,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = "host host_attention host_download host_packed host_prompts host_model host_clip host_vae".split()
-MODULES += "host_lora host_sampler convert loaders lora conditioning sampling vae".split()
+MODULES = "host host_attention host_operations host_download host_packed host_prompts".split()
+MODULES += "host_model host_clip host_vae host_lora host_sampler convert loaders lora conditioning sampling vae".split()
 
 
 def load_pack(*flags: str) -> SimpleNamespace:
