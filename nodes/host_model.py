@@ -23,9 +23,15 @@ from torch import Tensor
 
 from ..zimage_core.checkpoint import Component, Snapshot, open_component, schedule_of, snapshot_folder
 from ..zimage_core.config import SchedulerConfig, TransformerConfig
+from ..zimage_core.fused import norm_gain
 from ..zimage_core.sampling import model_time, velocity
-from ..zimage_core.transformer import Captions, ZImageTransformer
+from ..zimage_core.transformer import Captions, JointAttention, ZImageTransformer, norm_and_rotate
 from . import host_operations, host_packed
+
+try:  # the host's kernel package; older ones lack these two
+    from comfy_kitchen import rms_rope, rms_rope1
+except ImportError:
+    rms_rope = rms_rope1 = None
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 NATIVE_DIM = 3840  # the width for which the host measured memory_usage_factor
@@ -38,6 +44,9 @@ class HostTransformer(ZImageTransformer):
         super().__init__(config, ops=operations, device=device, dtype=dtype)
         self.dtype = dtype
         self.run_captions = _RunCaptions()
+        for module in self.modules():
+            if isinstance(module, JointAttention) and rms_rope is not None:
+                module.norm_and_rotate = _norm_and_rotate
 
     def forward(self, x, timesteps, context, num_tokens=None, attention_mask=None, **kwargs):
         """Latents [B, 16, h, w], sigma [B], captions [B, L, cap_feat_dim] -> dlatents/dsigma [B, 16, h, w].
@@ -78,6 +87,20 @@ class HostTransformer(ZImageTransformer):
             )
         if conds.get("ref_latents") or conds.get("siglip_feats"):
             raise ValueError("This Z-Image model takes no reference pictures. Remove the node that attaches them.")
+
+
+def _norm_and_rotate(q: Tensor, k: Tensor, rotation: Tensor, q_norm: Any, k_norm: Any) -> tuple[Tensor, Tensor]:
+    """What `transformer.norm_and_rotate` does, in one pass by the kernel of the host."""
+    if q.device.type == "cpu" or torch.is_grad_enabled():
+        return norm_and_rotate(q, k, rotation, q_norm, k_norm)
+    return _by_kernel(q, k, rotation, q_norm, k_norm)
+
+
+def _by_kernel(q: Tensor, k: Tensor, rotation: Tensor, q_norm: Any, k_norm: Any) -> tuple[Tensor, Tensor]:
+    q_gain, k_gain = (norm_gain(norm, q).squeeze(0) for norm in (q_norm, k_norm))  # (head_dim,) float32
+    if q.shape == k.shape:
+        return rms_rope(q, k, rotation, q_gain, k_gain, q_norm.eps)
+    return rms_rope1(q, rotation[:, : q.shape[1]], q_gain, q_norm.eps), rms_rope1(k, rotation, k_gain, k_norm.eps)
 
 
 def _attention(options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -33,7 +33,9 @@ class ZImageGuider(comfy.samplers.CFGGuider):
         model_options = model_options or {}
         positive, negative = self.conds["positive"], self.conds.get("negative")
         cfg = self.cfg
-        if negative is None or not guides_at(float(timestep[0]), self.scale, self.cfg_truncation):
+        # only a truncation asks for the noise level, for which the host would have to wait on a GPU
+        sigma = float(timestep[0]) if self.cfg_truncation < 1.0 else 1.0
+        if negative is None or not guides_at(sigma, self.scale, self.cfg_truncation):
             cfg, negative = 1.0, None
         elif self.cfg_normalization > 0:
             model_options = {**model_options, "sampler_cfg_function": self._normalized}

@@ -19,7 +19,7 @@ DTYPES = [  # (of activations, of the weight, largest ||error|| / ||result|| bes
     (torch.bfloat16, torch.float32, 2**-7),  # the weight is rounded, too
     (torch.float64, torch.float64, 1e-14),
 ]
-SHAPES = [((70,), 1040, 1100), ((2, 5), 3000, 700), ((1,), 1024, 1030), ((3,), 16, 24)]  # the last one is small
+SHAPES = [((70,), 1040, 1100), ((2, 5), 3000, 700), ((5,), 1024, 1030), ((3,), 16, 24)]  # the last one is small
 PROCESSORS = {"as it is": {}, "no short products": {"_supports": False}, "AMD": {"_onednn_is_faster": True}}
 PROCESSORS["Intel"] = {"_onednn_is_faster": False, "_supports": True}
 
@@ -96,6 +96,12 @@ def test_inside_torch_compile_torchs_own_is_used(monkeypatch):
     with torch.no_grad():
         compiled = torch.compile(products.linear, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(x, weight), F.linear(x, weight))
+
+
+def test_few_multiplications_are_not_worth_a_question(monkeypatch):
+    monkeypatch.setattr(products, "_is_ours", lambda *_: pytest.fail("asked"))
+    x, weight, _ = tensors(*SHAPES[3])
+    torch.testing.assert_close(products.linear(x, weight.bfloat16()), F.linear(x, weight.bfloat16().float()))
 
 
 @pytest.mark.parametrize(

@@ -21,15 +21,16 @@ from torch import Tensor, nn
 
 PANEL = 5 * 2**20  # weights cast at a time: 20 MB in float32. A quarter or four times of it is up to a tenth slower
 WHOLE = 64  # rows of a panel are a multiple of it, as kernels work on blocks
-LARGE = 2**20  # weights; for smaller ones the way does not matter
+LEAST = 2**22  # multiplications; for fewer, asking costs more than is gained
 SHORT = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-FEW_ROWS = 8  # activations; below, the time is that of reading the weight
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times weight [out, in], plus bias: [..., out] in the dtype of x, whatever that of the weight."""
-    if not _is_ours(x, weight):
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    # while it is being compiled, sizes are not to be asked for
+    if torch.compiler.is_compiling() or x.numel() * weight.shape[0] < LEAST or not _is_ours(x, weight):
+        if weight.dtype != x.dtype:
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return F.linear(x, weight, bias)
     if x.dtype == weight.dtype == torch.float32:
         return _onednn(x, weight, bias)
@@ -44,16 +45,13 @@ def multiplies(dtype: torch.dtype) -> bool:
 def _is_ours(x: Tensor, weight: Tensor) -> bool:
     if x.device.type != "cpu" or weight.device.type != "cpu" or type(weight) not in (Tensor, nn.Parameter):
         return False
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
-        return False
-    if weight.numel() < LARGE or not weight.dtype.is_floating_point:
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False
     if x.dtype == weight.dtype == torch.float32:
         return _onednn_is_faster()
     if x.dtype == torch.float32:
-        return True
-    slow = x.dtype in SHORT and not multiplies(x.dtype)
-    return slow and x.dtype == weight.dtype and x.numel() >= FEW_ROWS * x.shape[-1]
+        return weight.dtype.is_floating_point and weight.dtype.itemsize < x.dtype.itemsize
+    return x.dtype == weight.dtype and x.dtype in SHORT and not multiplies(x.dtype)
 
 
 def _in_panels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

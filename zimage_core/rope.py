@@ -34,7 +34,8 @@ def image_positions(
     `rope_options` stretches and shifts the grid (keys scale_x, scale_y, shift_x, shift_y, as ComfyUI names them).
     """
     options = rope_options or {}
-    f = torch.tensor(caption_lengths, device=device, dtype=torch.float32) + 1
+    # filled on the device: a copy would make the host wait for it
+    f = torch.stack([torch.full((), length + 1.0, device=device) for length in caption_lengths])
     y = torch.arange(rows, device=device) * options.get("scale_y", 1.0) + options.get("shift_y", 0.0)
     x = torch.arange(columns, device=device) * options.get("scale_x", 1.0) + options.get("shift_x", 0.0)
     grid = torch.broadcast_tensors(f.view(-1, 1, 1), y.view(-1, 1), x)  # three of (B, rows, columns)

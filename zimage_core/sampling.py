@@ -82,9 +82,10 @@ def denoise(
     steps = len(sigmas) - 1
     batch = len(latents)
     refined: dict[bool, Any] = {}  # whether guided -> captions of that batch
-    for step, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
-        t = model_time(sigma).to(latents.device).expand(batch)  # (B,)
-        guided = guides_at(float(sigma), guidance_scale, cfg_truncation)
+    levels = sigmas.to(latents.device)  # at once: each copy would wait for the device
+    for step, sigma in enumerate(sigmas.tolist()[:-1]):
+        t = model_time(levels[step]).expand(batch)  # (B,)
+        guided = guides_at(sigma, guidance_scale, cfg_truncation)
         if guided not in refined:
             refined[guided] = refine([*cap_feats, *(negative_cap_feats or ())] if guided else cap_feats)
         if guided:
@@ -92,8 +93,8 @@ def denoise(
             v = guided_velocity(out[:batch], out[batch:], guidance_scale, cfg_normalization)
         else:
             v = velocity(model(latents.to(dtype), t, refined[False]))  # (B, 16, h, w)
-        estimate = denoised(latents, v, float(sigma))
-        latents = euler_step(latents, v, sigma.to(latents.device), sigma_next.to(latents.device))
+        estimate = denoised(latents, v, sigma)
+        latents = euler_step(latents, v, levels[step], levels[step + 1])
         if callback is not None and callback(step + 1, steps, latents, estimate) is False:
             raise Cancelled(f"stopped after step {step + 1} of {steps}")
     return latents

@@ -190,8 +190,7 @@ class ZImageTransformer(nn.Module):
         else:
             feats = torch.stack([F.pad(item, (0, 0, 0, total - len(item))) for item in cap_feats])
         cap = self.cap_embedder(feats.to(dtype))  # (B, L, D)
-        place = torch.arange(total, device=cap.device)
-        real = place < torch.tensor(lengths, device=cap.device).unsqueeze(1)  # (B, L)
+        real = _own(lengths, total, cap.device)  # (B, L)
         return torch.where(real.unsqueeze(-1), cap, self.cap_pad_token.to(cap)), padded_lengths
 
     def _image_rotations(
@@ -262,12 +261,19 @@ class Block(nn.Module):
         modulation = self.adaLN_modulation(adaln).unsqueeze(1)  # (B, 1, 4D)
         scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
         h = self.attention(self.attention_norm1(x) * (1 + scale_msa), rotation, attention, mask, kept)
-        x = x[:, :kept] + gate_msa.tanh() * self.attention_norm2(h)  # (B, kept, D)
+        x = torch.addcmul(x[:, :kept], gate_msa.tanh(), self.attention_norm2(h))  # (B, kept, D)
         h = self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp))
-        return x + gate_mlp.tanh() * self.ffn_norm2(h)
+        return torch.addcmul(x, gate_mlp.tanh(), self.ffn_norm2(h))
+
+
+def norm_and_rotate(q: Tensor, k: Tensor, rotation: Tensor, q_norm: Any, k_norm: Any) -> tuple[Tensor, Tensor]:
+    """q [B, Q, heads, head_dim] and k [B, N, heads, head_dim] normed and rotated; q are the first Q of N tokens."""
+    return rotate(q_norm(q), rotation[:, : q.shape[1]]), rotate(k_norm(k), rotation)
 
 
 class JointAttention(nn.Module):
+    norm_and_rotate = staticmethod(norm_and_rotate)  # a host with a kernel for it puts that in its place
+
     def __init__(self, config: TransformerConfig, ops: Any, **place: Any):
         super().__init__()
         self.n_heads = config.n_heads
@@ -280,8 +286,7 @@ class JointAttention(nn.Module):
         self, x: Tensor, rotation: Tensor, attention: Attention, mask: Tensor | None, kept: int | None = None
     ) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)  # each (B, S, heads, head_dim)
-        q = rotate(self.q_norm(q[:, :kept]), rotation[:, :kept])
-        k = rotate(self.k_norm(k), rotation)
+        q, k = self.norm_and_rotate(q[:, :kept], k, rotation, self.q_norm, self.k_norm)
         out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # (B, kept, D)
         return finite(self.out(out))
 
@@ -337,5 +342,10 @@ def _mask(counts: list[int], x: Tensor) -> Tensor | None:
     """True where a token of x [B, S, D] is an item's own, [B, 1, 1, S]; None where all are, as masks cost time."""
     if len(set(counts)) == 1:
         return None
-    place = torch.arange(x.shape[1], device=x.device)
-    return (place < torch.tensor(counts, device=x.device).unsqueeze(1))[:, None, None]
+    return _own(counts, x.shape[1], x.device)[:, None, None]
+
+
+def _own(counts: Sequence[int], total: int, device: torch.device) -> Tensor:
+    """True for the first counts[i] of `total` tokens, [B, total]. Made on the device: a copy would wait for it."""
+    place = torch.arange(total, device=device)
+    return torch.stack([place < count for count in counts])

@@ -268,3 +268,23 @@ def test_the_host_builds_a_compiled_model_anew_as_compiled(pack):
 
 def _graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "queries"), [(1, 40), (2, 40), (1, 24)])
+def test_the_hosts_kernel_norms_and_rotates_as_we_do(pack, parts, dtype, batch, queries):
+    """Its own fallback for a CPU, which is the same formula; on a GPU it is one pass."""
+    model = parts.model.model.diffusion_model
+    layer = model.layers[0].attention
+    assert layer.norm_and_rotate is pack.host_model._norm_and_rotate  # the host brings the kernel
+    generator = torch.Generator().manual_seed(0)
+    width = layer.q_norm.weight.shape[0]
+    q, k = torch.randn(2, batch, 40, 3, width, generator=generator).to(dtype).unbind()
+    places = 50 * torch.rand(1, 40, 3, generator=generator)
+    ours = pack.host_model._by_kernel
+    plain = pack.host_model.norm_and_rotate
+    with torch.inference_mode():
+        given = (q[:, :queries], k, model._rotations(places), layer.q_norm, layer.k_norm)
+        for result, expected in zip(ours(*given), plain(*given), strict=True):
+            assert result.dtype == dtype and result.shape == expected.shape
+            assert relative(result.float(), expected.float()) <= (1e-6 if dtype == torch.float32 else 2**-7)

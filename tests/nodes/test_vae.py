@@ -67,7 +67,7 @@ def test_short_memory_is_seen_by_stock_nodes_too(pack, comfy, vae, samples, in_b
     vae.decode(samples["samples"])
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 10 * 2**20)
     assert (vae.decode(samples["samples"]) - plain).abs().max() <= 1e-5
-    assert (vae.encode(plain) - latents).abs().max() <= 1e-5
+    assert (vae.encode(plain) - latents).abs().max() <= 5e-5  # of latents up to 5
     assert set(in_bands) == {"decode", "encode"}
     assert asked[0] == 2178 * 160 * 96 * 4
     in_bands.clear()
