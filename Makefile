@@ -34,8 +34,8 @@ check: setup ## lint, import floors, types
 	@$(RUN) -m pytest -q tests/test_floors.py
 	@$(RUN) -m mypy
 
-bench: setup ## the transformer step beside diffusers and ComfyUI: DEVICE=cpu ARGS="--size 512"
-	@$(RUN) -m benchmarks.step --device $(or $(DEVICE),cpu) $(ARGS)
+bench: setup ## speed and memory beside diffusers and ComfyUI, into benchmarks/RESULTS.md: DEVICE=cpu ARGS="step vae"
+	@$(RUN) -m benchmarks --device $(or $(DEVICE),cpu) $(ARGS)
 
 nano: setup ## trains the nano model anew, hours on a CPU: ARGS="..."
 	@$(RUN) -m nano $(ARGS)

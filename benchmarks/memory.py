@@ -24,11 +24,23 @@ def peak(device: torch.device | str = "cpu") -> Iterator[list[int]]:
         found[0] = torch.cuda.max_memory_allocated(device) - before
         return
     _trim()
-    before, over = anonymous(), threading.Event()
+    before = anonymous()
+    with peak_of("self", 0.002) as found:
+        yield found
+    found[0] -= before
+
+
+@contextmanager
+def peak_of(process: int | str, interval: float = 0.02) -> Iterator[list[int]]:
+    """[bytes of a process's anonymous pages at most], looked at every so many seconds."""
+    found, over = [0], threading.Event()
+
+    def look() -> None:
+        found[0] = max(found[0], anonymous(process))
 
     def watch() -> None:
-        while not over.wait(0.002):
-            found[0] = max(found[0], anonymous() - before)
+        while not over.wait(interval):
+            look()
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -37,7 +49,7 @@ def peak(device: torch.device | str = "cpu") -> Iterator[list[int]]:
     finally:
         over.set()
         thread.join()
-        found[0] = max(found[0], anonymous() - before)
+        look()
 
 
 def _trim() -> None:
@@ -45,9 +57,9 @@ def _trim() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def anonymous() -> int:
-    """Bytes of this process that no file backs (Linux)."""
-    with open("/proc/self/status") as status:
+def anonymous(process: int | str = "self") -> int:
+    """Bytes of a process that no file backs (Linux)."""
+    with open(f"/proc/{process}/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 

@@ -6,16 +6,23 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
+import sys
 from datetime import date
 from pathlib import Path
 
 import torch
 
 FILE = Path(__file__).with_name("RESULTS.md")
+ROOT = FILE.parents[1]
 
 
-def write(name: str, command: str, content: str) -> None:
-    """Puts the content between this benchmark's marks, with when, where and how it was measured."""
+def write(name: str, module: str, content: str) -> None:
+    """Puts the content between this benchmark's marks, with when, where and how it was measured.
+
+    module: of `benchmarks`, that is running; the command is told as it was given.
+    """
+    command = " ".join(["python -m benchmarks." + module, *(shlex.quote(word) for word in sys.argv[1:])])
     begin, end = f"<!-- {name}: written by the benchmark -->", f"<!-- end of {name} -->"
     text = FILE.read_text(encoding="utf-8")
     if begin not in text or end not in text:

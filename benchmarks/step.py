@@ -10,8 +10,8 @@ that of a run of 8 steps. The floor is the step's matrix products and attention 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zimage_core import products
 from zimage_core.config import TransformerConfig
 from zimage_core.patchify import padded
 
-from . import memory, models, results
+from . import memory, models, results, timing
 
 STEPS = 8
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -93,36 +94,29 @@ class Measured:
     seconds: dict[str, list[float]]
     peak: dict[str, int]  # bytes beside the weights
     off: dict[str, float]  # ||result - core's|| / ||core's||
+    first: dict[str, float]  # seconds of the first call, which compiles
 
 
 def measure(built: dict[str, Any], given: Inputs, repeats: int) -> Measured:
-    """Medians need the runs apart; each repeat runs every implementation once, after one warm-up of all."""
-    steps = calls(built, given)
-    found = Measured({name: [] for name in steps}, {}, {})
-    first = None
+    steps, device = calls(built, given), given.latents.device
+    found = Measured({}, {}, {}, {})
+    expected = None
     for name, step in steps.items():
-        with memory.peak(given.latents.device) as peak:
-            result = step().float()
-        first = result if first is None else first
+        results: list[Tensor] = []
+        with memory.peak(device) as peak:
+            found.first[name] = timing.seconds(lambda step=step, kept=results: kept.append(step()), device)
+        result = results.pop().float()
+        expected = result if expected is None else expected
         found.peak[name] = peak[0]
-        found.off[name] = ((result - first).norm() / first.norm()).item()
-    captions = {name: _seconds(lambda m=model: m.refine_captions(given.cap_feats, given.latents.dtype), given, 3)
-                for name, model in built.items() if name.startswith("core")}  # fmt: skip
-    for _ in range(repeats):
-        for name, step in steps.items():
-            found.seconds[name].append(_seconds(step, given, 1) + captions.get(name, 0.0) / STEPS)
+        found.off[name] = ((result - expected).norm() / expected.norm()).item()
+    captions = {}
+    for name in steps:
+        if name.startswith("core"):
+            refine = lambda m=built[name]: m.refine_captions(given.cap_feats, given.latents.dtype)  # noqa: E731
+            captions[name] = statistics.median(timing.seconds(refine, device) for _ in range(3))
+    for name, times in timing.alternating(steps, repeats, device).items():
+        found.seconds[name] = [one + captions.get(name, 0.0) / STEPS for one in times]
     return found
-
-
-def _seconds(call: Callable[[], Any], given: Inputs, repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        memory.synchronize(given.latents.device)
-        started = time.perf_counter()
-        call()
-        memory.synchronize(given.latents.device)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
 
 
 # The floor
@@ -145,52 +139,65 @@ def operations(config: TransformerConfig, case: Case) -> float:
 
 
 def matmul_rate(config: TransformerConfig, device: torch.device, dtype: torch.dtype, tokens: int) -> float:
-    """Operations per second of a product as in the feed-forward, for this many tokens."""
+    """Operations per second of a product as in the feed-forward, for this many tokens: the best way known here."""
     x = torch.randn(tokens, config.dim, device=device, dtype=dtype)
     weight = torch.randn(config.ffn_dim, config.dim, device=device, dtype=dtype)
-    call = lambda: torch.nn.functional.linear(x, weight)  # noqa: E731
-    given = Inputs(x, x, [])
-    _seconds(call, given, 2)
-    return 2 * tokens * config.dim * config.ffn_dim / _seconds(call, given, 9)
+    ways = {"torch": lambda: torch.nn.functional.linear(x, weight), "ours": lambda: products.linear(x, weight)}
+    best = min(timing.seconds(way, device) for _ in range(5) for way in ways.values())
+    return 2 * tokens * config.dim * config.ffn_dim / best
 
 
 # The run
 
 
 @torch.inference_mode()
-def main(layers: int, repeats: int, device: torch.device, dtypes: list[str], cases: list[Case], toy: bool) -> str:
-    config = models.geometry(layers, toy)
-    lines = [
-        f"{layers} main layers and 2 + 2 refiner blocks, medians of {repeats} in seconds; the range is that of the "
-        "ratios, repeat by repeat. Memory is what a step needs beside the weights.",
-        "",
-        "| dtype | picture | core | diffusers | native | core / faster peer | range | floor | core MB | peers' MB |",
-        "|---|---|---:|---:|---:|---:|---|---:|---:|---:|",
-    ]
-    for name in dtypes:
+def main(a: argparse.Namespace) -> None:
+    device, on_cuda = torch.device(a.device), a.device == "cuda"
+    layers = a.layers or (2 if a.toy else 30 if on_cuda else 4)
+    config = models.geometry(layers, a.toy)
+    cases = TOY_CASES if a.toy else CUDA_CASES if on_cuda else CPU_CASES
+    wanted = [(case, name) for name in a.dtype or (["bf16"] if on_cuda else list(DTYPES)) for case in cases]
+    wanted = [(case, name) for case, name in wanted if not a.only or any(word in str(case) for word in a.only)]
+    wanted = [(case, name) for case, name in wanted if not any(word in str(case) for word in a.without)]
+    for name in dict.fromkeys(name for _, name in wanted):
         ours = models.core(config, device, DTYPES[name])
         built = {"core": ours, "diffusers": models.diffusers(ours), "native": models.native(ours)}
-        for case in cases:
-            given = inputs(case, config, device, DTYPES[name])
-            lines.append(_row(name, case, measure(built, given, repeats), config, device))
-            print(lines[-1], flush=True)
-        del ours, built
-    return "\n".join(lines)
+        if on_cuda or a.compiled:
+            built["core compiled"] = copy.copy(ours)  # the same parameters
+            built["core compiled"].compiled = True
+        rows = []
+        for case in (case for case, dtype in wanted if dtype == name):
+            found = measure(built, inputs(case, config, device, DTYPES[name]), a.repeats)
+            rows.append(_row(name, case, found, config, device))
+            print("|", " | ".join(rows[-1]), "|", flush=True)
+        text = (
+            f"{layers} main layers and 2 + 2 refiner blocks, {name}, medians of {a.repeats} in seconds, the range "
+            "being that of the ratios, repeat by repeat. Memory is what a step needs beside the weights.\n\n"
+        )
+        text += timing.table(COLUMNS, rows)
+        print(text)
+        if not a.toy:
+            results.write(f"step, {a.device}, {name}", "step", text)
 
 
-def _row(dtype: str, case: Case, found: Measured, config: TransformerConfig, device: torch.device) -> str:
-    medians = {name: statistics.median(times) for name, times in found.seconds.items()}
-    peers = [name for name in medians if name != "core"]
-    faster = min(peers, key=lambda name: medians[name])
-    ratios = [a / b for a, b in zip(found.seconds["core"], found.seconds[faster], strict=True)]
-    floor = operations(config, case) / matmul_rate(config, device, DTYPES[dtype], padded((case.size // 16) ** 2))
+COLUMNS = ["picture", ">core", ">diffusers", ">native", ">core / faster peer", ">compiled / core", ">compiling"]
+COLUMNS += [">floor", ">floor / core", ">MB: core", ">diffusers", ">native"]
+
+
+def _row(dtype: str, case: Case, found: Measured, config: TransformerConfig, device: torch.device) -> list[str]:
     tolerance = 1e-4 if dtype == "fp32" else 0.1
     if (worst := max(found.off.values())) > tolerance:
         raise AssertionError(f"{case}, {dtype}: the implementations differ by {worst:.2g}")
-    memory_of = ", ".join(f"{found.peak[name] / 1e6:,.0f}" for name in peers)
-    cells = [dtype, str(case), *(f"{medians[name]:.2f}" for name in IMPLEMENTATIONS)]
-    cells += [f"{medians['core'] / medians[faster]:.3f}", f"{min(ratios):.2f}–{max(ratios):.2f}", f"{floor:.2f}"]
-    return f"| {' | '.join(cells)} | {found.peak['core'] / 1e6:,.0f} | {memory_of} |"
+    medians = {name: statistics.median(times) for name, times in found.seconds.items()}
+    eager = {name: times for name, times in found.seconds.items() if name in IMPLEMENTATIONS}
+    floor = operations(config, case) / matmul_rate(config, device, DTYPES[dtype], padded((case.size // 16) ** 2))
+    cells = [str(case), *(f"{medians[name]:.3g}" for name in IMPLEMENTATIONS)]
+    cells.append(timing.ratio(eager, "core", timing.faster(eager, "core")))
+    compiled = "core compiled" in medians
+    cells.append(timing.ratio(found.seconds, "core compiled", "core") if compiled else "")
+    cells.append(f"{found.first['core compiled'] - medians['core compiled']:.0f} s" if compiled else "")
+    cells += [f"{floor:.3g}", f"{floor / medians['core']:.2f}"]
+    return cells + [f"{found.peak[name] / 1e6:,.0f}" for name in IMPLEMENTATIONS]
 
 
 if __name__ == "__main__":
@@ -199,20 +206,8 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, help="main layers; 4 on a CPU, 30 on a GPU unless told")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="repeatable; both on a CPU")
-    parser.add_argument("--size", type=int, action="append", help="only these picture sizes")
+    parser.add_argument("--only", action="append", help='cases whose name has this in it, such as "512"; repeatable')
+    parser.add_argument("--without", action="append", default=[], help="no cases with this in their name; repeatable")
+    parser.add_argument("--compiled", action="store_true", help="on a CPU, too")
     parser.add_argument("--toy", action="store_true", help="tiny and not written down: does the script work?")
-    a = parser.parse_args()
-    on_cuda = a.device == "cuda"
-    chosen = TOY_CASES if a.toy else CUDA_CASES if on_cuda else CPU_CASES
-    chosen = [case for case in chosen if a.size is None or case.size in a.size]
-    table = main(
-        a.layers or (2 if a.toy else 30 if on_cuda else 4),
-        a.repeats,
-        torch.device(a.device),
-        a.dtype or (["bf16"] if on_cuda else list(DTYPES)),
-        chosen,
-        a.toy,
-    )
-    print(table)
-    if not a.toy and a.size is None and a.dtype is None:
-        results.write(f"step, {a.device}", f"python -m benchmarks.step --device {a.device}", table)
+    main(parser.parse_args())

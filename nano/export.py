@@ -53,7 +53,7 @@ def write(folder: Path, tokenizer: Path, vae: dict[str, Tensor], learned: dict[s
         shutil.rmtree(leftover, ignore_errors=True)
     _weights(new / "transformer" / "diffusion_pytorch_model.safetensors", _transformer(_part(learned, "transformer.")))
     _weights(new / "text_encoder" / "model.safetensors", _text_encoder(_part(learned, "text_encoder.")))
-    _weights(new / "vae" / "diffusion_pytorch_model.safetensors", _vae(vae))
+    _weights(new / "vae" / "diffusion_pytorch_model.safetensors", published_vae(vae))
     shutil.copytree(tokenizer, new / "tokenizer")
     _json(new / "transformer" / "config.json", _transformer_config())
     _json(new / "text_encoder" / "config.json", _text_encoder_config(new / "tokenizer"))
@@ -101,9 +101,10 @@ def _text_encoder(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return published
 
 
-def _vae(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def published_vae(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our autoencoder's weights under diffusers' names."""
     published = {}
-    levels = len(train_vae.CONFIG.block_out_channels)
+    levels = len({name.split(".")[2] for name in weights if name.startswith("decoder.up.")})
     for name, value in weights.items():
         # diffusers counts the decoder's levels as they run, the original by resolution
         name = re.sub(r"\.up\.(\d)\.", lambda match: f".up.{levels - 1 - int(match[1])}.", name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,29 +24,75 @@ def test_loading_runs(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_step_runs():
-    """It ends with an error where the three implementations disagree."""
-    command = [sys.executable, "-m", "benchmarks.step", "--toy", "--repeats", "1", "--dtype", "fp32"]
+@pytest.fixture(scope="module")
+def referee() -> str:
+    """What the referee prints at toy size. It ends with an error where implementations disagree."""
+    command = [sys.executable, "-m", "benchmarks", "step", "text", "vae", "--toy"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [line.split(" | ")[1] for line in done.stdout.splitlines() if line.startswith("| fp32")]
-    assert set(rows) == {"64², 10 tokens", "64², 40 tokens, guidance"}
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("part", "rows"),
+    [
+        ("step", {"64², 10 tokens", "64², 40 tokens, guidance"}),
+        ("text", {"40 tokens", "400 tokens"}),
+        ("vae", {"decode 64²", "encode 64²"}),
+    ],
+)
+def test_each_part_compares_all_implementations(referee, part, rows):
+    output = referee.split(f"$ -m benchmarks.{part} ")[1].split("$ -m")[0]
+    table = [line.strip("| ").split(" | ") for line in output.split("|---")[1].splitlines() if line.startswith("| ")]
+    assert {cells[0] for cells in table} == rows
+    if part == "step":
+        times = [float(cell) for cells in table for cell in cells[1:4]]
+    else:
+        times = [float(cells[2]) for cells in table]
+        named = {cells[1].split(",")[0] for cells in table}
+        assert {"core", "diffusers"} <= named and (part == "text" or "native" in named)
+    assert len(times) >= 6 and all(time > 0 for time in times)
+
+
+def test_pictures_run(tmp_path):
+    """Ours through a real server, and the nano picture, which must agree with diffusers'."""
+    command = [sys.executable, "-m", "benchmarks.pictures", "--toy", "--rounds", "1", "--repeats", "1"]
+    done = subprocess.run([*command, "--folder", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    for row in ("guidance 2", "first picture", "new seed", "new prompt", "known prompt", "sampling, 8 steps"):
+        assert f"| {row} | " in done.stdout
+    known = next(line for line in done.stdout.splitlines() if line.startswith("| text encoder, known prompt"))
+    assert float(known.split(" | ")[1]) < 0.1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_part_is_refused():
+    command = [sys.executable, "-m", "benchmarks", "stop"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "there is no benchmark stop; there are step, text, vae, pictures" in done.stderr
 
 
 def test_results_are_put_between_their_marks(tmp_path, monkeypatch):
     file = tmp_path / "RESULTS.md"
     file.write_text("before\n<!-- a: written by the benchmark -->\nold\n<!-- end of a -->\nafter\n")
     monkeypatch.setattr(results, "FILE", file)
-    results.write("a", "python -m a", "| new |")
+    monkeypatch.setattr(sys, "argv", ["a", "--only", "512², 40"])
+    results.write("a", "a", "| new |")
     text = file.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "| new |" in text and "old" not in text
-    assert "`python -m a`" in text and "torch 2." in text
+    assert "`python -m benchmarks.a --only '512², 40'`" in text and "torch 2." in text
     with pytest.raises(ValueError, match="the marks .* are missing"):
         results.write("b", "", "")
 
 
 def test_every_section_is_filled():
+    """Those of a GPU say that they haven't run, until they have."""
     text = results.FILE.read_text()
-    for name in ("loading", "loading, fewer layers"):
+    names = re.findall(r"<!-- (.*): written by the benchmark -->", text)
+    assert len(names) == len(set(names))
+    parts = ["step, {}, bf16", "text encoder, {}", "vae, {}", "nano, {}", "pictures, {}"]
+    assert {part.format(device) for part in parts for device in ("cpu", "cuda")} <= set(names)
+    assert {"loading", "loading, fewer layers", "step, cpu, fp32"} <= set(names)
+    for name in names:
         section = text.split(f"<!-- {name}: written by the benchmark -->")[1].split(f"<!-- end of {name} -->")[0]
-        assert "|---" in section
+        assert "|---" in section or ("cuda" in name and "not been run" in section), name

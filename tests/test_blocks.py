@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch._inductor.config
 
-from zimage_core import fused, row_blocks
+from zimage_core import fused, row_blocks, transformer
+from zimage_core.attention import attention
 from zimage_core.config import TransformerConfig
 from zimage_core.detect import PUBLISHED_TRANSFORMER
 from zimage_core.transformer import ZImageTransformer
@@ -122,6 +123,33 @@ def test_captions_refined_once_serve_every_step_and_size(model, case):
                 model(latents, t, cap_feats, rope_options=stretched),
             )
     assert len(captions.image_rotations) == 3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_large_pictures_with_captions_of_different_lengths_run_one_by_one(model, monkeypatch, case):
+    latents, t, cap_feats = given(case)
+    with torch.inference_mode():
+        captions = model.refine_captions(cap_feats, torch.float32)
+        expected = model(latents, t, captions)
+    masks = []
+
+    def noted(q, k, v, mask=None):
+        masks.append((len(q), mask))
+        return attention(q, k, v, mask)
+
+    monkeypatch.setattr(transformer, "APART", latents.shape[2] * latents.shape[3] // 4)
+    monkeypatch.setattr(row_blocks, "suits", lambda x: False)
+    with torch.inference_mode():
+        for _ in range(2):  # rotations are kept from step to step, here as well
+            assert relative(model(latents, t, captions, attention=noted), expected) <= 1e-6
+    batch = 1 if case == "mixed lengths" else len(latents)
+    assert masks and all(call == (batch, None) for call in masks)
+    assert [len(item.image_rotations) for item in captions.items] == ([1] * 3 if case == "mixed lengths" else [])
+    masks.clear()
+    monkeypatch.setattr(transformer, "APART", latents.shape[2] * latents.shape[3] // 4 + 1)
+    with torch.inference_mode():
+        assert relative(model(latents, t, captions, attention=noted), expected) <= 1e-6
+    assert any(mask is not None for _, mask in masks) == (case == "mixed lengths")
 
 
 @pytest.mark.parametrize("case", ["one", "batch"])

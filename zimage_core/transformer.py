@@ -34,6 +34,9 @@ from .rope import caption_positions, image_positions, rotate, rotations
 TIME_FREQUENCIES = 256  # sinusoids of the model time (reference `frequency_embedding_size`)
 TIME_HIDDEN = 1024  # hidden width of the time MLP (reference `mid_size`)
 MAX_PERIOD = 10000.0
+# Image tokens from which captions of different lengths run one after another: a batch of them needs a mask, which the
+# fast attention kernels don't take, and products of so many rows gain nothing from more
+APART = 1024
 FINAL_NORM_EPS = 1e-6  # the LayerNorm of the final layer, without weights
 
 # called after a block with (stage, index, state); see `ZImageTransformer.forward`. One that has an attribute
@@ -52,9 +55,17 @@ class Captions:
     lengths: list[int]  # of each caption with the padding that belongs to it, multiples of 32; L is the largest
     rotations: Tensor  # [1, L, 1, head_dim/2, 2, 2]
     image_rotations: dict[Any, Tensor] = field(default_factory=dict)  # of image tokens behind them, by picture size
+    items: list[Captions] = field(default_factory=list)  # see `apart`
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def apart(self) -> list[Captions]:
+        """Each caption on its own, without what pads it to the longest of the batch."""
+        if not self.items:
+            parts = enumerate(self.lengths)
+            self.items.extend(Captions(self.tokens[i : i + 1, :n], [n], self.rotations[:, :n]) for i, n in parts)
+        return self.items
 
 
 class ZImageTransformer(nn.Module):
@@ -125,11 +136,14 @@ class ZImageTransformer(nn.Module):
         if len(cap_feats) != len(latents):
             raise ValueError(f"{len(latents)} latents but {len(cap_feats)} captions")
         height, width = latents.shape[-2:]
-        adaln = self.t_embedder(t, latents.dtype)  # (B, 256)
-
         if not isinstance(cap_feats, Captions):
             cap_feats = self.refine_captions(cap_feats, latents.dtype, attention=attention)
         captions, reads = cap_feats, block_hook is not None and getattr(block_hook, "reads_tokens", True)
+        if block_hook is None and len(set(captions.lengths)) > 1 and height * width >= APART * config.patch_size**2:
+            settings = {"attention": attention, "rope_options": rope_options}
+            items = zip(latents.split(1), t.split(1), captions.apart(), strict=True)
+            return torch.cat([self(x, at, caption, **settings) for x, at, caption in items])
+        adaln = self.t_embedder(t, latents.dtype)  # (B, 256)
         img, n_image = self._embed_image(latents)  # (B, N, D)
         n = img.shape[1]
         img_pe = self._image_rotations(captions, height, width, n, rope_options)  # (1 or B, N, 1, head_dim/2, 2, 2)

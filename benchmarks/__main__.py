@@ -1,0 +1,34 @@
+"""The referee: every benchmark of speed in turn, each in a process of its own; RESULTS.md gets what they found.
+
+    python -m benchmarks                     # an hour or more on a CPU
+    python -m benchmarks --device cuda       # the published geometry on a GPU
+    python -m benchmarks step vae --toy      # only these, tiny, nothing written: do they work?
+
+What a part can do besides is told by `python -m benchmarks.PART --help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+from .results import ROOT
+
+PARTS = ("step", "text", "vae", "pictures")
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; all if none is named")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--toy", action="store_true")
+    a = parser.parse_args()
+    if unknown := set(a.parts) - set(PARTS):
+        parser.error(f"there is no benchmark {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    failed = []
+    for part in a.parts or PARTS:
+        command = [sys.executable, "-m", f"benchmarks.{part}", "--device", a.device, *(["--toy"] if a.toy else [])]
+        print("$", *command[1:], flush=True)
+        if subprocess.run(command, cwd=ROOT).returncode:
+            failed.append(part)
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
