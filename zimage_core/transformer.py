@@ -161,7 +161,8 @@ class ZImageTransformer(nn.Module):
         pe = torch.cat((img_pe, captions.rotations.expand(len(img_pe), *captions.rotations.shape[1:])), dim=1)
         counts = [n + length for length in captions.lengths]
         mask = _mask(counts, x)
-        state = {"img_input": x[:, :n].clone() if reads else x[:, :n], "pe": img_pe, "vec": adaln, "x": latents}
+        del img, img_pe, captions, cap_feats  # what is joined now need not be kept apart as well
+        state = {"img_input": x[:, :n].clone() if reads else x[:, :n], "pe": pe[:, :n], "vec": adaln, "x": latents}
         for index, block in enumerate(self.layers):
             # of the last block only the picture's tokens are used
             kept = n_image if index == config.n_layers - 1 and not reads else None
@@ -276,6 +277,7 @@ class Block(nn.Module):
         scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
         h = self.attention(self.attention_norm1(x) * (1 + scale_msa), rotation, attention, mask, kept)
         x = torch.addcmul(x[:, :kept], gate_msa.tanh(), self.attention_norm2(h))  # (B, kept, D)
+        del h  # the feed-forward is where a step needs most memory
         h = self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp))
         return torch.addcmul(x, gate_mlp.tanh(), self.ffn_norm2(h))
 

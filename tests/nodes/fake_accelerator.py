@@ -2,14 +2,19 @@
 
 Built on torch's Python backend for PrivateUse1 (experimental, torch >= 2.9). Each tensor of the device hides a CPU
 tensor; every operator is run on those. An operator that gets tensors of both devices raises, as on a GPU, so a weight
-that a partial load leaves behind is found. Limits: views are copies, so writing through a view raises.
+that a partial load leaves behind is found. Limits: to who asks, every tensor is contiguous.
+
+`live` and `peak` count bytes as a real device would have them: a view takes none and keeps what it looks at alive, a
+reshape that can't be a view takes its own, attention keeps no scores. Not counted: `contiguous()` of a view, workspaces
+inside kernels, what the allocator rounds up. `moved` and `waits` count what the host would have to wait for.
 
 Importing this registers the device for the rest of the process: use it in a process of its own.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_map
@@ -21,7 +26,45 @@ DEVICE = torch.device(NAME, 0)
 
 moved = {"to device": 0, "from device": 0}  # bytes copied so far
 
-_hidden: dict[int, torch.Tensor] = {}  # storage -> the CPU tensor behind it: a Parameter shares its tensor's storage
+waits = {"to device": 0, "from device": 0, "values": 0}  # copies so far, and values asked for, as by item()
+
+_bytes = {"live": 0, "peak": 0}
+
+
+class _Block:
+    """Memory of the device; free again when the last tensor in it is gone."""
+
+    def __init__(self, size: int):
+        self.size = size
+        _bytes["live"] += size
+        _bytes["peak"] = max(_bytes["peak"], _bytes["live"])
+
+    def __del__(self):
+        _bytes["live"] -= self.size
+
+
+class _Hidden(NamedTuple):
+    """What stands behind a storage of the device; a Parameter shares its tensor's storage."""
+
+    cpu: torch.Tensor
+    block: _Block
+
+
+_hidden: dict[int, _Hidden] = {}  # by storage
+_RESHAPES = ("view", "_unsafe_view", "_reshape_alias")
+# composite operators that are one kernel on a real device
+_WHOLE = ("repeat", "constant_pad_nd", "_pad_circular", "stack", "roll", "flip", "scaled_dot_product_attention")
+# views that torch would work out from strides
+_STRIDED = (
+    "slice.Tensor select.int transpose.int permute t expand unsqueeze squeeze squeeze.dim squeeze.dims split.Tensor "
+    "split_with_sizes unbind.int unfold diagonal"
+).split()
+_VALUES = (
+    "equal",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+)  # what they return can't be told without the tensor's values
 _VIEWS = set(
     "view _unsafe_view _reshape_alias as_strided slice select narrow transpose permute t expand unsqueeze squeeze "
     "split split_with_sizes unbind chunk alias detach unfold diagonal movedim".split()
@@ -32,20 +75,42 @@ def is_fake(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type == NAME
 
 
-def _wrap(cpu: torch.Tensor, is_view: bool = False) -> torch.Tensor:
-    cpu = cpu.contiguous().clone() if is_view or cpu.storage_offset() else cpu.contiguous()
+def live() -> int:
+    """Bytes that are allocated on the device."""
+    return _bytes["live"]
+
+
+def peak() -> int:
+    """The most bytes that were allocated at a time, since the start or `reset_peak`."""
+    return _bytes["peak"]
+
+
+def reset_peak() -> None:
+    _bytes["peak"] = _bytes["live"]
+
+
+def _wrap(cpu: torch.Tensor, view_of: torch.Tensor | None = None) -> torch.Tensor:
+    """view_of: the tensor whose memory it shares."""
+    if view_of is None:
+        cpu = cpu.contiguous().clone() if cpu.storage_offset() else cpu.contiguous()
     tensor = torch._C._acc.create_empty_tensor(tuple(cpu.shape), cpu.dtype)
-    tensor._behind, tensor._copy_of_view = cpu, is_view
-    _hidden[tensor.untyped_storage()._cdata] = cpu
+    tensor._behind = cpu
+    storage = tensor.untyped_storage()
+    _hidden[storage._cdata] = _Hidden(cpu, _Block(cpu.nbytes) if view_of is None else _hidden_of(view_of).block)
+    weakref.finalize(storage, _hidden.pop, storage._cdata).atexit = False
     return tensor
+
+
+def _hidden_of(tensor: torch.Tensor) -> _Hidden:
+    return _hidden[tensor.untyped_storage()._cdata]
 
 
 def _behind(tensor: torch.Tensor) -> torch.Tensor:
     cpu = getattr(tensor, "_behind", None)
     if cpu is None:
-        cpu = _hidden[tensor.untyped_storage()._cdata]
+        cpu = _hidden_of(tensor).cpu
         if cpu.shape != tensor.shape or tensor.storage_offset():
-            cpu = cpu.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+            cpu = cpu.contiguous().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
     return cpu
 
 
@@ -56,17 +121,16 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
     name = op._schema.name.split("::")[1]
     if any(is_fake(t) for t in tensors) and any(not is_fake(t) and t.ndim > 0 for t in tensors):
         raise RuntimeError(f"Expected all tensors to be on the same device: {name} got {NAME} and cpu")
-    in_place = name.endswith("_") and not name.startswith("_")
-    if in_place and getattr(args[0], "_copy_of_view", False):
-        raise NotImplementedError(f"{NAME}: {name} would write into the copy of a view")
+    if name in _VALUES or name.startswith("index") and any(t.dtype == torch.bool for t in tensors[1:]):
+        waits["values"] += 1
     args_behind, kwargs_behind = tree_map(_unwrap, args), tree_map(_unwrap, kwargs)
-    if name in ("view", "_unsafe_view", "_reshape_alias"):
+    if name in _RESHAPES:
         out = args_behind[0].reshape(args_behind[1])
     else:
         out = op(*args_behind, **kwargs_behind)
     behind, _ = tree_flatten((args_behind, kwargs_behind))
     given = {id(cpu): fake for fake, cpu in zip(values, behind, strict=True) if is_fake(fake)}
-    return tree_map(lambda value: _rewrap(value, given, name), out)
+    return tree_map(lambda value: _rewrap(value, given, args[0] if name in _VIEWS else None), out)
 
 
 def _unwrap(value: Any) -> Any:
@@ -75,10 +139,13 @@ def _unwrap(value: Any) -> Any:
     return torch.device("cpu") if isinstance(value, torch.device) and value.type == NAME else value
 
 
-def _rewrap(value: Any, given: dict[int, torch.Tensor], name: str) -> Any:
+def _rewrap(value: Any, given: dict[int, torch.Tensor], viewed: torch.Tensor | None) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
-    return given[id(value)] if id(value) in given else _wrap(value, name in _VIEWS)
+    if id(value) in given:
+        return given[id(value)]
+    shares = viewed is not None and value.untyped_storage()._cdata == _behind(viewed).untyped_storage()._cdata
+    return _wrap(value, viewed if shares else None)  # a reshape may have had to copy
 
 
 def _empty(size: Any, *_args: Any, dtype: torch.dtype | None = None, **_kwargs: Any) -> torch.Tensor:
@@ -86,16 +153,19 @@ def _empty(size: Any, *_args: Any, dtype: torch.dtype | None = None, **_kwargs: 
 
 
 def _as_strided(tensor: torch.Tensor, size: Any, stride: Any, storage_offset: int | None = None) -> torch.Tensor:
-    return _wrap(_behind(tensor).as_strided(size, stride, storage_offset or 0), is_view=True)
+    cpu = _behind(tensor)
+    if not cpu.is_contiguous():
+        raise NotImplementedError(f"{NAME}: as_strided of a view whose strides it does not know")
+    return _wrap(cpu.as_strided(size, stride, cpu.storage_offset() + (storage_offset or 0)), view_of=tensor)
 
 
 def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    if is_fake(target) and getattr(target, "_copy_of_view", False):
-        raise NotImplementedError(f"{NAME}: copy_ would write into the copy of a view")
     if not is_fake(source):
         moved["to device"] += source.nbytes
+        waits["to device"] += 1
     if not is_fake(target):
         moved["from device"] += target.nbytes
+        waits["from device"] += 1
     _unwrap(target).copy_(_unwrap(source))
     return target
 
@@ -104,6 +174,11 @@ def _convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     if not all(is_fake(tensor) for tensor in (x, weight, bias) if tensor is not None):
         raise RuntimeError("Expected all tensors to be on the same device: convolution")
     return _wrap(torch.ops.aten.convolution(_behind(x), _behind(weight), _unwrap(bias), *rest))
+
+
+def _item(tensor: torch.Tensor) -> Any:
+    waits["values"] += 1
+    return _behind(tensor).item()
 
 
 def _factory(name: str) -> Any:
@@ -118,8 +193,9 @@ def _factory(name: str) -> Any:
 
 
 def _direct(name: str) -> Any:
-    """A composite operator whose own kernel writes through views: run whole on the hidden tensors."""
-    op = getattr(torch.ops.aten, name).default
+    """An operator that torch would take apart, run whole on the hidden tensors."""
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.aten, packet), overload or "default")
     return lambda *args, **kwargs: _run(op, *args, **kwargs)
 
 
@@ -131,9 +207,9 @@ for _name, _kernel in {
     "empty_strided": _empty,
     "as_strided": _as_strided,
     "_copy_from": _copy_from,
-    "_local_scalar_dense": lambda tensor: _behind(tensor).item(),
+    "_local_scalar_dense": _item,
     "convolution_overrideable": _convolution,
     **{name: _factory(name) for name in ("arange", "arange.start", "arange.start_step", "linspace")},
-    **{name: _direct(name) for name in ("repeat", "constant_pad_nd", "stack", "roll", "flip")},
+    **{name: _direct(name) for name in (*_WHOLE, *_STRIDED)},
 }.items():
     _aten.impl(_name, _kernel, "PrivateUse1")

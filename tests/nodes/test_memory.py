@@ -11,15 +11,25 @@ import provision
 import pytest
 
 
-@pytest.fixture(scope="module")
-def report() -> dict:
-    """What `two_devices.py` saw; in a process of its own, as its device stays registered with torch."""
+def run(script: str) -> dict:
+    """What it saw; in a process of its own, as its device stays registered with torch."""
     if not (provision.newest() / "main.py").is_file():
         pytest.skip(f"there is no ComfyUI in {provision.newest()}; `make setup` provisions one")
-    script = Path(__file__).with_name("two_devices.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name(script)], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def report() -> dict:
+    return run("two_devices.py")
+
+
+@pytest.fixture(scope="module")
+def peaks() -> dict:
+    return run("peak_memory.py")
 
 
 def test_full_and_partial_budgets_give_the_same_latents(report):
@@ -46,3 +56,38 @@ def test_decode_that_runs_out_of_memory_falls_back_to_tiles(report):
     assert tiles[0] == [16, 16] and len(tiles) > 4
     assert all(height * width <= 64 for height, width in tiles[1:])
     assert report["out of memory"]["mean difference"] < 0.1
+
+
+@pytest.mark.parametrize(
+    "index", range(4), ids=["room for all", "for three quarters", "for half", "for a fifth of the transformer"]
+)
+def test_a_graph_takes_no_more_memory_than_with_the_hosts_own_model(peaks, index):
+    """Beside the weights that are loaded, too, which are far more than all that a step needs."""
+    run = peaks["peaks"][index]
+    ours, native = run["ours"], run["native"]
+    assert ours["before"] == native["before"] == 0
+    assert ours["loaded"] == native["loaded"] > 0
+    for stage in ("encode", "sample", "decode"):
+        assert ours[stage] <= 1.001 * native[stage], stage
+    assert ours["sample"] - ours["loaded"] <= 1.001 * (native["sample"] - native["loaded"])
+    assert run["latents differ"] <= 1e-4 and run["pictures differ"] <= 1e-4
+
+
+def test_the_encoder_leaves_before_the_transformer_when_room_is_needed(peaks):
+    """The host asks those first that have the least weights: the VAE, of a fiftieth of the encoder's, before both."""
+    sizes, order = peaks["leaving"]["sizes"], peaks["leaving"]["order"]
+    assert 0 < sizes["vae"] < sizes["clip"] < sizes["model"]
+    assert order == ["vae", "clip", "model"]
+
+
+def test_nothing_stays_on_the_device_when_models_are_unloaded(peaks):
+    assert {name: size for name, size in peaks["left over"].items() if size} == {}
+
+
+@pytest.mark.parametrize(("run", "batch"), [("one", 1), ("batch", 2), ("guidance", 2), ("chosen attention", 1)])
+def test_the_host_waits_for_nothing_inside_a_step(peaks, run, batch):
+    assert peaks["waits"][run] == 2 * [{"to device": 0, "from device": 0, "values": 0, "batch": batch}]
+
+
+def test_a_step_that_makes_the_host_wait_is_noticed(peaks):
+    assert peaks["waits"]["one that looks"] == 2 * [{"to device": 1, "from device": 1, "values": 1}]
