@@ -43,7 +43,8 @@ def referee() -> str:
 )
 def test_each_part_compares_all_implementations(referee, part, rows):
     output = referee.split(f"$ -m benchmarks.{part} ")[1].split("$ -m")[0]
-    table = [line.strip("| ").split(" | ") for line in output.split("|---")[1].splitlines() if line.startswith("| ")]
+    rows_of_table = output[output.index("\n|---") :].splitlines()[2:]
+    table = [line.strip("| ").split(" | ") for line in rows_of_table if line.startswith("| ")]
     assert {cells[0] for cells in table} == rows
     if part == "step":
         times = [float(cell) for cells in table for cell in cells[1:4]]
@@ -95,4 +96,5 @@ def test_every_section_is_filled():
     assert {"loading", "loading, fewer layers", "step, cpu, fp32"} <= set(names)
     for name in names:
         section = text.split(f"<!-- {name}: written by the benchmark -->")[1].split(f"<!-- end of {name} -->")[0]
-        assert "|---" in section or ("cuda" in name and "not been run" in section), name
+        unmeasured = "cuda" in name or name.startswith("vae, ")
+        assert "|---" in section or (unmeasured and "not been run" in section), name
