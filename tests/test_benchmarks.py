@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,8 @@ def referee() -> str:
 )
 def test_each_part_compares_all_implementations(referee, part, rows):
     output = referee.split(f"$ -m benchmarks.{part} ")[1].split("$ -m")[0]
-    rows_of_table = output[output.index("\n|---") :].splitlines()[2:]
-    table = [line.strip("| ").split(" | ") for line in rows_of_table if line.startswith("| ")]
+    below = output[output.index("\n|---") :].splitlines()[2:]  # the rule of the first table
+    table = [line.strip("| ").split(" | ") for line in takewhile(lambda line: line.startswith("| "), below)]
     assert {cells[0] for cells in table} == rows
     if part == "step":
         times = [float(cell) for cells in table for cell in cells[1:4]]
