@@ -1,12 +1,17 @@
-"""The memory of the process that the tests run in, as Linux tells it; elsewhere the test is skipped."""
+"""The memory of the process that the tests run in, as Linux tells it (elsewhere the test is skipped); that of tensors."""
 
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 PROCESS = Path("/proc/self")
 
@@ -23,6 +28,40 @@ def growth(call: Callable[[], object]) -> int:
     (PROCESS / "clear_refs").write_text("5")  # the peak begins anew
     call()
     return _read("VmHWM") - before
+
+
+def tensors(call: Callable[[], object]) -> int:
+    """The most bytes that tensors made by the call took at a time: what an allocator keeps back is not among them."""
+    with _Tensors() as counted:
+        call()
+    return counted.peak
+
+
+class _Tensors(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}  # of storages that are alive
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        }
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in given:
+                self._add(leaf.untyped_storage())
+        return out
+
+    def _add(self, storage: Any) -> None:
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._drop, storage._cdata)
+
+    def _drop(self, storage: int) -> None:
+        self.live -= self.sizes.pop(storage)
 
 
 def _read(name: str) -> int:

@@ -104,17 +104,41 @@ def test_each_band_is_announced_and_can_be_the_last(vae):
     assert 10 < few < len(ticks) - few
 
 
-def test_memory_is_a_third_of_plain():
-    """The published shape of the maps at an eighth of the channels, at a size where maps outweigh the rest."""
+def test_no_row_is_computed_twice_but_for_the_edges_of_bands(vae):
+    rows: dict[str, int] = {}
+    latents, convolutions = torch.zeros(1, 16, 16, 4), {}
+    for name, module in vae.decoder.named_modules():
+        if isinstance(module, torch.nn.Conv2d) and "mid" not in name:
+            convolutions[name] = module
+    hooks = [
+        module.register_forward_hook(lambda *call, name=name: rows.update({name: rows.get(name, 0) + call[2].shape[2]}))
+        for name, module in convolutions.items()
+    ]
+    vae.decode(latents)
+    plain = dict(rows)
+    rows.clear()
+    vae_bands.decode(vae, latents, 32)
+    for hook in hooks:
+        hook.remove()
+    assert rows.keys() == plain.keys() and len(plain) > 20
+    assert all(plain[name] <= rows[name] <= plain[name] + 2 * (128 // 32) for name in plain)
+
+
+def test_memory_is_little_more_than_the_widest_map():
+    """The published shape of the maps at an eighth of the channels, at a size where maps outweigh the rest.
+
+    Kernels' own memory, of which a whole map needs as much again and a band little, is not counted here.
+    """
     narrow = {**PUBLISHED, "block_out_channels": [16, 32, 64, 64], "norm_num_groups": 16}
     vae, latents = random_vae(narrow), torch.randn(1, 16, 128, 96)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(vae_bands, "WORKSPACE", 4 * 2**20)
         patched.setattr(vae_bands, "SCORES", 8 * 2**20)
-        vae_bands.decode(vae, latents[:, :, :16])  # what is allocated once
-        in_bands = process_memory.growth(lambda: vae_bands.decode(vae, latents))
-    plain = process_memory.growth(lambda: vae.decode(latents))
-    assert in_bands <= plain / 3
+        in_bands = process_memory.tensors(lambda: vae_bands.decode(vae, latents))
+    plain = process_memory.tensors(lambda: vae.decode(latents))
+    widest = 32 * 1024 * 768 * 4
+    assert widest < in_bands <= 1.25 * widest
+    assert plain >= 3 * widest
 
 
 def test_the_pipeline_decodes_in_bands_where_memory_is_short(monkeypatch):

@@ -1,8 +1,8 @@
 """The autoencoder in bands of rows: the same numbers as `AutoencoderKL`, in a fraction of its memory.
 
 Convolutions get the true rows above and below their band, group norms the mean and variance of the whole map, the
-attention all its keys: there are no seams to hide. At most two maps of the picture's size are held, and never the
-widest one, which the last upsampling gives: it is computed twice, first for its statistics, then for its use.
+attention all its keys: there are no seams to hide. At the picture's size no more is held than its widest map: that one,
+which the last upsampling gives, shrinks band by band while the two that follow from it grow, of half its channels each.
 
 Letters: B batch, C channels, H W height and width of a map, G groups of a norm.
 """
@@ -80,12 +80,11 @@ def _rows(channels: int, width: int, like: Tensor) -> int:
 
 def _decode(decoder: Any, raw_latents: Tensor, bands: _Bands) -> Tensor:
     x: Map = Stored([_mid(decoder.mid, decoder.conv_in(raw_latents), bands)])
-    for level, stage in reversed(list(enumerate(decoder.up))):
+    for stage in reversed(decoder.up):
         for block in stage.block:
             x = _resnet(block, x, bands)
         if stage.upsample is not None:
-            upsampled = Upsampled(stage.upsample, x)
-            x = upsampled if level == 1 else bands.stored(upsampled)
+            x = bands.stored(Upsampled(stage.upsample, x))
     return _out(decoder, x, bands)
 
 
@@ -113,10 +112,9 @@ def _resnet(block: ResnetBlock, x: Map, bands: _Bands) -> Stored:
     shortcut = block.nin_shortcut
     for top, bottom in bands.of(x.height):
         hidden.bands.append(first.rows(top, bottom))
-        if shortcut is not None or isinstance(x, Upsampled):
-            own = x.rows(top, bottom)
-            kept.bands.append(own if shortcut is None else shortcut(own))
-            x.free(bottom - 2)  # the next band's convolution reaches one row up, and an upsampled one's source further
+        if shortcut is not None:
+            kept.bands.append(shortcut(x.rows(top, bottom)))
+            x.free(bottom - 1)  # the next band's convolution reaches one row up
     residual = kept if kept.bands else x
     normed = Normed(block.norm2, hidden, bands.statistics(block.norm2, hidden))
     second = Convolved(block.conv2, normed)
