@@ -1,4 +1,4 @@
-"""Memory of the process that the tests run in, as Linux tells it (elsewhere the test is skipped), and that of tensors."""
+"""Memory of the process that the tests run in, as Linux tells it (else the test is skipped), and that of tensors."""
 
 from __future__ import annotations
 
