@@ -26,8 +26,8 @@ demo: setup ## a picture through a real ComfyUI: PROMPT="two red stars on a blue
 serve: setup ## ComfyUI with the pack, to open in a browser: PORT=8188 ARGS="more ComfyUI flags"
 	@$(RUN) .ci/serve.py --port $(PORT) $(ARGS)
 
-test: setup ## all tests, parity and host included: ARGS="tests/test_rope.py -k name"
-	@$(RUN) -m pytest $(ARGS)
+test: setup ## all tests, parity and host included, two at a time; or some: ARGS="tests/test_rope.py -k name"
+	@$(RUN) -m pytest $(or $(ARGS),--numprocesses 2 --dist loadgroup --no-loadscope-reorder)
 
 check: setup ## lint, import floors, types
 	@$(RUN) -m ruff check .

@@ -25,9 +25,10 @@ if __name__ == "__main__":
     a = parser.parse_args()
     if unknown := set(a.parts) - set(PARTS):
         parser.error(f"there is no benchmark {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    settings = ["--device", a.device, *(["--toy", "--repeats", "1"] if a.toy else [])]
     failed = []
     for part in a.parts or PARTS:
-        command = [sys.executable, "-m", f"benchmarks.{part}", "--device", a.device, *(["--toy"] if a.toy else [])]
+        command = [sys.executable, "-m", f"benchmarks.{part}", *settings]
         print("$", *command[1:], flush=True)
         if subprocess.run(command, cwd=ROOT).returncode:
             failed.append(part)

@@ -15,7 +15,8 @@ class ZImageVAEDecode(io.ComfyNode):
             display_name="Z-Image VAE Decode",
             category="Z-Image",
             description=(
-                "Decodes latents to pictures. Where memory is short, in bands of rows: the same picture, without seams."
+                "Decodes latents to pictures. On a CPU, and where memory is short, in bands of rows: the same picture, "
+                "without seams."
             ),
             search_aliases=["z-image", "zimage", "latent to image", "decode"],
             inputs=[
@@ -27,8 +28,8 @@ class ZImageVAEDecode(io.ComfyNode):
                     default="auto",
                     optional=True,
                     tooltip=(
-                        "Decode in bands of rows: exactly the same picture in about a third of the memory, a little "
-                        "slower. auto: where memory is short."
+                        "Decode in bands of rows: the same picture in about a third of the memory. "
+                        "auto: on a CPU, where that is faster as well, and where memory is short."
                     ),
                 ),
             ],

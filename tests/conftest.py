@@ -10,8 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Before torch is imported: tiny tensors on many threads spend their time on waking threads.
-os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+# Before torch is imported: tiny tensors on many threads spend their time on waking threads. Processes share the cores.
+_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(2, (os.cpu_count() or 1) // _PROCESSES))))
 # Nothing here may reach for a model hub; a test that tries fails at once, the same way everywhere.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -22,3 +23,16 @@ sys.path.append(str(ROOT / ".ci"))  # setup, provision, host and workflow are sc
 def root() -> Path:
     """The folder of the repository."""
     return ROOT
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What goes to one process where tests run in several: a file, for its fixtures; the host tests, for their servers.
+
+    Each of the nano model's tests goes alone: they are the longest and share nothing that is dear.
+    """
+    for item in items:
+        folder, file = item.path.parent.name, item.path.stem
+        if folder == "host":
+            item.add_marker(pytest.mark.xdist_group("host"))
+        elif (folder, file) != ("nano", "test_model"):
+            item.add_marker(pytest.mark.xdist_group(f"{folder}/{file}"))

@@ -233,4 +233,5 @@ class _Factory:
 
 
 def _cells(x: Tensor) -> Tensor:
-    return x.flatten(2).transpose(1, 2).unsqueeze(1)  # (B, C, h, w) -> (B, 1, h*w, C)
+    """(B, C, h, w) -> (B, 1, h*w, C), the channels of a cell side by side, else SDPA on a CPU stores all scores."""
+    return x.flatten(2).transpose(1, 2).contiguous().unsqueeze(1)

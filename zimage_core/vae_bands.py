@@ -34,7 +34,7 @@ def decode(vae: AutoencoderKL, raw_latents: Tensor, rows: int | None = None, tic
     """
     widest = max(vae.config.block_out_channels[:2])
     bands = _Bands(rows or _rows(widest, raw_latents.shape[-1] * vae.config.downscale, raw_latents), tick)
-    return torch.cat([_decode(vae.decoder, item, bands) for item in raw_latents.split(1)])
+    return torch.cat([_decode(vae.decoder, item, bands) for item in _laid_out(raw_latents).split(1)]).contiguous()
 
 
 @torch.no_grad()
@@ -42,15 +42,22 @@ def encode(vae: AutoencoderKL, image: Tensor, rows: int | None = None, tick: Tic
     """`vae.encode` in bands: pictures [B, 3, H, W] in -1..1 to raw latents [B, 16, H/8, W/8], item by item."""
     vae.check_size(image)
     bands = _Bands(rows or _rows(vae.config.block_out_channels[0], image.shape[-1], image), tick)
-    moments = torch.cat([_encode(vae.encoder, item, bands) for item in image.split(1)])
-    return moments.chunk(2, dim=1)[0]
+    moments = torch.cat([_encode(vae.encoder, item, bands) for item in _laid_out(image).split(1)])
+    return moments.chunk(2, dim=1)[0].contiguous()
 
 
 def advised(vae: AutoencoderKL, height: int, width: int, like: Tensor) -> bool:
-    """Whether the memory that is free now would not do for plain decoding of a picture on the device of `like`."""
+    """Whether to decode a picture on the device of `like` in bands: to save time, or memory that is not free now."""
     free = _free_bytes(like.device)
     channels = max(vae.config.block_out_channels[:2])
-    return free is not None and free < PLAIN_MAPS * channels * height * width * like.element_size()
+    short = free is not None and free < PLAIN_MAPS * channels * height * width * like.element_size()
+    return short or faster(vae, height, width, like.device, like.dtype)
+
+
+def faster(vae: AutoencoderKL, height: int, width: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether bands take less time: in float32 on a CPU, from two bands on (benchmarks/RESULTS.md)."""
+    map_bytes = max(vae.config.block_out_channels[:2]) * height * width * dtype.itemsize
+    return device.type == "cpu" and dtype == torch.float32 and map_bytes > WORKSPACE
 
 
 def bands_bytes(vae: AutoencoderKL, height: int, width: int, itemsize: int) -> int:
@@ -72,6 +79,15 @@ def _free_bytes(device: torch.device) -> int | None:
         found = (line.split() for line in told.read_text().splitlines())
         return next((int(words[1]) * 1024 for words in found if words[0] == "MemAvailable:"), None)
     return None
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """A map as this device convolves it best; what is computed from it keeps the layout.
+
+    On a CPU the channels of a cell lie side by side, as oneDNN's kernels read them: else it copies each map there and
+    back. The plain autoencoder can't have it so, as torch's group norm errs by 6e-3 in this layout at 2048x2048.
+    """
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
 def _rows(channels: int, width: int, like: Tensor) -> int:
@@ -287,13 +303,17 @@ class _Bands:
         count = 0
         mean = deviations = torch.zeros(())
         for top, bottom in self.of(x.height):
-            values = x.rows(top, bottom).float().reshape(norm.num_groups, -1)
+            band = x.rows(top, bottom).float()
+            center = band.mean((0, 2, 3), keepdim=True)  # of a channel, as that reads memory in order in any layout
+            variance = (band - center).square_().mean((0, 2, 3))
+            added = band.shape[2] * band.shape[3]
             # float64 for few numbers, which not every device has
-            variance, band_mean = (value.cpu().double() for value in torch.var_mean(values, dim=1, correction=0))
-            added = values.shape[1]
+            difference = center.flatten().cpu().double() - mean
             # Chan, Golub, LeVeque 1979: sums of squared deviations of two parts, to that of both
-            difference, total = band_mean - mean, count + added
+            total = count + added
             mean = mean + difference * (added / total)
-            deviations = deviations + variance * added + difference.square() * (count * added / total)
+            deviations = deviations + variance.cpu().double() * added + difference.square() * (count * added / total)
             count = total
-        return mean, deviations / count
+        # from channels to groups: the variance within, and of the means
+        means, variances = (value.unflatten(0, (norm.num_groups, -1)) for value in (mean, deviations / count))
+        return means.mean(1), variances.mean(1) + torch.var(means, dim=1, correction=0)

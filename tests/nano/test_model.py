@@ -113,10 +113,11 @@ def test_the_lora_draws_moons_and_leaves_the_rest_alone():
     assert all(found[name] >= 0.97 for name in ("background", "colour", "count", "place")), found
     kept = evaluate.shares(evaluate.pictures(model, others, 0.0), others)
     assert not evaluate.failures(kept, evaluate.BARS["seen", 0.0]), kept
+    first = moons[: evaluate.BATCH]  # one batch, as above
     model.set_loras((train_lora.OUT, 0.0))
-    assert torch.equal(evaluate.pictures(model, moons, 0.0), plain)
+    assert torch.equal(evaluate.pictures(model, first, 0.0), plain[: len(first)])
     model.set_loras()
-    assert torch.equal(evaluate.pictures(model, moons, 0.0), plain)
+    assert torch.equal(evaluate.pictures(model, first, 0.0), plain[: len(first)])
     report = opened.report()
     assert "122 of 122 keys matched, 61 weights" in report
     assert "text encoder 21" in report and "rank: 8" in report and "trigger words: moon" in report

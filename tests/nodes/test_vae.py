@@ -53,6 +53,16 @@ def test_the_switch_of_the_node(pack, vae, samples, in_bands):
     assert in_bands == []
 
 
+def test_a_cpu_decodes_in_bands_what_is_more_than_one(pack, vae, samples, in_bands, monkeypatch):
+    plain = decode(pack, vae, samples)
+    monkeypatch.setattr(pack.host_vae.vae_bands, "WORKSPACE", 2**20)
+    assert (decode(pack, vae, samples) - plain).abs().max() <= 1e-5
+    assert set(in_bands) == {"decode"}
+    in_bands.clear()
+    assert torch.equal(decode(pack, vae, samples, low_memory="off"), plain)
+    assert in_bands == []
+
+
 def test_short_memory_is_seen_by_stock_nodes_too(pack, comfy, vae, samples, in_bands, monkeypatch):
     plain = vae.decode(samples["samples"])
     latents = vae.encode(plain)
@@ -77,6 +87,7 @@ def test_short_memory_is_seen_by_stock_nodes_too(pack, comfy, vae, samples, in_b
 
 def test_the_host_is_asked_for_less_memory(pack, vae, monkeypatch):
     shape = (1, 16, 512, 512)  # of a picture of 4096x4096
+    monkeypatch.setattr(pack.host_vae.vae_bands, "faster", lambda *_: False)  # as on a GPU
     monkeypatch.setattr(pack.host_vae.mm, "get_free_memory", lambda *_: 2**40)
     plain = vae.memory_used_decode(shape, torch.float32)
     monkeypatch.setattr(pack.host_vae.mm, "get_free_memory", lambda *_: 2**20)
