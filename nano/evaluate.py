@@ -24,7 +24,7 @@ from .optim import psnr
 HERE = Path(__file__).parent
 SNAPSHOT = HERE / "snapshot"
 STEPS = 8
-BATCH = 50  # prompts per call
+BATCH = 20  # prompts per call
 # what must hold, as shares of the prompts that say it: (set, guidance) -> attribute -> lowest share
 _ALWAYS = {"background": 0.97, "colour": 0.97, "place": 0.97, "relation": 0.97, "count": 0.95}
 BARS: dict[tuple[str, float], dict[str, float]] = {

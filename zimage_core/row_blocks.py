@@ -21,7 +21,7 @@ from .attention import Attention
 MATMUL_ROWS = 256  # bfloat16 products of so many rows take 80 to 95 % of the time of all rows at once (benchmarks)
 NORM_ROWS = 64  # rows that stay in a core's cache between the passes of a norm
 DTYPES = (torch.bfloat16, torch.float32)
-LEAST = 2**18  # elements of x; for fewer, calls cost more than traffic of memory
+LEAST = 2**18  # elements of an item; for fewer, calls cost more than traffic of memory
 
 
 def suits(x: Tensor) -> bool:
@@ -29,7 +29,7 @@ def suits(x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype in DTYPES
-        and x.numel() >= LEAST
+        and x[0].numel() >= LEAST
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
     )
