@@ -25,6 +25,7 @@ def root() -> Path:
     return ROOT
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What goes to one process where tests run in several: a file, for its fixtures; the host tests, for their servers.
 
