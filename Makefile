@@ -27,7 +27,7 @@ serve: setup ## ComfyUI with the pack, to open in a browser: PORT=8188 ARGS="mor
 	@$(RUN) .ci/serve.py --port $(PORT) $(ARGS)
 
 test: setup ## all tests, parity and host included, two at a time; or some: ARGS="tests/test_rope.py -k name"
-	@$(RUN) -m pytest $(or $(ARGS),--numprocesses 2 --dist loadgroup --no-loadscope-reorder)
+	@$(RUN) -m pytest $(or $(ARGS),--numprocesses 2 --no-loadscope-reorder)
 
 check: setup ## lint, import floors, types
 	@$(RUN) -m ruff check .

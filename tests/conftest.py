@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,15 +26,19 @@ def root() -> Path:
     return ROOT
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What goes to one process where tests run in several: a file, for its fixtures; the host tests, for their servers.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """In several processes, each file goes to one, for its fixtures, and the host tests, for their servers.
 
     Each of the nano model's tests goes alone: they are the longest and share nothing that is dear.
     """
-    for item in items:
-        folder, file = item.path.parent.name, item.path.stem
-        if folder == "host":
-            item.add_marker(pytest.mark.xdist_group("host"))
-        elif (folder, file) != ("nano", "test_model"):
-            item.add_marker(pytest.mark.xdist_group(f"{folder}/{file}"))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            if file.startswith("tests/host/"):
+                return "host"
+            return nodeid if file == "tests/nano/test_model.py" else file
+
+    return Scheduling(config, log)
