@@ -12,8 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Before torch is imported: tiny tensors on many threads spend their time on waking threads. Processes share the cores.
-_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(2, (os.cpu_count() or 1) // _PROCESSES))))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing here may reach for a model hub; a test that tries fails at once, the same way everywhere.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
