@@ -91,7 +91,7 @@ def main(a: argparse.Namespace) -> None:
     text = f"{dtype}, medians of {a.repeats} in seconds. Memory is what a call needs beside the weights.\n\n".replace(
         "torch.", ""
     )
-    text += timing.table(["", "implementation", ">seconds", ">to core (range)", ">MB", ">differs from core"], rows)
+    text += timing.table(["", "implementation", ">seconds", ">to the first (range)", ">MB", ">differs from it"], rows)
     print(text)
     if not a.toy:
         results.write(f"vae, {a.device}" if not a.size else f"vae of {a.size[0]}, {a.device}", "vae", text)
