@@ -49,15 +49,18 @@ def encode(vae: AutoencoderKL, image: Tensor, rows: int | None = None, tick: Tic
 def advised(vae: AutoencoderKL, height: int, width: int, like: Tensor) -> bool:
     """Whether to decode a picture on the device of `like` in bands: to save time, or memory that is not free now."""
     free = _free_bytes(like.device)
-    channels = max(vae.config.block_out_channels[:2])
-    short = free is not None and free < PLAIN_MAPS * channels * height * width * like.element_size()
+    short = free is not None and free < PLAIN_MAPS * _widest_bytes(vae, height, width, like.dtype)
     return short or faster(vae, height, width, like.device, like.dtype)
 
 
 def faster(vae: AutoencoderKL, height: int, width: int, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether bands take less time: in float32 on a CPU, from two bands on (benchmarks/RESULTS.md)."""
-    map_bytes = max(vae.config.block_out_channels[:2]) * height * width * dtype.itemsize
-    return device.type == "cpu" and dtype == torch.float32 and map_bytes > WORKSPACE
+    more_than_one = _widest_bytes(vae, height, width, dtype) > WORKSPACE
+    return device.type == "cpu" and dtype == torch.float32 and more_than_one
+
+
+def _widest_bytes(vae: AutoencoderKL, height: int, width: int, dtype: torch.dtype) -> int:
+    return max(vae.config.block_out_channels[:2]) * height * width * dtype.itemsize
 
 
 def bands_bytes(vae: AutoencoderKL, height: int, width: int, itemsize: int) -> int:
