@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import provision
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from .inside import load_pack
+from .prompts import NANO
 
 
 @pytest.fixture(scope="session")
@@ -34,11 +37,27 @@ def _as_the_host_runs_nodes():
 
 
 @pytest.fixture(autouse=True)
-def _prompts_of_this_test_alone(pack, tmp_path):
-    """What is cached under the host's user directory belongs to one test."""
-    import folder_paths
-
+def user(pack, tmp_path):
+    """The host's user directory is one test's alone, and empty; the folder in it where entries will be."""
+    folder_paths = importlib.import_module("folder_paths")
     before = folder_paths.get_user_directory()
     folder_paths.set_user_directory(str(tmp_path / "user"))
-    yield
+    yield tmp_path / "user" / "zimage" / "prompts"
     folder_paths.set_user_directory(before)
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """A copy of the nano snapshot, whose files may be changed."""
+    return Path(shutil.copytree(NANO, tmp_path / "model"))
+
+
+@pytest.fixture
+def loras(pack, tmp_path):
+    """An empty folder in which the host finds LoRA files."""
+    folder_paths = importlib.import_module("folder_paths")
+    before = list(folder_paths.get_folder_paths("loras"))
+    (tmp_path / "loras").mkdir()
+    folder_paths.add_model_folder_path("loras", str(tmp_path / "loras"))
+    yield tmp_path / "loras"
+    folder_paths.folder_names_and_paths["loras"][0][:] = before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,8 @@ from safetensors.torch import save_file
 
 from zimage_core.pipeline import ZImagePipeline
 
-NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
+from .prompts import NANO, random
+
 CPU = torch.device("cpu")
 WIDTH = 192
 
@@ -23,15 +23,9 @@ def parts(pack) -> SimpleNamespace:
     return SimpleNamespace(model=pack.host_model.load_model(NANO, torch.float32), clip=clip)
 
 
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return 0.2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture
-def folder(tmp_path):
-    """LoRA files in a folder that the host knows: one per family, one with a part for the text encoder."""
-    folder_paths = importlib.import_module("folder_paths")
-    before = list(folder_paths.get_folder_paths("loras"))
+def folder(loras):
+    """LoRA files that the host finds: one per family, one with a part for the text encoder."""
     out, wide = "diffusion_model.layers.1.attention.out", "lora_unet_layers_0_feed_forward_w1"
     third = "transformer.layers.2.attention.to_k"
     files = {
@@ -53,10 +47,8 @@ def folder(tmp_path):
         "flux": {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": random(4, 4)},
     }
     for name, tensors in files.items():
-        save_file(tensors, tmp_path / f"{name}.safetensors")
-    folder_paths.add_model_folder_path("loras", str(tmp_path))
-    yield tmp_path
-    folder_paths.folder_names_and_paths["loras"][0][:] = before
+        save_file(tensors, loras / f"{name}.safetensors")
+    return loras
 
 
 def load(pack, model, name: str, strength: float, clip=None, **settings):

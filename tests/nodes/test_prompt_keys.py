@@ -1,0 +1,213 @@
+"""What the prompt cache knows an encoder by: files, LoRA and patches; what can't be known is not kept."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+
+import pytest
+import torch
+
+from ..poisoning import poison
+from .prompts import LAYER, TEXT, encode, entries, patched, random, restart, write_lora
+
+# LoRA and other patches
+
+
+def test_our_loras_are_known_by_content_and_strength(pack, comfy, user, model, loras):
+    write_lora(loras / "l.safetensors")
+    patcher = pack.host_model.load_model(model)
+
+    def with_lora(strength: float, name: str = "l.safetensors"):
+        clip = pack.host_clip.load_clip(model)
+        return pack.lora.ZImageLoraLoader.execute(patcher, name, 1.0, clip=clip, strength_clip=strength).args[1]
+
+    plain = encode(pack, pack.host_clip.load_clip(model))
+    changed = encode(pack, with_lora(0.8))
+    assert entries(user) == 2 and not torch.allclose(changed, plain, atol=1e-3)
+    assert not torch.equal(encode(pack, with_lora(0.7)), changed)
+    assert entries(user) == 3
+    shutil.copy(loras / "l.safetensors", loras / "same.safetensors")
+    poison(model / "text_encoder" / "model.safetensors")
+    restart(pack, comfy)
+    for name in ("l.safetensors", "same.safetensors"):
+        assert torch.equal(encode(pack, with_lora(0.8, name)), changed)
+    assert torch.equal(encode(pack, with_lora(0.0)), plain)
+    write_lora(loras / "l.safetensors", seed=2)
+    with pytest.raises(ValueError, match="not finite"):
+        encode(pack, with_lora(0.8))
+    assert entries(user) == 3
+
+
+def stock_lora(comfy, clip, strength: float, seed: int = 1, **more: torch.Tensor):
+    name = "text_encoders.qwen3_4b.transformer.model.layers.1.self_attn.q_proj"
+    lora = {f"{name}.lora_up.weight": random(128, 2, seed=seed), f"{name}.lora_down.weight": random(2, 128)}
+    lora |= {f"{name}.{part}": tensor for part, tensor in more.items()}
+    return comfy.sd.load_lora_for_models(None, clip, lora, 0.0, strength)[1]
+
+
+def test_stock_loras_are_known_by_content_and_strength(pack, comfy, user, model):
+    def clip():
+        return pack.host_clip.load_clip(model)
+
+    plain, changed = encode(pack, clip()), encode(pack, stock_lora(comfy, clip(), 0.8))
+    assert entries(user) == 2 and not torch.allclose(changed, plain, atol=1e-3)
+    poison(model / "text_encoder" / "model.safetensors")
+    restart(pack, comfy)
+    assert torch.equal(encode(pack, stock_lora(comfy, clip(), 0.8)), changed)
+    assert torch.equal(encode(pack, stock_lora(comfy, clip(), 0.0)), plain)
+    for other in (
+        stock_lora(comfy, clip(), 0.7),
+        stock_lora(comfy, clip(), 0.8, seed=2),
+        stock_lora(comfy, clip(), 0.8, alpha=torch.tensor(1.0)),
+        stock_lora(comfy, stock_lora(comfy, clip(), 0.8), 0.8),
+        patched(clip(), ("diff", (random(128, 128),))),
+    ):
+        with pytest.raises(ValueError, match="not finite"):
+            encode(pack, other)
+
+
+def test_plain_patches_are_known_by_content(pack, comfy, user, model):
+    clip = pack.host_clip.load_clip(model)
+    differ = [
+        ("diff", (random(128, 128),)),
+        (random(128, 128, seed=1),),
+        ("diff", (random(128, 128).half(),)),
+        ("set", (random(128, 128),)),
+        (None,),
+    ]
+    encode(pack, clip)
+    for count, value in enumerate(differ, 2):
+        strengths = (0.0, 0.5) if value == (None,) else (1.0, 1.0)  # as CLIPAttentionMultiply makes it
+        for _ in range(2):
+            encode(pack, patched(clip, value, *strengths))
+        assert entries(user) == count
+    for settings in ({"strength": 0.5}, {"strength_model": 0.5}, {"key": LAYER.replace("layers.1", "layers.2")}):
+        encode(pack, patched(clip, differ[0], **settings))
+    encode(pack, patched(clip, differ[0], key=(LAYER, (0, 0, 128))))  # some of its rows
+    assert entries(user) == len(differ) + 5
+
+
+# What can't be known is not kept
+
+
+def attached(clip, name: str, value):
+    getattr(clip.patcher, name)["other"] = value
+    return clip
+
+
+def with_attribute(clip, name: str, value):
+    setattr(clip, name, value)
+    return clip
+
+
+def bypass(comfy, clip):
+    name = "text_encoders.qwen3_4b.transformer.model.layers.1.self_attn.q_proj"
+    lora = {f"{name}.lora_up.weight": random(128, 2), f"{name}.lora_down.weight": random(2, 128)}
+    return comfy.sd.load_bypass_lora_for_models(None, clip, lora, 0.0, 1.0)[1]
+
+
+def merged(comfy, clip):
+    """What CLIPMergeSimple makes of two encoders."""
+    other = clip.clone()
+    patches = other.get_key_patches()
+    clip.add_patches({LAYER: patches[LAYER]}, 0.5, 0.5)
+    return clip
+
+
+def with_callback(clip):
+    clip.patcher.add_callback("on_load", lambda *_: None)
+    return clip
+
+
+def with_wrapper(clip):
+    clip.patcher.add_wrapper("calc_cond_batch", lambda executor, *a, **k: executor(*a, **k))
+    return clip
+
+
+def with_weight_wrapper(clip):
+    clip.patcher.add_weight_wrapper(LAYER, lambda weight: weight)
+    return clip
+
+
+def with_object_patch(clip):
+    clip.patcher.add_object_patch("encoder_config", clip.cond_stage_model.encoder_config)
+    return clip
+
+
+def with_compute_dtype(clip):
+    clip.patcher.set_model_compute_dtype(torch.float16)
+    return clip
+
+
+def with_hooks(comfy, clip):
+    """As SetClipHooks does it, without a schedule."""
+    group = importlib.import_module("comfy.hooks").HookGroup()
+    clip.apply_hooks_to_conds = group
+    clip.patcher.forced_hooks = group
+    return clip
+
+
+def with_forced_hooks(comfy, clip):
+    clip.patcher.forced_hooks = importlib.import_module("comfy.hooks").HookGroup()
+    return clip
+
+
+class OddAdapter:
+    """An adapter of another pack: what it does with a weight, nobody here knows."""
+
+    @staticmethod
+    def make():
+        base = importlib.import_module("comfy.weight_adapter").WeightAdapterBase
+
+        class Odd(base):
+            name = "lora"
+            loaded_keys: set[str] = set()
+            weights = (torch.ones(1),)
+
+            def calculate_weight(self, weight, *_, **__):
+                return weight
+
+        return Odd()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda comfy, clip: with_hooks(comfy, clip),
+        lambda comfy, clip: with_forced_hooks(comfy, clip),
+        lambda comfy, clip: attached(clip, "hook_patches", {}),
+        lambda comfy, clip: with_attribute(clip, "use_clip_schedule", True),
+        lambda comfy, clip: with_attribute(clip, "encode_from_tokens", clip.encode_from_tokens),
+        lambda comfy, clip: bypass(comfy, clip),
+        lambda comfy, clip: merged(comfy, clip),
+        lambda comfy, clip: with_callback(clip),
+        lambda comfy, clip: with_wrapper(clip),
+        lambda comfy, clip: with_weight_wrapper(clip),
+        lambda comfy, clip: with_compute_dtype(clip),
+        lambda comfy, clip: attached(clip, "attachments", object()),
+        lambda comfy, clip: with_object_patch(clip),
+        lambda comfy, clip: attached(clip, "model_options", {"something": True}),
+        lambda comfy, clip: patched(clip, OddAdapter.make()),
+        lambda comfy, clip: patched(clip, (random(128, 128),), key=(LAYER, (0, 0, 128), lambda change: change)),
+    ],
+    ids="hooks|forced hooks|hook patches|"
+    "schedule|replaced method|bypass|merge|callback|wrapper|weight wrapper|compute dtype|attachment|"
+    "object patch|option|unknown adapter|function".split("|"),
+)
+def test_what_can_not_be_known_is_encoded_each_time(pack, comfy, user, model, change):
+    clip = change(comfy, pack.host_clip.load_clip(model))
+    tokens = clip.tokenize(TEXT)
+    assert pack.host_prompts.key(clip, tokens) is None
+    expected = clip.encode_from_tokens_scheduled(tokens)[0][0]
+    assert torch.equal(encode(pack, clip), expected)
+    assert entries(user) == 0
+    encode(pack, pack.host_clip.load_clip(model))
+    assert entries(user) == 1
+
+
+def test_tokens_that_are_no_numbers_are_not_looked_up(pack, model):
+    """Embeddings in a prompt, say: tensors among its tokens."""
+    clip = pack.host_clip.load_clip(model)
+    assert pack.host_prompts.key(clip, {"qwen3_4b": [[(5, 1.0)]]}) is not None
+    assert pack.host_prompts.key(clip, {"qwen3_4b": [[(5, 1.0), (torch.zeros(2, 128), 1.0)]]}) is None
