@@ -144,7 +144,9 @@ def test_no_row_is_computed_twice_but_for_the_edges_of_bands(vae):
     for hook in hooks:
         hook.remove()
     assert rows.keys() == plain.keys() and len(plain) > 20
-    assert all(plain[name] <= rows[name] <= plain[name] + 2 * (128 // 32) for name in plain)
+    for name in plain:
+        edge = 4 if "upsample" in name else 2  # one row above and below, which upsampling doubles
+        assert plain[name] <= rows[name] <= plain[name] + edge * (128 // 32)
 
 
 def test_memory_is_little_more_than_the_widest_map():

@@ -207,10 +207,38 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, width: int, make: _Factory):
         super().__init__()
-        self.conv = make.conv(width, width)
+        self.conv = make.upsampling_conv(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(x)
+
+
+class UpsamplingConv2d(nn.Conv2d):
+    """A 3x3 convolution of its input with every row and column repeated: [B, C, h, w] to [B, C', 2h, 2w].
+
+    What is repeated need not be multiplied twice. An output cell's three rows are only two of the input's, one of them
+    twice, and so its columns: the weights of equal cells are added up, which leaves 2x2 products per cell rather than
+    3x3. Cells of even and odd rows and columns differ in which ones these are: four small convolutions, interleaved.
+    """
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # also behind a host's casts
+        if x.device.type != "cpu" or weight.dtype != torch.float32:  # 16 bits would round the sums of weights
+            doubled = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            return super()._conv_forward(doubled, weight, bias)
+        height, width = x.shape[2:]
+        layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+        out = torch.empty(len(x), len(weight), 2 * height, 2 * width, memory_format=layout)
+        for row, of_rows in enumerate(_of_even_and_odd(weight, 2)):
+            for column, kernel in enumerate(_of_even_and_odd(of_rows, 3)):
+                found = F.conv2d(x, kernel, bias, padding=1)  # (B, C', h+1, w+1)
+                out[:, :, row::2, column::2] = found[:, :, row : row + height, column : column + width]
+        return out
+
+
+def _of_even_and_odd(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Weights of three repeated rows (dim 2) or columns (3) to those of two that are not, for even and odd outputs."""
+    before, same, after = weight.split(1, dim)
+    return torch.cat([before, same + after], dim), torch.cat([before + same, after], dim)
 
 
 class _Factory:
@@ -223,6 +251,10 @@ class _Factory:
 
     def conv(self, width_in: int, width_out: int, *, kernel: int = 3, stride: int = 1, padding: int = 1) -> nn.Module:
         return self.ops.Conv2d(width_in, width_out, kernel, stride=stride, padding=padding, **self.kwargs)
+
+    def upsampling_conv(self, width: int) -> nn.Module:
+        kind = type("UpsamplingConv2d", (UpsamplingConv2d, self.ops.Conv2d), {})  # with what a host's can do
+        return kind(width, width, 3, padding=1, **self.kwargs)
 
     def norm(self, width: int) -> nn.Module:
         return self.ops.GroupNorm(self.groups, width, eps=NORM_EPS, affine=True, **self.kwargs)

@@ -225,21 +225,18 @@ class Convolved(Map):
 
 
 class Upsampled(Map):
-    """Twice the height and width by repeating, then a convolution."""
+    """Twice the height and width by repeating, then a convolution. Bands of it begin and end on even rows."""
 
     def __init__(self, layer: Upsample, source: Map):
         self.layer, self.source, self.height = layer, source, 2 * source.height
 
     def rows(self, top: int, bottom: int) -> Tensor:
         above, below = int(top > 0), int(bottom < self.height)
-        first, last = top - above, bottom + below
-        band = self.source.rows(first // 2, (last + 1) // 2)
-        doubled = F.interpolate(band, scale_factor=2.0, mode="nearest")
-        out = self.layer.conv(doubled[:, :, first % 2 : first % 2 + last - first])
-        return out[:, :, above : out.shape[2] - below]
+        out = self.layer(self.source.rows(top // 2 - above, bottom // 2 + below))
+        return out[:, :, 2 * above : out.shape[2] - 2 * below]
 
     def free(self, bottom: int) -> None:
-        self.source.free((bottom - 1) // 2)
+        self.source.free(bottom // 2 - 1)
 
 
 class Downsampled(Map):
