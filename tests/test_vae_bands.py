@@ -153,8 +153,7 @@ def test_no_row_is_computed_twice_but_for_the_edges_of_bands(vae):
 def test_memory_is_little_more_than_the_widest_map():
     """The published shape of the maps at an eighth of the channels, at a size where maps outweigh the rest.
 
-    Kernels' own memory, of which a whole map needs as much again, is not counted but for bands: the process grows by
-    hardly more than their tensors, though glibc would keep what is freed below 32 MB (twice as much).
+    Kernels' own memory, of which a whole map needs as much again and a band little, is not counted here.
     """
     narrow = {**PUBLISHED, "block_out_channels": [16, 32, 64, 64], "norm_num_groups": 16}
     vae, latents = random_vae(narrow), torch.randn(1, 16, 128, 96)
@@ -162,13 +161,20 @@ def test_memory_is_little_more_than_the_widest_map():
         patched.setattr(vae_bands, "WORKSPACE", 4 * 2**20)
         patched.setattr(vae_bands, "SCORES", 8 * 2**20)
         in_bands = process_memory.tensors(lambda: vae_bands.decode(vae, latents))
-        vae_bands._give_back()
-        grown = process_memory.growth(lambda: vae_bands.decode(vae, latents))
     plain = process_memory.tensors(lambda: vae.decode(latents))
     widest = 32 * 1024 * 768 * 4
     assert widest < in_bands <= 1.25 * widest
     assert plain >= 3 * widest
-    assert grown <= 1.3 * in_bands
+
+
+def test_freed_bands_go_back_to_the_system(monkeypatch):
+    """Else glibc keeps those below 32 MB, and the process needs twice what tensors take."""
+    monkeypatch.setattr(vae_bands, "WORKSPACE", 4 * 2**20)
+    vae = random_vae({**PUBLISHED, "block_out_channels": [16, 32, 64, 64], "norm_num_groups": 16})
+    latents = torch.randn(1, 16, 96, 64)
+    of_tensors = process_memory.tensors(lambda: vae_bands.decode(vae, latents))
+    vae_bands._give_back()
+    assert process_memory.growth(lambda: vae_bands.decode(vae, latents)) <= 1.35 * of_tensors
 
 
 def test_the_pipeline_decodes_in_bands_where_memory_is_short(monkeypatch):

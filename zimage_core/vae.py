@@ -7,6 +7,7 @@ Letters: B batch, C channels, H W picture height and width, h = H/8, w = W/8.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -205,37 +206,48 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    def __init__(self, width: int, make: _Factory):
-        super().__init__()
-        self.conv = make.upsampling_conv(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
-
-
-class UpsamplingConv2d(nn.Conv2d):
-    """A 3x3 convolution of its input with every row and column repeated: [B, C, h, w] to [B, C', 2h, 2w].
+    """Twice the height and width by repeating rows and columns, then a convolution.
 
     What is repeated need not be multiplied twice. An output cell's three rows are only two of the input's, one of them
-    twice, and so are its columns: with the weights of equal cells added up, 2x2 products remain of 3x3. Which cells are
-    equal differs between even and odd rows and columns, so there are four such kernels, and what they find is
-    interleaved. It is nearer to the exact result, as there is less to add up.
+    twice, and so are its columns: with the weights of equal cells added up, 2x2 products remain of 3x3. A float32
+    convolution on a CPU goes this way, in half the time (benchmarks/RESULTS.md).
     """
 
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # also behind a host's casts
-        if x.device.type != "cpu" or weight.dtype != torch.float32:  # in 16 bits, sums of weights would be rounded
-            doubled = F.interpolate(x, scale_factor=2.0, mode="nearest")
-            return super()._conv_forward(doubled, weight, bias)
-        height, width = x.shape[2:]
-        layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
-        out = torch.empty(len(x), len(weight), 2 * height, 2 * width, memory_format=layout)
-        biases = None if bias is None else bias.repeat(2)
-        for row, of_rows in enumerate(_of_even_and_odd(weight, 2)):
-            kernels = torch.cat(_of_even_and_odd(of_rows, 3))  # (2C', C, 2, 2)
-            found = F.conv2d(x, kernels, biases, padding=1)[:, :, row : row + height]  # (B, 2C', h, w+1)
-            for column, half in enumerate(found.chunk(2, dim=1)):
-                out[:, :, row::2, column::2] = half[..., column : column + width]
-        return out
+    def __init__(self, width: int, make: _Factory):
+        super().__init__()
+        self.conv = make.conv(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] to [B, C, 2h, 2w]."""
+        if not self._adds_up_weights(x):
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        conv = copy.copy(self.conv)  # with the same weights, which a host may cast on the way to the convolution
+        conv._conv_forward = _upsampled  # type: ignore[assignment]
+        return conv(x)
+
+    def _adds_up_weights(self, x: Tensor) -> bool:
+        # nodes that make pictures tile change how the layer pads, or put another convolution into it
+        as_made = self.conv.padding_mode == "zeros" and not vars(self.conv).keys() & {"forward", "_conv_forward"}
+        # in 16 bits the sums would be rounded
+        exact = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+        return as_made and exact and x.device.type == "cpu"
+
+
+def _upsampled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 3x3 convolution of x [B, C, h, w] with every row and column repeated: [B, C', 2h, 2w].
+
+    Which cells are equal differs between even and odd rows and columns: four 2x2 kernels, what they find interleaved.
+    """
+    (batch, _, height, width), channels = x.shape, len(weight)
+    layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+    biases = None if bias is None else bias.repeat(2)
+    out = torch.empty((batch, channels, 2 * height, 2 * width), dtype=x.dtype, device=x.device, memory_format=layout)
+    for row, of_rows in enumerate(_of_even_and_odd(weight, 2)):
+        kernels = torch.cat(_of_even_and_odd(of_rows, 3))  # (2C', C, 2, 2)
+        found = F.conv2d(x, kernels, biases, padding=1)[:, :, row : row + height]  # (B, 2C', h, w+1)
+        for column, half in enumerate(found.chunk(2, dim=1)):
+            out[:, :, row::2, column::2] = half[..., column : column + width]
+    return out
 
 
 def _of_even_and_odd(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -254,10 +266,6 @@ class _Factory:
 
     def conv(self, width_in: int, width_out: int, *, kernel: int = 3, stride: int = 1, padding: int = 1) -> nn.Module:
         return self.ops.Conv2d(width_in, width_out, kernel, stride=stride, padding=padding, **self.kwargs)
-
-    def upsampling_conv(self, width: int) -> nn.Module:
-        kind = type("UpsamplingConv2d", (UpsamplingConv2d, self.ops.Conv2d), {})  # with what a host's can do
-        return kind(width, width, 3, padding=1, **self.kwargs)
 
     def norm(self, width: int) -> nn.Module:
         return self.ops.GroupNorm(self.groups, width, eps=NORM_EPS, affine=True, **self.kwargs)

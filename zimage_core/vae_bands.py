@@ -10,6 +10,7 @@ Letters: B batch, C channels, H W height and width of a map, G groups of a norm.
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from .vae import AttentionBlock, AutoencoderKL, Downsample, Mid, ResnetBlock, Upsample
 
 WORKSPACE = 96 * 2**20  # bytes of the widest band; a handful of such are alive at a time
-LEAST_ROWS = 8  # each band repeats up to two rows of its neighbours
+LEAST_ROWS = 8  # each band repeats up to two rows of its neighbours, upsampling four
 SCORES = 256 * 2**20  # bytes of attention scores at a time, where a kernel materializes them
 
 Tick = Callable[[], None]  # called before each band; may raise to stop
@@ -74,7 +75,7 @@ def bands_bytes(vae: AutoencoderKL, height: int, width: int, itemsize: int) -> i
 
 
 PLAIN_MAPS = 4.5  # of the widest at the picture's size: 3.8 were measured, the rest is for what else happens
-BAND_MAPS = 8  # of the widest band: 3 to 3.5 were measured on a CPU, and a GPU's convolutions want room of their own
+BAND_MAPS = 8  # of the widest band: 3 to 3.5 were measured on a CPU; a GPU, which is unmeasured, may want more
 
 
 def _free_bytes(device: torch.device) -> int | None:
@@ -88,10 +89,19 @@ def _free_bytes(device: torch.device) -> int | None:
     return None
 
 
+@functools.cache
+def _malloc_trim() -> Callable[[int], int]:
+    """glibc's; one that does nothing with another C library."""
+    found = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if found is None:
+        return lambda pad: 0
+    found.argtypes, found.restype = [ctypes.c_size_t], ctypes.c_int
+    return found
+
+
 def _give_back() -> None:
     """Returns freed memory to the system. glibc keeps blocks below 32 MB, in pieces that the next band may not fit."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
+    _malloc_trim()(0)
 
 
 def _laid_out(x: Tensor) -> Tensor:
@@ -299,9 +309,9 @@ class _Bands:
         """(top, bottom) of each band of a map."""
         for top in range(0, height, self.height):
             self.tick()
+            yield top, min(top + self.height, height)
             if self._in_main_memory:
                 _give_back()
-            yield top, min(top + self.height, height)
 
     def stored(self, lazy: Map) -> Stored:
         """The whole map; what it is computed from is spent on the way."""

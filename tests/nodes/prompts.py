@@ -1,4 +1,4 @@
-"""What the tests of the prompt cache share: an encoder that may be changed, LoRA files, what is loaded and kept."""
+"""What tests of prompts and LoRA share: features of a prompt, what is loaded and kept, LoRA files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 
 NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
 TEXT = "two green stars on a white background"
-LAYER = "qwen3_4b.transformer.model.layers.1.self_attn.q_proj.weight"
 
 
 def restart(pack, comfy) -> None:
@@ -47,9 +46,3 @@ def write_lora(file: Path, seed: int = 1) -> None:
         f"{name}.lora_up.weight": random(128, 4, seed=seed),
     }
     save_file(tensors, file)
-
-
-def patched(clip, value, strength: float = 1.0, strength_model: float = 1.0, key=LAYER):
-    clip = clip.clone()
-    assert clip.add_patches({key: value}, strength, strength_model)
-    return clip

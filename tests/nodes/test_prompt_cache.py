@@ -41,7 +41,7 @@ def test_a_known_prompt_neither_loads_nor_reads_the_encoder(pack, comfy, user, m
         encode(pack, clip, cache=False)
 
 
-def test_hit_miss_and_no_cache_give_the_same_conditioning(pack, comfy, model):
+def test_hit_miss_and_no_cache_give_the_same_conditioning(pack, model):
     clip = pack.host_clip.load_clip(model)
     stock = clip.encode_from_tokens_scheduled(clip.tokenize(TEXT))
     for cache in (False, True, True):
@@ -86,7 +86,7 @@ def test_a_long_prompt_is_told_each_time(pack, model, caplog):
         caplog.clear()
 
 
-def test_a_changed_file_and_another_encoder_miss(pack, comfy, user, model, tmp_path):
+def test_a_changed_file_and_another_encoder_miss(pack, user, model):
     file = model / "text_encoder" / "model.safetensors"
     encode(pack, pack.host_clip.load_clip(model))
     encode(pack, pack.host_clip.load_clip(model))

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from ..poisoning import poison
-from .prompts import LAYER, TEXT, encode, entries, patched, random, restart, write_lora
+from .prompts import TEXT, encode, entries, random, restart, write_lora
+
+LAYER = "qwen3_4b.transformer.model.layers.1.self_attn.q_proj.weight"
 
 # LoRA and other patches
 
@@ -67,7 +69,13 @@ def test_stock_loras_are_known_by_content_and_strength(pack, comfy, user, model)
             encode(pack, other)
 
 
-def test_plain_patches_are_known_by_content(pack, comfy, user, model):
+def patched(clip, value, strength: float = 1.0, strength_model: float = 1.0, key=LAYER):
+    clip = clip.clone()
+    assert clip.add_patches({key: value}, strength, strength_model)
+    return clip
+
+
+def test_plain_patches_are_known_by_content(pack, user, model):
     clip = pack.host_clip.load_clip(model)
     differ = [
         ("diff", (random(128, 128),)),
@@ -140,7 +148,7 @@ def with_compute_dtype(clip):
     return clip
 
 
-def with_hooks(comfy, clip):
+def with_hooks(clip):
     """As SetClipHooks does it, without a schedule."""
     group = importlib.import_module("comfy.hooks").HookGroup()
     clip.apply_hooks_to_conds = group
@@ -148,7 +156,7 @@ def with_hooks(comfy, clip):
     return clip
 
 
-def with_forced_hooks(comfy, clip):
+def with_forced_hooks(clip):
     clip.patcher.forced_hooks = importlib.import_module("comfy.hooks").HookGroup()
     return clip
 
@@ -174,8 +182,8 @@ class OddAdapter:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda comfy, clip: with_hooks(comfy, clip),
-        lambda comfy, clip: with_forced_hooks(comfy, clip),
+        lambda comfy, clip: with_hooks(clip),
+        lambda comfy, clip: with_forced_hooks(clip),
         lambda comfy, clip: attached(clip, "hook_patches", {}),
         lambda comfy, clip: with_attribute(clip, "use_clip_schedule", True),
         lambda comfy, clip: with_attribute(clip, "encode_from_tokens", clip.encode_from_tokens),

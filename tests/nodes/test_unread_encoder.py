@@ -68,7 +68,7 @@ def unread_names(clip) -> set[str]:
     return {name.removeprefix("qwen3_4b.transformer.") for name, weight in weights if weight.is_meta}
 
 
-def test_only_weights_that_are_converted_are_left_in_the_file(load, request):
+def test_only_weights_that_are_converted_are_left_in_the_file(load):
     clip = load.load()
     names = {name.removeprefix("qwen3_4b.transformer.") for name, _ in clip.cond_stage_model.named_parameters()}
     expected = {
@@ -78,7 +78,7 @@ def test_only_weights_that_are_converted_are_left_in_the_file(load, request):
     assert unread_names(clip) == expected.get(load.form, names)
 
 
-def test_converted_weights_are_not_read_for_a_known_prompt(pack, comfy, user, load):
+def test_converted_weights_are_not_read_for_a_known_prompt(pack, comfy, load):
     clip = load.load()
     size, count = clip.patcher.model_size(), unread(clip)
     assert count > 0
@@ -144,7 +144,7 @@ def _plain(weight: torch.Tensor) -> torch.Tensor:
     return (weight.dequantize() if type(weight.data).__name__ == "QuantizedTensor" else weight).float()
 
 
-def test_a_saved_encoder_has_its_values(pack, load, tmp_path):
+def test_a_saved_encoder_has_its_values(pack, load):
     clip, read = load.load(), load.load()
     if not hasattr(clip, "state_dict_for_saving"):
         pytest.skip("this host loads an encoder before it is saved")

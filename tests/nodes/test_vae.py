@@ -66,14 +66,12 @@ def test_a_cpu_decodes_in_bands_what_is_more_than_one(pack, vae, samples, in_ban
 
 def test_upsampling_goes_through_the_casts_of_the_host(comfy, vae):
     """Which brings weights to the input's device and dtype where they are kept in others."""
-    conv = vae.first_stage_model.decoder.up[1].upsample.conv
-    assert isinstance(conv, comfy.ops.disable_weight_init.Conv2d)
-    x = torch.randn(1, conv.in_channels, 9, 6, generator=torch.Generator().manual_seed(0))
-    conv = copy.deepcopy(conv).half()
-    conv.comfy_cast_weights = True
-    doubled = torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
-    expected = torch.nn.functional.conv2d(doubled, conv.weight.float(), conv.bias.float(), padding=1)
-    assert conv(x).dtype == torch.float32 and torch.allclose(conv(x), expected, rtol=0, atol=1e-5)
+    layer = copy.deepcopy(vae.first_stage_model.decoder.up[1].upsample).half()
+    assert isinstance(layer.conv, comfy.ops.disable_weight_init.Conv2d)
+    x = torch.randn(1, layer.conv.in_channels, 9, 6, generator=torch.Generator().manual_seed(0))
+    layer.conv.comfy_cast_weights = True
+    found, expected = layer(x), layer.float().conv(torch.nn.functional.interpolate(x, scale_factor=2.0))
+    assert found.dtype == torch.float32 and torch.allclose(found, expected, rtol=0, atol=1e-5)
 
 
 def test_short_memory_is_seen_by_stock_nodes_too(pack, comfy, vae, samples, in_bands, monkeypatch):
