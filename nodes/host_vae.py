@@ -48,8 +48,10 @@ class HostAutoencoder(AutoencoderKL):
 
     def runs_in_bands(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
         """Whether pictures [B, 3, H, W] do, at this moment."""
-        if _low_memory.get() != "auto":
-            return _low_memory.get() == "on"
+        if _low_memory.get() == "off" or not vae_bands.possible(self):
+            return False
+        if _low_memory.get() == "on":
+            return True
         short = mm.get_free_memory(device) < shape[0] * self._plain_memory(shape, dtype)
         return short or vae_bands.faster(self, shape[2], shape[3], device, dtype)
 
@@ -101,12 +103,17 @@ def decode(vae: comfy.sd.VAE, latents: Tensor, low_memory: str = "auto") -> Tens
     """Raw latents [B, 16, h, w] to pictures [B, H, W, 3], checked: a damaged weight is named.
 
     low_memory: in bands of rows "on", "off", or "auto": where that is faster or memory is short. Another VAE than ours
-    can't: ValueError.
+    can't, nor one that other nodes changed to make pictures tile: ValueError.
     """
     if low_memory == "on" and not isinstance(vae.first_stage_model, HostAutoencoder):
         raise ValueError(
             f'low_memory is "on", but this VAE is a {type(vae.first_stage_model).__name__} of another loader, which '
             'can\'t decode in bands. Load it with a ZImageVAELoader (it takes single files, too), or use "auto".'
+        )
+    if low_memory == "on" and not vae_bands.possible(vae.first_stage_model):
+        raise ValueError(
+            'low_memory is "on", but another node has changed how this VAE pads, as those for pictures that tile do: '
+            'bands would not join. Use "auto" or "off", or decode with a VAE that was not changed.'
         )
     token = _low_memory.set(low_memory)
     try:

@@ -38,6 +38,16 @@ def test_upsampling_is_a_convolution_of_repeated_cells(layer, layout, size):
     assert error <= 1.1 * (straightforward(layer, x) - exact).norm() and error <= 1e-6 * exact.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_are_context_only_are_not_in_the_result(layer, dtype):
+    layer, x = layer.to(dtype), torch.randn(1, CHANNELS, 7, 5, dtype=dtype)
+    whole = layer(x)
+    for above, below in ((1, 0), (0, 1), (1, 2)):
+        assert torch.equal(layer(x, above, below), whole[:, :, 2 * above : 14 - 2 * below])
+    part = layer.float()(x.float(), 1, 1)
+    assert part.untyped_storage().nbytes() == part.numel() * 4  # nor held by it
+
+
 def multiplications(call: Callable[[], object]) -> int:
     """Of convolutions, as torch counts them."""
     cpu = torch.profiler.ProfilerActivity.CPU

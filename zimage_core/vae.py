@@ -8,6 +8,7 @@ Letters: B batch, C channels, H W picture height and width, h = H/8, w = W/8.
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -217,34 +218,40 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = make.conv(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, h, w] to [B, C, 2h, 2w]."""
+    def forward(self, x: Tensor, above: int = 0, below: int = 0) -> Tensor:
+        """[B, C, h, w] to [B, C, 2(h - above - below), 2w]. above, below: rows of x that the rest only needs to see."""
         if not self._adds_up_weights(x):
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            out = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            return out[:, :, 2 * above : out.shape[2] - 2 * below]
         conv = copy.copy(self.conv)  # with the same weights, which a host may cast on the way to the convolution
-        conv._conv_forward = _upsampled  # type: ignore[assignment]
+        conv._conv_forward = functools.partial(_upsampled, above=above, below=below)  # type: ignore[assignment]
         return conv(x)
 
     def _adds_up_weights(self, x: Tensor) -> bool:
-        # nodes that make pictures tile change how the layer pads, or put another convolution into it
-        as_made = self.conv.padding_mode == "zeros" and not vars(self.conv).keys() & {"forward", "_conv_forward"}
         # in 16 bits the sums would be rounded
         exact = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-        return as_made and exact and x.device.type == "cpu"
+        return exact and x.device.type == "cpu" and pads_with_zeros(self.conv)
 
 
-def _upsampled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 3x3 convolution of x [B, C, h, w] with every row and column repeated: [B, C', 2h, 2w].
+def pads_with_zeros(conv: nn.Module) -> bool:
+    """Whether a convolution is as made: nodes for pictures that tile set its padding mode or replace a method."""
+    return conv.padding_mode == "zeros" and not vars(conv).keys() & {"forward", "_conv_forward"}
+
+
+def _upsampled(x: Tensor, weight: Tensor, bias: Tensor | None, *, above: int, below: int) -> Tensor:
+    """A 3x3 convolution of x [B, C, h, w] with every row and column repeated: [B, C', 2(h - above - below), 2w].
 
     Which cells are equal differs between even and odd rows and columns: four 2x2 kernels, what they find interleaved.
     """
-    (batch, _, height, width), channels = x.shape, len(weight)
+    height, width = x.shape[2] - above - below, x.shape[3]
     layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
     biases = None if bias is None else bias.repeat(2)
-    out = torch.empty((batch, channels, 2 * height, 2 * width), dtype=x.dtype, device=x.device, memory_format=layout)
+    size = (len(x), len(weight), 2 * height, 2 * width)
+    out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
     for row, of_rows in enumerate(_of_even_and_odd(weight, 2)):
         kernels = torch.cat(_of_even_and_odd(of_rows, 3))  # (2C', C, 2, 2)
-        found = F.conv2d(x, kernels, biases, padding=1)[:, :, row : row + height]  # (B, 2C', h, w+1)
+        top = row + above
+        found = F.conv2d(x, kernels, biases, padding=1)[:, :, top : top + height]  # (B, 2C', height, w+1)
         for column, half in enumerate(found.chunk(2, dim=1)):
             out[:, :, row::2, column::2] = half[..., column : column + width]
     return out

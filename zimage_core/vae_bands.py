@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .vae import AttentionBlock, AutoencoderKL, Downsample, Mid, ResnetBlock, Upsample
+from .vae import AttentionBlock, AutoencoderKL, Downsample, Mid, ResnetBlock, Upsample, pads_with_zeros
 
 WORKSPACE = 96 * 2**20  # bytes of the widest band; a handful of such are alive at a time
 LEAST_ROWS = 8  # each band repeats up to two rows of its neighbours, upsampling four
@@ -55,7 +55,12 @@ def advised(vae: AutoencoderKL, height: int, width: int, like: Tensor) -> bool:
     """Whether to decode a picture on the device of `like` in bands: to save time, or memory that is not free now."""
     free = _free_bytes(like.device)
     short = free is not None and free < PLAIN_MAPS * _widest_bytes(vae, height, width, like.dtype)
-    return short or faster(vae, height, width, like.device, like.dtype)
+    return possible(vae) and (short or faster(vae, height, width, like.device, like.dtype))
+
+
+def possible(vae: AutoencoderKL) -> bool:
+    """Whether bands are the whole picture's: not where a convolution was changed to see more than its neighbours."""
+    return all(pads_with_zeros(module) for module in vae.modules() if isinstance(module, nn.Conv2d))
 
 
 def faster(vae: AutoencoderKL, height: int, width: int, device: torch.device, dtype: torch.dtype) -> bool:
@@ -252,8 +257,7 @@ class Upsampled(Map):
 
     def rows(self, top: int, bottom: int) -> Tensor:
         above, below = int(top > 0), int(bottom < self.height)
-        out = self.layer(self.source.rows(top // 2 - above, bottom // 2 + below))
-        return out[:, :, 2 * above : out.shape[2] - 2 * below]
+        return self.layer(self.source.rows(top // 2 - above, bottom // 2 + below), above, below)
 
     def free(self, bottom: int) -> None:
         self.source.free(bottom // 2 - 1)

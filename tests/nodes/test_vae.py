@@ -125,6 +125,21 @@ def test_another_vae_can_not_be_forced(pack, samples):
     assert decode(pack, other, samples) is samples["samples"]
 
 
+def test_a_vae_that_was_changed_to_tile_is_not_cut_into_bands(pack, vae, samples, in_bands, monkeypatch):
+    """As nodes for pictures that tile do it: each convolution pads with what lies at the other edge."""
+    straight = decode(pack, vae, samples)
+    monkeypatch.setattr(pack.host_vae.vae_bands, "WORKSPACE", 2**20)
+    for module in vae.first_stage_model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.padding_mode = "circular"
+    tiled = decode(pack, vae, samples)
+    shifted = decode(pack, vae, {"samples": samples["samples"].roll((5, 3), (2, 3))})
+    assert in_bands == []
+    assert (shifted - tiled.roll((40, 24), (1, 2))).abs().max() <= 1e-4 < (straight - tiled).abs().max()
+    with pytest.raises(ValueError, match="has changed how this VAE pads"):
+        decode(pack, vae, samples, low_memory="on")
+
+
 def test_interrupting_stops_between_bands(pack, comfy, vae, samples):
     management = comfy.model_management
     management.interrupt_current_processing()
