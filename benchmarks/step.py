@@ -177,7 +177,7 @@ def main(a: argparse.Namespace) -> None:
         text += timing.table(COLUMNS, rows)
         print(text)
         if not a.toy:
-            results.write(f"step, {a.device}, {name}", "step", text)
+            results.write(a.section or f"step, {a.device}, {name}", "step", text)
 
 
 COLUMNS = ["picture", ">core", ">diffusers", ">native", ">core / faster peer", ">compiled / core", ">compiling"]
@@ -209,5 +209,6 @@ if __name__ == "__main__":
     parser.add_argument("--only", action="append", help='cases whose name has this in it, such as "512"; repeatable')
     parser.add_argument("--without", action="append", default=[], help="no cases with this in their name; repeatable")
     parser.add_argument("--compiled", action="store_true", help="on a CPU, too")
+    parser.add_argument("--section", help="of RESULTS.md to write to; that of device and dtype unless told")
     parser.add_argument("--toy", action="store_true", help="tiny and not written down: does the script work?")
     main(parser.parse_args())
