@@ -264,6 +264,32 @@ def test_set_up_killed_at_any_moment_is_completed_by_the_next(checkout: Path, co
     assert subprocess.run([python, "-c", "import tiny; print(tiny.WORD)"], capture_output=True).stdout == b"whole\n"
 
 
+ASK_PIP = """#!/bin/sh
+shift 4
+mkdir "$2"  # --cache-dir
+shift 2
+exec "$(dirname "$0")/python" -m pip install "$@"
+"""
+NO_NETWORK = """#!/bin/sh
+echo error sending request
+exit 2
+"""
+
+
+@pytest.mark.parametrize("script", [ASK_PIP, NO_NETWORK], ids=["works", "fails"])
+def test_where_there_is_no_uv_the_pinned_one_is_taken(checkout: Path, comfyui: Path, script: str):
+    """And pip where that one fails. In uv's place stands a script."""
+    shutil.move(_wheel(checkout, "uv", script), checkout / "wheels")
+    (checkout / "pyproject.toml").write_text('[project.optional-dependencies]\ndev = ["tiny==1.0", "uv==1.0"]\n')
+    done = _set_up(checkout, comfyui)
+    assert done.returncode == 0, done
+    fails = script == NO_NETWORK
+    assert ("uv could not get packages: error sending request" in done.stdout) == fails, done.stdout
+    assert ("going on with pip" in done.stdout) == fails, done.stdout
+    assert len(list((checkout / ".venv").glob("lib/*/site-packages/tiny.py"))) == 1
+    assert not (checkout / ".venv" / "uv-cache").exists()
+
+
 def test_second_set_up_waits_for_the_first(checkout: Path, comfyui: Path):
     command = [sys.executable, checkout / ".ci" / "setup.py"]
     both = [
@@ -287,13 +313,14 @@ def test_unreachable_registry_is_named(checkout: Path, comfyui: Path):
     assert "could not get packages: ERROR: " in failed.stderr and "registry could not be reached" in failed.stderr
 
 
-def _wheel(folder: Path) -> Path:
-    """A wheel of one module, tiny 1.0."""
-    path = folder / "tiny-1.0-py3-none-any.whl"
-    info = "tiny-1.0.dist-info"
+def _wheel(folder: Path, name: str = "tiny", script: str = "") -> Path:
+    """A wheel of version 1.0 with one module, or with one script, both of its name."""
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    info = f"{name}-1.0.dist-info"
+    content = {f"{name}-1.0.data/scripts/{name}": script.encode()} if script else {f"{name}.py": b'WORD = "whole"\n'}
     files = {
-        "tiny.py": b'WORD = "whole"\n',
-        f"{info}/METADATA": b"Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n",
+        **content,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n".encode(),
         f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     rows = []
@@ -303,5 +330,7 @@ def _wheel(folder: Path) -> Path:
     files[f"{info}/RECORD"] = "\n".join([*rows, f"{info}/RECORD,,", ""]).encode()
     with zipfile.ZipFile(path, "w") as wheel:
         for name, content in files.items():
-            wheel.writestr(name, content)
+            member = zipfile.ZipInfo(name)
+            member.external_attr = 0o755 << 16
+            wheel.writestr(member, content)
     return path
