@@ -331,6 +331,6 @@ def _wheel(folder: Path, name: str = "tiny", script: str = "") -> Path:
     with zipfile.ZipFile(path, "w") as wheel:
         for name, content in files.items():
             member = zipfile.ZipInfo(name)
-            member.external_attr = 0o755 << 16
+            member.external_attr = 0o100755 << 16  # a regular file that can be run
             wheel.writestr(member, content)
     return path
