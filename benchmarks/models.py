@@ -25,9 +25,9 @@ FULL = {"dim": 3840, "n_heads": 30, "cap_feat_dim": 2560}
 
 
 def geometry(layers: int, toy: bool = False) -> TransformerConfig:
-    """The published widths, or toy ones, with this many layers and the published 2 + 2 refiner blocks."""
-    numbers: dict[str, Any] = {**PUBLISHED_TRANSFORMER, **(TOY if toy else FULL)}
-    return TransformerConfig(**numbers, n_layers=layers, n_refiner_layers=2, in_channels=16, patch_size=2)
+    """The published widths and 2 + 2 refiner blocks, or toy ones and 1 + 1, with this many layers."""
+    numbers: dict[str, Any] = {**PUBLISHED_TRANSFORMER, **(TOY if toy else FULL), "n_refiner_layers": 1 if toy else 2}
+    return TransformerConfig(**numbers, n_layers=layers, in_channels=16, patch_size=2)
 
 
 def core(config: TransformerConfig, device: torch.device, dtype: torch.dtype) -> ZImageTransformer:

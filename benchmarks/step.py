@@ -153,7 +153,7 @@ def matmul_rate(config: TransformerConfig, device: torch.device, dtype: torch.dt
 @torch.inference_mode()
 def main(a: argparse.Namespace) -> None:
     device, on_cuda = torch.device(a.device), a.device == "cuda"
-    layers = a.layers or (2 if a.toy else 30 if on_cuda else 4)
+    layers = a.layers or (1 if a.toy else 30 if on_cuda else 4)
     config = models.geometry(layers, a.toy)
     cases = TOY_CASES if a.toy else CUDA_CASES if on_cuda else CPU_CASES
     wanted = [(case, name) for name in a.dtype or (["bf16"] if on_cuda else list(DTYPES)) for case in cases]
