@@ -15,7 +15,7 @@ import sys
 
 from .results import ROOT
 
-PARTS = ("step", "text", "vae", "pictures")
+PARTS = ("step", "compiling", "text", "vae", "pictures")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

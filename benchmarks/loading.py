@@ -235,7 +235,8 @@ def main(layers: int, repeats: int, toy: bool, folder: Path | None, without: lis
 
 def _rows(what: str, path: Path, loaders: list[str], repeats: int) -> list[str]:
     found: dict[str, list[dict[str, float]]] = {loader: [] for loader in loaders}
-    measure(loaders[0], path)  # fills the page cache
+    if repeats > 1:  # a single one is a look at whether it works
+        measure(loaders[0], path)  # fills the page cache
     for _ in range(repeats):
         for loader in loaders:
             found[loader].append(measure(loader, path))

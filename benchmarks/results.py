@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from zimage_core import products
+
 FILE = Path(__file__).with_name("RESULTS.md")
 ROOT = FILE.parents[1]
 
@@ -33,13 +35,16 @@ def write(name: str, module: str, content: str) -> None:
 
 
 def machine() -> str:
-    """Processor and memory, or the GPU; versions of what is compared."""
+    """Processor, its instructions and memory, or the GPU; versions of what is compared."""
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
         info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         found = re.search(r"model name\s*: (.*)", info)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        device = f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores, {memory:.0f} GB"
+        kernels = torch.backends.cpu.get_cpu_capability()
+        kernels += " with bfloat16" if products.multiplies(torch.bfloat16) else ""
+        processor = found[1] if found else platform.processor()
+        device = f"{processor} ({kernels}), {os.cpu_count()} cores, {memory:.0f} GB"
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "transformers")]
     return f"{device}; {', '.join(versions)}"

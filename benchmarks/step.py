@@ -94,18 +94,16 @@ class Measured:
     seconds: dict[str, list[float]]
     peak: dict[str, int]  # bytes beside the weights
     off: dict[str, float]  # ||result - core's|| / ||core's||
-    first: dict[str, float]  # seconds of the first call, which compiles
 
 
 def measure(built: dict[str, Any], given: Inputs, repeats: int) -> Measured:
     steps, device = calls(built, given), given.latents.device
-    found = Measured({}, {}, {}, {})
+    found = Measured({}, {}, {})
     expected = None
     for name, step in steps.items():
-        results: list[Tensor] = []
         with memory.peak(device) as peak:
-            found.first[name] = timing.seconds(lambda step=step, kept=results: kept.append(step()), device)
-        result = results.pop().float()
+            result = step()  # which warms it up
+        result = result.float()
         expected = result if expected is None else expected
         found.peak[name] = peak[0]
         found.off[name] = ((result - expected).norm() / expected.norm()).item()
@@ -180,7 +178,7 @@ def main(a: argparse.Namespace) -> None:
             results.write(a.section or f"step, {a.device}, {name}", "step", text)
 
 
-COLUMNS = ["picture", ">core", ">diffusers", ">native", ">core / faster peer", ">compiled / core", ">compiling"]
+COLUMNS = ["picture", ">core", ">diffusers", ">native", ">core / faster peer", ">compiled / core"]
 COLUMNS += [">floor", ">floor / core", ">MB: core", ">diffusers", ">native"]
 
 
@@ -195,7 +193,6 @@ def _row(dtype: str, case: Case, found: Measured, config: TransformerConfig, dev
     cells.append(timing.ratio(eager, "core", timing.faster(eager, "core")))
     compiled = "core compiled" in medians
     cells.append(timing.ratio(found.seconds, "core compiled", "core") if compiled else "")
-    cells.append(f"{found.first['core compiled'] - medians['core compiled']:.0f} s" if compiled else "")
     cells += [f"{floor:.3g}", f"{floor / medians['core']:.2f}"]
     return cells + [f"{found.peak[name] / 1e6:,.0f}" for name in IMPLEMENTATIONS]
 

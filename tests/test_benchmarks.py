@@ -9,6 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import results
 
@@ -28,10 +29,16 @@ def test_loading_runs(tmp_path):
 @pytest.fixture(scope="module")
 def referee() -> str:
     """What the referee prints at toy size. It ends with an error where implementations disagree."""
-    command = [sys.executable, "-m", "benchmarks", "step", "text", "vae", "--toy"]
+    command = [sys.executable, "-m", "benchmarks", "step", "compiling", "text", "vae", "--toy"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
     return done.stdout
+
+
+def first_table(printed: str, part: str) -> list[list[str]]:
+    output = printed.split(f"$ -m benchmarks.{part} ")[1].split("$ -m")[0]
+    below = output[output.index("\n|---") :].splitlines()[2:]  # what follows the rule
+    return [line.strip("| ").split(" | ") for line in takewhile(lambda line: line.startswith("| "), below)]
 
 
 @pytest.mark.parametrize(
@@ -43,9 +50,7 @@ def referee() -> str:
     ],
 )
 def test_each_part_compares_all_implementations(referee, part, rows):
-    output = referee.split(f"$ -m benchmarks.{part} ")[1].split("$ -m")[0]
-    below = output[output.index("\n|---") :].splitlines()[2:]  # the rule of the first table
-    table = [line.strip("| ").split(" | ") for line in takewhile(lambda line: line.startswith("| "), below)]
+    table = first_table(referee, part)
     assert {cells[0] for cells in table} == rows
     if part == "step":
         times = [float(cell) for cells in table for cell in cells[1:4]]
@@ -54,6 +59,13 @@ def test_each_part_compares_all_implementations(referee, part, rows):
         named = {cells[1].split(",")[0] for cells in table}
         assert {"core", "diffusers"} <= named and (part == "text" or "native" in named)
     assert len(times) >= 6 and all(time > 0 for time in times)
+
+
+def test_compiling_tells_the_first_step_of_each_shape(referee):
+    table = first_table(referee, "compiling")
+    assert [cells[:2] for cells in table] == [["with the cache", case] for case in ("64², 10 tokens", "64², 40 tokens")]
+    for first, following, compiling in (map(float, cells[2:]) for cells in table):
+        assert following > 0 and compiling == pytest.approx(first - following, abs=0.02)
 
 
 def test_pictures_run(tmp_path):
@@ -71,7 +83,10 @@ def test_pictures_run(tmp_path):
 def test_an_unknown_part_is_refused():
     command = [sys.executable, "-m", "benchmarks", "stop"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "there is no benchmark stop; there are step, text, vae, pictures" in done.stderr
+    assert (
+        done.returncode == 2
+        and "there is no benchmark stop; there are step, compiling, text, vae, pictures" in done.stderr
+    )
 
 
 def test_results_are_put_between_their_marks(tmp_path, monkeypatch):
@@ -83,6 +98,7 @@ def test_results_are_put_between_their_marks(tmp_path, monkeypatch):
     text = file.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "| new |" in text and "old" not in text
     assert "`python -m benchmarks.a --only '512², 40'`" in text and "torch 2." in text
+    assert torch.cuda.is_available() or f" ({torch.backends.cpu.get_cpu_capability()}" in text
     with pytest.raises(ValueError, match="the marks .* are missing"):
         results.write("b", "", "")
 
@@ -92,7 +108,7 @@ def test_every_section_is_filled():
     text = results.FILE.read_text()
     names = re.findall(r"<!-- (.*): written by the benchmark -->", text)
     assert len(names) == len(set(names))
-    parts = ["step, {}, bf16", "text encoder, {}", "vae, {}", "nano, {}", "pictures, {}"]
+    parts = ["step, {}, bf16", "compiling, {}", "text encoder, {}", "vae, {}", "nano, {}", "pictures, {}"]
     assert {part.format(device) for part in parts for device in ("cpu", "cuda")} <= set(names)
     assert {"loading", "loading, fewer layers", "step, cpu, fp32", "step, cpu, fp32, larger"} <= set(names)
     for name in names:
