@@ -61,12 +61,12 @@ def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return ((ours - reference).double().norm() / reference.double().norm()).item()
 
 
-LEAST = row_blocks.LEAST
+SMALL = row_blocks.SMALL  # everything here is smaller, and whole batches run
 
 
 @pytest.fixture(autouse=True)
 def _small_ones_run_in_rows_too(monkeypatch):
-    monkeypatch.setattr(row_blocks, "LEAST", 0)
+    monkeypatch.setattr(row_blocks, "SMALL", 0)
 
 
 @pytest.fixture
@@ -76,15 +76,17 @@ def calls(monkeypatch) -> list[int | None]:
     run = row_blocks.run
 
     def counted(*arguments):
-        found.append(arguments[6])
+        found.append(arguments[7])
         return run(*arguments)
 
     monkeypatch.setattr(row_blocks, "run", counted)
     return found
 
 
+@pytest.mark.parametrize("small", [0, SMALL])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_block_in_float32(model, case, calls):
+def test_equals_the_block_in_float32(model, case, small, calls, monkeypatch):
+    monkeypatch.setattr(row_blocks, "SMALL", small)
     latents, t, cap_feats = given(case)
     before = latents.clone(), [feats.clone() for feats in cap_feats]
     reference = as_module(model, latents, t, cap_feats)
@@ -95,8 +97,10 @@ def test_equals_the_block_in_float32(model, case, calls):
     assert torch.equal(latents, before[0]) and all(map(torch.equal, cap_feats, before[1]))
 
 
-def test_bfloat16_is_no_further_from_float32_than_the_block():
+@pytest.mark.parametrize("small", [0, SMALL])
+def test_bfloat16_is_no_further_from_float32_than_the_block(small, monkeypatch):
     """Distances are summed over models and cases: a single one is luck."""
+    monkeypatch.setattr(row_blocks, "SMALL", small)
     ours, theirs = 0.0, 0.0
     config = TransformerConfig(**{**PUBLISHED_TRANSFORMER, **WIDTHS, "in_channels": 16, "patch_size": 2})
     for seed in range(4):
@@ -141,7 +145,7 @@ def test_large_pictures_with_captions_of_different_lengths_run_one_by_one(model,
         return attention(q, k, v, mask)
 
     monkeypatch.setattr(transformer, "APART", latents.shape[2] * latents.shape[3] // 4)
-    monkeypatch.setattr(row_blocks, "suits", lambda x: False)
+    monkeypatch.setattr(row_blocks, "suits", lambda *_: False)
     with torch.inference_mode():
         for _ in range(2):  # rotations are kept from step to step, here as well
             assert relative(model(latents, t, captions, attention=noted), expected) <= 1e-6
@@ -182,7 +186,7 @@ def test_hook_sees_and_changes_the_tokens(model, case):
 
 def _hooked_module(model, latents, t, cap_feats, hook):
     with pytest.MonkeyPatch.context() as patched, torch.no_grad():
-        patched.setattr(row_blocks, "suits", lambda x: False)
+        patched.setattr(row_blocks, "suits", lambda *_: False)
         return model(latents, t, cap_feats, block_hook=hook)
 
 
@@ -252,7 +256,7 @@ def compiled(model: ZImageTransformer, monkeypatch) -> ZImageTransformer:
 def as_on_a_gpu(model, *arguments) -> torch.Tensor:
     """Whole batches through `fused.run`, as where row blocks don't suit."""
     with pytest.MonkeyPatch.context() as patched, torch.inference_mode():
-        patched.setattr(row_blocks, "suits", lambda x: False)
+        patched.setattr(row_blocks, "suits", lambda *_: False)
         return model(*arguments)
 
 
@@ -278,6 +282,14 @@ def test_float16_stays_finite_where_a_product_overflows(model, monkeypatch):
     assert relative(ours.float(), reference.float()) <= 2e-2
 
 
+def test_small_ones_are_compiled_as_a_whole(compiled, monkeypatch, calls):
+    monkeypatch.setattr(row_blocks, "SMALL", SMALL)
+    latents, t, cap_feats = given("batch")
+    ours = in_rows(compiled, latents, t, cap_feats)
+    monkeypatch.setattr(compiled, "compiled", False)
+    assert calls == [] and relative(ours, as_module(compiled, latents, t, cap_feats)) <= 1e-6
+
+
 def test_one_compilation_serves_all_layers_sizes_and_prompts(compiled):
     in_rows(compiled, *given("one"))  # whatever had to be compiled so far
     before = _graphs()
@@ -290,15 +302,14 @@ def _graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def test_no_compiler_is_a_warning_not_an_error(monkeypatch, caplog):
+def test_no_compiler_is_a_warning_not_an_error(caplog):
     def double(x):
         return x.sin() * 2
 
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     function = fused.Compiled(double)
     x = torch.randn(5, 7)
-    with caplog.at_level(logging.WARNING):
+    without = torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",), "force_disable_caches": True})
+    with without, caplog.at_level(logging.WARNING):
         assert torch.equal(function(x), double(x))
         assert torch.equal(function(x), double(x))
     # other tests may have made torch's own loggers speak
@@ -306,9 +317,32 @@ def test_no_compiler_is_a_warning_not_an_error(monkeypatch, caplog):
     assert "torch.compile does not work here, so double runs without" in record.getMessage()
 
 
-def test_a_batch_of_small_pictures_goes_whole(monkeypatch):
-    """Item by item it took 1.6 times as long: as many calls as the arithmetic takes time."""
-    monkeypatch.setattr(row_blocks, "LEAST", LEAST)
-    with torch.no_grad():
-        assert not row_blocks.suits(torch.empty(40, 96, 192))  # nano
-        assert row_blocks.suits(torch.empty(2, 288, 3840))  # the published width at 256x256
+@pytest.mark.parametrize("small", [0, SMALL])
+def test_a_batch_of_small_pictures_goes_whole(model, small, monkeypatch):
+    """Item by item it took 1.6 times as long: there as many calls as the arithmetic take time."""
+    monkeypatch.setattr(row_blocks, "SMALL", small)
+    batches = []
+
+    def noted(q, k, v, mask=None):
+        batches.append((len(q), mask is not None))
+        return attention(q, k, v, mask)
+
+    in_rows(model, *given("mixed lengths"), attention=noted)
+    assert set(batches) == ({(3, True), (3, False)} if small else {(1, False)})
+
+
+def test_published_widths_go_item_by_item():
+    assert SMALL > 96 * 192  # nano
+    assert SMALL <= 288 * 3840  # the published width at 256x256
+
+
+def test_changed_norms_count(model, monkeypatch):
+    """Weights of norms are read past the layer only where nothing could be in the way."""
+    latents, t, cap_feats = given("one")
+    plain = in_rows(model, latents, t, cap_feats)
+    hooked = copy.deepcopy(model)
+    for norm in (hooked.layers[0].attention_norm1, hooked.layers[1].attention.q_norm):
+        norm.register_forward_hook(lambda module, inputs, output: 2 * output)
+    ours = in_rows(hooked, latents, t, cap_feats)
+    assert relative(ours, as_module(hooked, latents, t, cap_feats)) <= 1e-6
+    assert relative(ours, plain) > 1e-3

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention import Attention
 
@@ -112,8 +112,13 @@ def block_gains(block: Any, x: Tensor, adaln: Tensor | None) -> list[Tensor]:
         return gains
     modulation = block.adaLN_modulation(adaln).float().unsqueeze(1)  # (B, 1, 4D)
     scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
-    factors = (1 + scale_msa, gate_msa.tanh(), 1 + scale_mlp, gate_mlp.tanh())
-    return [gain * factor for gain, factor in zip(gains, factors, strict=True)]
+    attention1, attention2, mlp1, mlp2 = gains
+    return [
+        torch.addcmul(attention1, attention1, scale_msa),
+        attention2 * gate_msa.tanh(),
+        torch.addcmul(mlp1, mlp1, scale_mlp),
+        mlp2 * gate_mlp.tanh(),
+    ]
 
 
 def norm_gain(norm: Any, like: Tensor) -> Tensor:
@@ -121,6 +126,8 @@ def norm_gain(norm: Any, like: Tensor) -> Tensor:
 
     128 is large enough for eps to vanish in its mean square, and its square fits float16.
     """
+    if type(norm) is nn.RMSNorm and not norm._forward_hooks and not norm._forward_pre_hooks:
+        return norm.weight.float().unsqueeze(0)
     return norm(like.new_full((1, norm.weight.shape[0]), 128.0)).float()
 
 

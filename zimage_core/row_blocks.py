@@ -4,11 +4,14 @@ The same formulas as `transformer.Block`, which remains the reference, with less
 two matrix products runs over few rows at a time in float32 and is rounded once; large new tensors, whose pages the
 system has to hand out and clear, are avoided; an item has no tokens that only pad it to the longest of its batch, so
 attention needs no mask.
+
+Where tensors are small, calls are what costs: there a batch goes whole, in half as many as `transformer.Block` makes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,20 +22,27 @@ from . import fused, products
 from .attention import Attention
 
 MATMUL_ROWS = 256  # bfloat16 products of so many rows take 80 to 95 % of the time of all rows at once (benchmarks)
-NORM_ROWS = 64  # rows that stay in a core's cache between the passes of a norm
+CACHED = 2**19  # values that stay in a core's cache between the passes of a norm: 136 rows at the published width
 DTYPES = (torch.bfloat16, torch.float32)
-LEAST = 2**18  # elements of an item; for fewer, calls cost more than traffic of memory
+SMALL = 2**18  # elements of an item; below, calls cost more than traffic of memory
 
 
-def suits(x: Tensor) -> bool:
-    """Whether blocks run this way: on a CPU, where no gradient is asked for and nothing is being compiled."""
+def suits(x: Tensor, compiled: bool) -> bool:
+    """Whether blocks run this way: on a CPU, where no gradient is asked for and nothing is being compiled.
+
+    Small ones whose parts are compiled do better in `fused.run`, which compiles all of them.
+    """
     return (
         x.device.type == "cpu"
         and x.dtype in DTYPES
-        and x[0].numel() >= LEAST
+        and not (compiled and _is_small(x))
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
     )
+
+
+def _is_small(x: Tensor) -> bool:
+    return x[0].numel() < SMALL
 
 
 def run(
@@ -42,29 +52,42 @@ def run(
     adaln: Tensor | None,
     attention: Attention,
     counts: Sequence[int],
+    mask: Tensor | None = None,
     kept: int | None = None,
     compiled: bool = False,
 ) -> Tensor:
-    """The block on x [B, S, D], which it overwrites: item i has the tokens x[i, :counts[i]].
+    """The block on x [B, S, D], which it overwrites: item i has the tokens x[i, :counts[i]], as the mask tells too.
 
-    rotation: [1 or B, S, 1, head_dim/2, 2, 2]. adaln: [B, 256] or None. kept: that only so many of the first tokens
-    are needed afterwards. compiled: norms and gates by torch.compile. Returns x, [B, kept, D] of it.
+    rotation: [1 or B, S, 1, head_dim/2, 2, 2]. adaln: [B, 256] or None. mask: see `Attention`; None where all tokens
+    are an item's own. kept: that only so many of the first tokens are needed afterwards. compiled: norms and gates by
+    torch.compile. Returns x, [B, kept, D] of it.
     """
     way = COMPILED if compiled else EAGER
     gains = fused.block_gains(block, x, adaln)
     turns = torch.view_as_complex(rotation[..., 0, :, :, 0].contiguous())  # (1 or B, S, head_dim/2): cos + i sin
+    eps, mlp = block.attention_norm1.eps, block.feed_forward
+    for tokens, (before_attention, after_attention, before_mlp, after_mlp), turn, masked in _parts(
+        x, gains, turns, counts, mask
+    ):
+        out = _attend(way, block.attention, tokens, before_attention, eps, turn, attention, masked, kept)
+        tokens = tokens[..., :kept, :]
+        for part, found in _rows(block.attention.out, tokens, out):
+            way.add_normed(part, block.attention.out(found), after_attention, eps)
+        for (part,) in _rows(mlp.w1, tokens):
+            h = way.normed(part, before_mlp, eps)
+            way.add_normed(part, mlp.w2(way.gated(mlp.w1(h), mlp.w3(h))), after_mlp, eps)
+    return x[:, :kept]
+
+
+def _parts(
+    x: Tensor, gains: Sequence[Tensor], turns: Tensor, counts: Sequence[int], mask: Tensor | None
+) -> Iterator[tuple[Tensor, Sequence[Tensor], Tensor, Tensor | None]]:
+    """What runs at a time, with its gains, rotations and mask: each item's own tokens [S_i, D], or the batch."""
+    if _is_small(x):
+        yield x, gains, turns, mask
+        return
     for item, count in enumerate(counts):
-        tokens, last = x[item, :count], count if kept is None else kept
-        before_attention, after_attention, before_mlp, after_mlp = (gain[item % len(gain)] for gain in gains)
-        eps = block.attention_norm1.eps
-        out = _attend(way, block.attention, tokens, before_attention, eps, turns[item % len(turns)], attention, last)
-        for rows in _rows(tokens[:last], block.attention.out):
-            way.add_normed(tokens[rows], block.attention.out(out[rows]), after_attention, eps)
-        mlp = block.feed_forward
-        for rows in _rows(tokens[:last], mlp.w1):
-            h = way.normed(tokens[rows], before_mlp, eps)
-            way.add_normed(tokens[rows], mlp.w2(way.gated(mlp.w1(h), mlp.w3(h))), after_mlp, eps)
-    return x if kept is None else x[:, :kept]
+        yield x[item, :count], [gain[item % len(gain)] for gain in gains], turns[item % len(turns), :count], None
 
 
 def _attend(
@@ -75,33 +98,47 @@ def _attend(
     eps: float,
     turns: Tensor,
     attention: Attention,
-    queries: int,
+    mask: Tensor | None,
+    queries: int | None,
 ) -> Tensor:
-    """Attention of the first tokens to all, before its output projection: [queries, D]."""
+    """Attention of the first tokens to all, before its output projection: [..., queries, D]."""
     gains = torch.stack(
         (fused.norm_gain(layer.q_norm, tokens), fused.norm_gain(layer.k_norm, tokens))
     )  # (2, 1, head_dim)
-    qkv = tokens.new_empty(len(tokens), 3 * tokens.shape[-1])
-    for rows in _rows(tokens, layer.qkv):
-        part = layer.qkv(way.normed(tokens[rows], gain, eps))
-        _norm_and_turn(part, gains, layer.q_norm.eps, turns[rows])
-        qkv[rows] = part
-    q, k, v = qkv.unflatten(-1, (3, layer.n_heads, -1)).permute(1, 2, 0, 3).unsqueeze(1)  # each (1, heads, S, head_dim)
-    return attention(q[:, :, :queries], k, v, None)[0]
+    qkv = tokens.new_empty(*tokens.shape[:-1], 3 * tokens.shape[-1])
+    for part, turn, place in _rows(layer.qkv, tokens, turns, qkv):
+        found = layer.qkv(way.normed(part, gain, eps))
+        _norm_and_turn(found, gains, layer.q_norm.eps, turn)
+        place.copy_(found)
+    qkv = qkv if tokens.ndim == 3 else qkv.unsqueeze(0)
+    q, k, v = qkv.unflatten(-1, (3, layer.n_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, S, head_dim)
+    return attention(q[:, :, :queries], k, v, mask).view(*tokens.shape[:-2], -1, tokens.shape[-1])
 
 
-def _rows(x: Tensor, layer: nn.Module) -> list[slice]:
-    """The blocks in which rows of x go through a linear layer."""
+def _rows(layer: nn.Module, x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of x [..., S, D] as they go through a linear layer, block by block, with the same rows of the others."""
     # a weight that has to be cast or expanded for each product is better used once
     plain = type(layer.weight) in (Tensor, nn.Parameter) and layer.weight.dtype == x.dtype
-    step = MATMUL_ROWS if plain and products.multiplies(x.dtype) else max(len(x), 1)
-    return [slice(start, min(start + step, len(x))) for start in range(0, len(x), step)]
+    blocks = plain and x.ndim == 2 and products.multiplies(x.dtype)  # rows of a whole batch would be no matrix
+    return _split(MATMUL_ROWS if blocks else x.shape[-2], x, *others)
+
+
+def _split(rows: int, x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """So many rows of each [..., S, *] at a time."""
+    if rows >= x.shape[-2]:
+        return iter([(x, *others)])
+    return zip(*(tensor.split(rows, dim=-2) for tensor in (x, *others)), strict=True)
+
+
+def _in_cache(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """So many rows of each at a time that those of x stay in the cache."""
+    return _split(max(1, CACHED * x.shape[-2] // x.numel()), x, *others)
 
 
 def _normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * gain of rows [N, D]."""
-    out = torch.empty_like(x)
-    for part, result in zip(x.split(NORM_ROWS), out.split(NORM_ROWS), strict=True):
+    """x / rms(x) * gain of rows [..., N, D]."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for part, result in _in_cache(x, out):
         if x.dtype == torch.float32:
             torch.mul(part, _inverse_rms(part, eps), out=result).mul_(gain)
         else:
@@ -111,11 +148,14 @@ def _normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def _add_normed(x: Tensor, h: Tensor, gain: Tensor, eps: float) -> None:
-    """x += h / rms(h) * gain of rows [N, D]; h is spent."""
-    for total, part in zip(x.split(NORM_ROWS), h.split(NORM_ROWS), strict=True):
+    """x += h / rms(h) * gain of rows [..., N, D]; h is spent."""
+    for total, part in _in_cache(x, h):
         exact = part.float()
-        exact.mul_(_inverse_rms(exact, eps)).mul_(gain)
-        total.copy_(exact.add_(total))
+        exact.mul_(_inverse_rms(exact, eps))
+        if x.dtype == torch.float32:
+            total.addcmul_(exact, gain)
+        else:
+            total.copy_(exact.mul_(gain).add_(total))
 
 
 def _gated(a: Tensor, b: Tensor) -> Tensor:
@@ -140,20 +180,27 @@ COMPILED = Way(fused.normed, _add_normed_compiled, fused.gated)
 
 
 def _norm_and_turn(qkv: Tensor, gains: Tensor, eps: float, turns: Tensor) -> None:
-    """RMSNorm of each head of q and k and their rotation, in place: rows [N, 3 * D], gains [2, 1, head_dim].
+    """RMSNorm of each head of q and k and their rotation, in place: rows [..., N, 3 * D], gains [2, 1, head_dim].
 
     Not compiled: what torch.compile makes of it takes two to three times as long on a CPU.
     """
-    width = qkv.shape[-1] // 3
-    for part, turn in zip(qkv.split(NORM_ROWS), turns.split(NORM_ROWS), strict=True):
-        stored = part[:, : 2 * width].unflatten(-1, (2, -1, gains.shape[-1]))  # (N, 2, heads, head_dim)
+    qk = qkv.narrow(-1, 0, qkv.shape[-1] // 3 * 2)
+    for part, turn in _in_cache(qk, turns):
+        stored = part.unflatten(-1, (2, -1, gains.shape[-1]))  # (..., N, 2, heads, head_dim)
         exact = stored.float()  # itself in float32
         exact.mul_(_inverse_rms(exact, eps)).mul_(gains)
-        torch.view_as_complex(exact.unflatten(-1, (-1, 2))).mul_(turn[:, None, None])
+        torch.view_as_complex(exact.unflatten(-1, (-1, 2))).mul_(turn[..., None, None, :])
         if exact.dtype != stored.dtype:
             stored.copy_(exact)
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return torch.addcmul(_constant(eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+
+
+@functools.cache
+def _constant(value: float) -> Tensor:
+    """A number as a tensor, which calls would make of it each time: half of what a small one takes."""
+    with torch.inference_mode(False):
+        return torch.tensor(value)

@@ -235,8 +235,8 @@ class ZImageTransformer(nn.Module):
         """The block, in the way that suits the device. counts: of each item's tokens that are its own, as in mask."""
         if _is_replaced(block):
             return block(x, rotation, adaln, attention, mask, kept)
-        if row_blocks.suits(x):
-            return row_blocks.run(block, x, rotation, adaln, attention, counts, kept, self.compiled)
+        if row_blocks.suits(x, self.compiled):
+            return row_blocks.run(block, x, rotation, adaln, attention, counts, mask, kept, self.compiled)
         if self.compiled:
             return fused.run(block, x, rotation, adaln, attention, mask, kept)
         return block(x, rotation, adaln, attention, mask, kept)
