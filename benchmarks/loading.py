@@ -222,7 +222,7 @@ def main(layers: int, repeats: int, toy: bool, folder: Path | None, without: lis
         write_folder(snapshot, config)
         (snapshot / "vae").mkdir()
         shutil.copy(ROOT / "nano" / "snapshot" / "vae" / "config.json", snapshot / "vae")
-        left_out = {*without, "ComfyUI"}
+        left_out = {*without, "ComfyUI"} | ({"core", "our nodes"} if toy else set())
         rows += _rows("fp32 folder to bf16", snapshot, [name for name in LOADERS if name not in left_out], repeats)
     note = (
         f"{count / 1e9:.2f} G parameters ({layers} of 30 layers), {2 * count / 1e9:.2f} GB in bf16; the largest tensor "

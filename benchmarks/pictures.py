@@ -2,6 +2,7 @@
 
     python -m benchmarks.pictures                 # on a CPU: real widths, 2 main layers, 256²
     python -m benchmarks.pictures --device cuda   # the published geometry at 1024²
+    python -m benchmarks.pictures --words 380     # only through the servers, with long prompts
     python -m benchmarks.pictures --nano          # only the built-in model, in this process, beside diffusers
 
 A server of its own for each, fed the same prompts in the same order with an empty prompt cache: the first picture
@@ -43,6 +44,7 @@ PROMPTS = [
     "an old harbour with three blue fishing boats",
     "a bowl of oranges on a wooden table",
 ]
+LONG = "with many small things around it, each told of at length, "  # repeated until a prompt is long
 # what is queued, in order: (row of the table, prompt, seed)
 QUEUE = [("first picture", 0, 1)]
 QUEUE += [("new seed", 0, 2), ("new prompt", 1, 3), ("new seed", 1, 4), ("new prompt", 2, 5), ("known prompt", 0, 6)]
@@ -147,8 +149,8 @@ class Watched(Client):
         return 0.0
 
 
-def session(make: Any, folder: Path, size: int, args: list[str]) -> tuple[dict[str, list[float]], int]:
-    """Row -> seconds, of a new server; and the most memory that it took, in bytes."""
+def session(make: Any, folder: Path, size: int, words: int, args: list[str]) -> tuple[dict[str, list[float]], int]:
+    """Row -> seconds, of a new server; and the most memory that it took, in bytes. words: of a prompt, at least."""
     found: dict[str, list[float]] = {}
     with (
         tempfile.TemporaryDirectory() as user,
@@ -163,7 +165,7 @@ def session(make: Any, folder: Path, size: int, args: list[str]) -> tuple[dict[s
         Watched(server) as client,
     ):
         for row, text, seed in QUEUE:
-            prompt = make(PROMPTS[text], seed, size)
+            prompt = make(lengthened(PROMPTS[text], words), seed, size)
             kinds = ("ZImageSampler", "KSampler"), ("ZImageTextEncode", "CLIPTextEncode")
             sampler, encode = ([name for name in prompt if prompt[name]["class_type"] in kind] for kind in kinds)
             client.began.clear()
@@ -174,6 +176,11 @@ def session(make: Any, folder: Path, size: int, args: list[str]) -> tuple[dict[s
                 found.setdefault("sampling, 8 steps", []).append(client.seconds_of(sampler[0]))
                 found.setdefault(f"text encoder, {row}", []).append(sum(map(client.seconds_of, encode)))
     return found, peak[0]
+
+
+def lengthened(text: str, words: int) -> str:
+    missing = max(0, words - len(text.split()))
+    return " ".join([text, *(LONG * missing).split()[:missing]])
 
 
 def servers(a: argparse.Namespace) -> str:
@@ -187,7 +194,7 @@ def servers(a: argparse.Namespace) -> str:
             write_models(Path(folder), layers, 36)
         for _ in range(a.rounds):
             for name, make in makers.items():
-                found, peak = session(make, Path(folder), size, a.server_arg)
+                found, peak = session(make, Path(folder), size, a.words, a.server_arg)
                 most[name] = max(most[name], peak)
                 print(f"{name} took {peak / 1e6:,.0f} MB at most", flush=True)
                 for row, seconds in found.items():
@@ -200,10 +207,11 @@ def servers(a: argparse.Namespace) -> str:
         compares = "native" in each and min(each["native"]) > 0  # the host keeps the last prompt's output as well
         rows.append([row, *cells, timing.ratio(each, "ours", "native") if compares else ""])
     rows.append(["peak memory, MB", *(f"{peak / 1e6:,.0f}" for peak in most.values()), ""])
+    long = f", prompts of {a.words} words" if a.words else ""
     text = (
-        f"{size}², {STEPS} steps, no guidance, {layers} main layers, 2 + 2 refiner blocks, Qwen3-4B and the published "
-        f"autoencoder, bf16 files, ComfyUI {provision.NEWEST}'s defaults; seconds, medians over {a.rounds} servers "
-        "of each. Memory is anonymous: pages that files back are not counted.\n\n"
+        f"{size}²{long}, {STEPS} steps, no guidance, {layers} main layers, 2 + 2 refiner blocks, Qwen3-4B and the "
+        f"published autoencoder, bf16 files, ComfyUI {provision.NEWEST}'s defaults; seconds, medians over {a.rounds} "
+        "servers of each. Memory is anonymous: pages that files back are not counted.\n\n"
     )
     return text + timing.table(["", *(f">{name}" for name in makers), ">ours / native (range)"], rows)
 
@@ -251,6 +259,7 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--layers", type=int, help="main layers; 2 on a CPU, 30 on a GPU unless told")
     parser.add_argument("--size", type=int, help="of the pictures; 256 on a CPU, 1024 on a GPU unless told")
+    parser.add_argument("--words", type=int, default=0, help="of a prompt; it is lengthened to so many")
     parser.add_argument("--rounds", type=int, default=2, help="servers of each")
     parser.add_argument("--repeats", type=int, default=15, help="of the nano picture")
     parser.add_argument("--nano", action="store_true", help="only the nano picture")
@@ -258,12 +267,15 @@ if __name__ == "__main__":
     parser.add_argument("--server-arg", action="append", default=[], help="for ComfyUI's command line; repeatable")
     parser.add_argument("--toy", action="store_true", help="quick and not written down: does the script work?")
     arguments = parser.parse_args()
-    with torch.inference_mode():
-        texts = {f"nano, {arguments.device}": nano_picture(arguments.repeats, torch.device(arguments.device))}
-    print(next(iter(texts.values())), flush=True)
+    texts = {}
+    if not arguments.words:
+        with torch.inference_mode():
+            texts[f"nano, {arguments.device}"] = nano_picture(arguments.repeats, torch.device(arguments.device))
+        print(texts[f"nano, {arguments.device}"], flush=True)
     if not arguments.nano:
-        texts[f"pictures, {arguments.device}"] = servers(arguments)
-        print(texts[f"pictures, {arguments.device}"])
+        section = f"{'pictures of long prompts' if arguments.words else 'pictures'}, {arguments.device}"
+        texts[section] = servers(arguments)
+        print(texts[section])
     if not arguments.toy:
         for section, content in texts.items():
             results.write(section, "pictures", content)

@@ -154,7 +154,8 @@ def main(a: argparse.Namespace) -> None:
     layers = a.layers or (1 if a.toy else 30 if on_cuda else 4)
     config = models.geometry(layers, a.toy)
     cases = TOY_CASES if a.toy else CUDA_CASES if on_cuda else CPU_CASES
-    wanted = [(case, name) for name in a.dtype or (["bf16"] if on_cuda else list(DTYPES)) for case in cases]
+    dtypes = a.dtype or (["bf16"] if on_cuda else ["fp32"] if a.toy else list(DTYPES))
+    wanted = [(case, name) for name in dtypes for case in cases]
     wanted = [(case, name) for case, name in wanted if not a.only or any(word in str(case) for word in a.only)]
     wanted = [(case, name) for case, name in wanted if not any(word in str(case) for word in a.without)]
     for name in dict.fromkeys(name for _, name in wanted):

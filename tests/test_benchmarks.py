@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import results
+from benchmarks import pictures, results
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,6 +78,12 @@ def test_pictures_run(tmp_path):
     known = next(line for line in done.stdout.splitlines() if line.startswith("| text encoder, known prompt"))
     assert float(known.split(" | ")[1]) < 0.1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_are_lengthened_to_so_many_words():
+    assert pictures.lengthened("a red fox", 0) == "a red fox"
+    long = pictures.lengthened("a red fox", 40).split()
+    assert len(long) == 40 and long[:3] == ["a", "red", "fox"]
 
 
 def test_an_unknown_part_is_refused():

@@ -109,8 +109,10 @@ def test_a_revision_and_a_token(hub, folder, monkeypatch):
 def test_speed_is_told(hub, folder):
     hub.speed = 2e6
     speeds = []
+    started = time.monotonic()
     download.fetch(REPOSITORY, folder, ["vae"], lambda progress: speeds.append(progress.speed))
-    assert 1e6 < max(speeds) < 4e6
+    mean = sum((folder / name).stat().st_size for name in contents(folder)) / (time.monotonic() - started)
+    assert mean / 2 < max(speeds) < 4e6  # a busy machine gets less than what the hub sends
 
 
 class Stop(Exception):
