@@ -336,13 +336,28 @@ def test_published_widths_go_item_by_item():
     assert SMALL <= 288 * 3840  # the published width at 256x256
 
 
-def test_changed_norms_count(model, monkeypatch):
+@pytest.mark.parametrize("way", ["hook", "forward"])
+@pytest.mark.parametrize("small", [0, SMALL])
+def test_changed_norms_count(model, small, way, monkeypatch):
     """Weights of norms are read past the layer only where nothing could be in the way."""
+    monkeypatch.setattr(row_blocks, "SMALL", small)
     latents, t, cap_feats = given("one")
     plain = in_rows(model, latents, t, cap_feats)
-    hooked = copy.deepcopy(model)
-    for norm in (hooked.layers[0].attention_norm1, hooked.layers[1].attention.q_norm):
-        norm.register_forward_hook(lambda module, inputs, output: 2 * output)
-    ours = in_rows(hooked, latents, t, cap_feats)
-    assert relative(ours, as_module(hooked, latents, t, cap_feats)) <= 1e-6
+    changed = copy.deepcopy(model)
+    for norm in (changed.layers[0].attention_norm1, changed.layers[1].attention.q_norm):
+        if way == "hook":
+            norm.register_forward_hook(lambda module, inputs, output: 2 * output)
+        else:
+            norm.forward = lambda x, norm=norm: 2 * type(norm).forward(norm, x)
+    ours = in_rows(changed, latents, t, cap_feats)
+    assert relative(ours, as_module(changed, latents, t, cap_feats)) <= 1e-6
     assert relative(ours, plain) > 1e-3
+
+
+def test_a_default_device_does_not_matter(model):
+    """What is kept between calls is made where the weights are, whoever calls first."""
+    row_blocks._constant.cache_clear()
+    latents, t, cap_feats = given("one")
+    with torch.device("meta"):
+        row_blocks._constant(model.config.norm_eps)
+    assert in_rows(model, latents, t, cap_feats).isfinite().all()

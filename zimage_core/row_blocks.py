@@ -30,7 +30,7 @@ SMALL = 2**18  # elements of an item; below, calls cost more than traffic of mem
 def suits(x: Tensor, compiled: bool) -> bool:
     """Whether blocks run this way: on a CPU, where no gradient is asked for and nothing is being compiled.
 
-    Small ones whose parts are compiled do better in `fused.run`, which compiles all of them.
+    Small ones whose parts are compiled are left to `fused.run`: a batch that goes whole would be compiled once more.
     """
     return (
         x.device.type == "cpu"
@@ -112,7 +112,8 @@ def _attend(
         place.copy_(found)
     qkv = qkv if tokens.ndim == 3 else qkv.unsqueeze(0)
     q, k, v = qkv.unflatten(-1, (3, layer.n_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, S, head_dim)
-    return attention(q[:, :, :queries], k, v, mask).view(*tokens.shape[:-2], -1, tokens.shape[-1])
+    out = attention(q[:, :, :queries], k, v, mask)
+    return out if tokens.ndim == 3 else out[0]
 
 
 def _rows(layer: nn.Module, x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -132,7 +133,7 @@ def _split(rows: int, x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]
 
 def _in_cache(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """So many rows of each at a time that those of x stay in the cache."""
-    return _split(max(1, CACHED * x.shape[-2] // x.numel()), x, *others)
+    return _split(max(1, CACHED * x.shape[-2] // max(1, x.numel())), x, *others)
 
 
 def _normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -202,5 +203,5 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
 @functools.cache
 def _constant(value: float) -> Tensor:
     """A number as a tensor, which calls would make of it each time: half of what a small one takes."""
-    with torch.inference_mode(False):
-        return torch.tensor(value)
+    with torch.inference_mode(False):  # to be kept, whatever mode the first call is in
+        return torch.tensor(value, dtype=torch.float32, device="cpu")
