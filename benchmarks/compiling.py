@@ -63,7 +63,7 @@ def main(a: argparse.Namespace) -> None:
                     [start, str(case), *(f"{value:.2f}" for value in (first, min(others), first - min(others)))]
                 )
                 print("|", " | ".join(rows[-1]), "|", flush=True)
-    text = f"{a.layers} main layers and 2 + 2 refiner blocks, {a.dtype}, cases in this order; seconds.\n\n"
+    text = f"{models.blocks(models.geometry(a.layers, a.toy))}, {a.dtype}, cases in this order; seconds.\n\n"
     text += timing.table(["start", "picture", ">first step", ">following", ">compiling"], rows)
     print(text)
     if not a.toy:

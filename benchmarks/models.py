@@ -30,6 +30,11 @@ def geometry(layers: int, toy: bool = False) -> TransformerConfig:
     return TransformerConfig(**numbers, n_layers=layers, in_channels=16, patch_size=2)
 
 
+def blocks(config: TransformerConfig) -> str:
+    """How many it has, as the tables tell it."""
+    return f"{config.n_layers} main layers and {config.n_refiner_layers} + {config.n_refiner_layers} refiner blocks"
+
+
 def core(config: TransformerConfig, device: torch.device, dtype: torch.dtype) -> ZImageTransformer:
     """Ours, with weights that keep the scale of what passes through."""
     model = ZImageTransformer(config, device=device, dtype=dtype)

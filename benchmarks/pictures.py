@@ -2,12 +2,13 @@
 
     python -m benchmarks.pictures                 # on a CPU: real widths, 2 main layers, 256²
     python -m benchmarks.pictures --device cuda   # the published geometry at 1024²
-    python -m benchmarks.pictures --words 380     # only through the servers, with long prompts
+    python -m benchmarks.pictures --words 380     # only through the servers, with prompts of that many words
     python -m benchmarks.pictures --nano          # only the built-in model, in this process, beside diffusers
 
 A server of its own for each, fed the same prompts in the same order with an empty prompt cache: the first picture
-after the start reads all three models; then other seeds, other prompts, and a prompt that is known. The files have
-random weights, each in one file as ComfyUI distributes them, and lie in the page cache.
+after the start reads all three models; then other seeds, other prompts, and a prompt that is known. All that twice,
+with short prompts and with long ones. The files have random weights, each in one file as ComfyUI distributes them, and
+lie in the page cache.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ PROMPTS = [
     "a bowl of oranges on a wooden table",
 ]
 LONG = "with many small things around it, each told of at length, "  # repeated until a prompt is long
+LONG_WORDS = 380  # that is about 400 tokens
 # what is queued, in order: (row of the table, prompt, seed)
 QUEUE = [("first picture", 0, 1)]
 QUEUE += [("new seed", 0, 2), ("new prompt", 1, 3), ("new seed", 1, 4), ("new prompt", 2, 5), ("known prompt", 0, 6)]
@@ -150,7 +152,7 @@ class Watched(Client):
 
 
 def session(make: Any, folder: Path, size: int, words: int, args: list[str]) -> tuple[dict[str, list[float]], int]:
-    """Row -> seconds, of a new server; and the most memory that it took, in bytes. words: of a prompt, at least."""
+    """Row -> seconds, of a new server; and the most memory that it took, in bytes. words: of each prompt, at least."""
     found: dict[str, list[float]] = {}
     with (
         tempfile.TemporaryDirectory() as user,
@@ -179,27 +181,44 @@ def session(make: Any, folder: Path, size: int, words: int, args: list[str]) -> 
 
 
 def lengthened(text: str, words: int) -> str:
+    """The text with so many words, or as it is where it has more."""
     missing = max(0, words - len(text.split()))
     return " ".join([text, *(LONG * missing).split()[:missing]])
 
 
-def servers(a: argparse.Namespace) -> str:
+def servers(a: argparse.Namespace) -> dict[str, str]:
+    """Section of the results -> its table; short prompts and long ones, unless told."""
     layers = a.layers or (30 if a.device == "cuda" else 2)
     size = 64 if a.toy else a.size or (1024 if a.device == "cuda" else 256)
     makers = {"ours": nano} if a.toy else {"ours": ours, "native": native}
-    times: dict[str, dict[str, list[float]]] = {name: {} for name in makers}
-    most = dict.fromkeys(makers, 0)
+    wanted = [a.words] if a.words is not None else [0] if a.toy else [0, LONG_WORDS]
+    tables = {}
     with tempfile.TemporaryDirectory(prefix="zimage-bench-", dir=a.folder) as folder:
         if not a.toy:
             write_models(Path(folder), layers, 36)
-        for _ in range(a.rounds):
-            for name, make in makers.items():
-                found, peak = session(make, Path(folder), size, a.words, a.server_arg)
-                most[name] = max(most[name], peak)
-                print(f"{name} took {peak / 1e6:,.0f} MB at most", flush=True)
-                for row, seconds in found.items():
-                    times[name].setdefault(row, []).extend(seconds)
-                print(name, {row: [round(one, 2) for one in seconds] for row, seconds in found.items()}, flush=True)
+        for words in wanted:
+            long = f", prompts of {words} words" if words else ""
+            text = (
+                f"{size}²{long}, {STEPS} steps, no guidance, {layers} main layers, 2 + 2 refiner blocks, Qwen3-4B and "
+                f"the published autoencoder, bf16 files, ComfyUI {provision.NEWEST}'s defaults; seconds, medians over "
+                f"{a.rounds} servers of each. Memory is anonymous: pages that files back are not counted.\n\n"
+            )
+            text += side_by_side(makers, Path(folder), size, words, a)
+            tables[f"{'pictures of long prompts' if words else 'pictures'}, {a.device}"] = text
+    return tables
+
+
+def side_by_side(makers: dict[str, Any], folder: Path, size: int, words: int, a: argparse.Namespace) -> str:
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in makers}
+    most = dict.fromkeys(makers, 0)
+    for _ in range(a.rounds):
+        for name, make in makers.items():
+            found, peak = session(make, folder, size, words, a.server_arg)
+            most[name] = max(most[name], peak)
+            print(f"{name} took {peak / 1e6:,.0f} MB at most", flush=True)
+            for row, seconds in found.items():
+                times[name].setdefault(row, []).extend(seconds)
+            print(name, {row: [round(one, 2) for one in seconds] for row, seconds in found.items()}, flush=True)
     rows = []
     for row in times["ours"]:
         each = {name: times[name][row] for name in makers}
@@ -207,13 +226,7 @@ def servers(a: argparse.Namespace) -> str:
         compares = "native" in each and min(each["native"]) > 0  # the host keeps the last prompt's output as well
         rows.append([row, *cells, timing.ratio(each, "ours", "native") if compares else ""])
     rows.append(["peak memory, MB", *(f"{peak / 1e6:,.0f}" for peak in most.values()), ""])
-    long = f", prompts of {a.words} words" if a.words else ""
-    text = (
-        f"{size}²{long}, {STEPS} steps, no guidance, {layers} main layers, 2 + 2 refiner blocks, Qwen3-4B and the "
-        f"published autoencoder, bf16 files, ComfyUI {provision.NEWEST}'s defaults; seconds, medians over {a.rounds} "
-        "servers of each. Memory is anonymous: pages that files back are not counted.\n\n"
-    )
-    return text + timing.table(["", *(f">{name}" for name in makers), ">ours / native (range)"], rows)
+    return timing.table(["", *(f">{name}" for name in makers), ">ours / native (range)"], rows)
 
 
 # The nano model
@@ -259,7 +272,7 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--layers", type=int, help="main layers; 2 on a CPU, 30 on a GPU unless told")
     parser.add_argument("--size", type=int, help="of the pictures; 256 on a CPU, 1024 on a GPU unless told")
-    parser.add_argument("--words", type=int, default=0, help="of a prompt; it is lengthened to so many")
+    parser.add_argument("--words", type=int, help="only the servers, with prompts of so many; else short and long ones")
     parser.add_argument("--rounds", type=int, default=2, help="servers of each")
     parser.add_argument("--repeats", type=int, default=15, help="of the nano picture")
     parser.add_argument("--nano", action="store_true", help="only the nano picture")
@@ -268,14 +281,14 @@ if __name__ == "__main__":
     parser.add_argument("--toy", action="store_true", help="quick and not written down: does the script work?")
     arguments = parser.parse_args()
     texts = {}
-    if not arguments.words:
+    if arguments.words is None:
         with torch.inference_mode():
             texts[f"nano, {arguments.device}"] = nano_picture(arguments.repeats, torch.device(arguments.device))
         print(texts[f"nano, {arguments.device}"], flush=True)
     if not arguments.nano:
-        section = f"{'pictures of long prompts' if arguments.words else 'pictures'}, {arguments.device}"
-        texts[section] = servers(arguments)
-        print(texts[section])
+        through = servers(arguments)
+        print("\n\n".join(through.values()))
+        texts |= through
     if not arguments.toy:
         for section, content in texts.items():
             results.write(section, "pictures", content)

@@ -170,7 +170,7 @@ def main(a: argparse.Namespace) -> None:
             rows.append(_row(name, case, found, config, device))
             print("|", " | ".join(rows[-1]), "|", flush=True)
         text = (
-            f"{layers} main layers and 2 + 2 refiner blocks, {name}, medians of {a.repeats} in seconds, the range "
+            f"{models.blocks(config)}, {name}, medians of {a.repeats} in seconds, the range "
             "being that of the ratios, repeat by repeat. Memory is what a step needs beside the weights.\n\n"
         )
         text += timing.table(COLUMNS, rows)

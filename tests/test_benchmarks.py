@@ -115,6 +115,7 @@ def test_every_section_is_filled():
     names = re.findall(r"<!-- (.*): written by the benchmark -->", text)
     assert len(names) == len(set(names))
     parts = ["step, {}, bf16", "compiling, {}", "text encoder, {}", "vae, {}", "nano, {}", "pictures, {}"]
+    parts.append("pictures of long prompts, {}")
     assert {part.format(device) for part in parts for device in ("cpu", "cuda")} <= set(names)
     assert {"loading", "loading, fewer layers", "step, cpu, fp32", "step, cpu, fp32, larger"} <= set(names)
     for name in names:

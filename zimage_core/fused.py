@@ -124,8 +124,8 @@ def block_gains(block: Any, x: Tensor, adaln: Tensor | None) -> list[Tensor]:
 def norm_gain(norm: Any, like: Tensor) -> Tensor:
     """The weight of an RMSNorm in float32, [1, D], whatever its host does to it: what it makes of a constant row.
 
-    128 is large enough for eps to vanish in its mean square, and its square fits float16. torch's own norm is not asked,
-    as asking takes as long as a norm of a small picture.
+    128 is large enough for eps to vanish in its mean square, and its square fits float16. torch's own norm need not
+    be asked, which takes as long as the norm of a small picture.
     """
     changed = "forward" in vars(norm) or norm._forward_hooks or norm._forward_pre_hooks
     if type(norm) is nn.RMSNorm and not changed:
