@@ -350,7 +350,7 @@ class _Optimizer:
 
 def _compile(learner: Learner) -> None:
     for module in (*learner.transformer.modules(), *learner.text_encoder.model.layers):
-        if type(module).__name__ in ("Block", "Qwen3DecoderLayer"):
+        if type(module).__name__ in ("Block", "DecoderLayer"):
             module.compile(dynamic=False)
 
 

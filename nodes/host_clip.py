@@ -29,7 +29,7 @@ from ..zimage_core.checkpoint import (
     snapshot_folder,
 )
 from ..zimage_core.prompt_cache import Stamp, stamps
-from ..zimage_core.text_encoder import TextEncoder
+from ..zimage_core.text_encoder import LAYER, TextEncoder
 from ..zimage_core.tokenizer import Tokenizer
 from . import host_operations, host_packed, host_prompts
 
@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 NAME = "qwen3_4b"  # the host's name for this encoder: key of its tokens, prefix of its parameters, so LoRA files fit
 # the tokenizer that comes with the host: Qwen's, whose ids are those of Qwen3 for every text
 QWEN_TOKENIZER = Path(next(iter(comfy.text_encoders.__path__))) / "qwen25_tokenizer"
-LAYER = -2  # the hidden state that Z-Image is trained on
 _reading = threading.RLock()  # the host may run nodes in several threads
 
 
@@ -113,18 +112,14 @@ class HostTextModel(nn.Module):
         return features, None, {"attention_mask": torch.ones_like(input_ids, device=features.device)}
 
     def _hidden_state(self, input_ids: torch.Tensor) -> torch.Tensor:
-        if self.layer in (None, LAYER):
-            return self.encoder(input_ids, dtype=torch.float32)
-        # Another layer was asked for (CLIPSetLastLayer). Ours ends where LAYER does, so hidden state -1 doesn't exist.
+        layer = LAYER if self.layer is None else self.layer  # another one is asked for by CLIPSetLastLayer
         count = self.encoder_config.num_hidden_layers
-        if not -count <= self.layer < LAYER:
+        if not -count <= layer <= LAYER:  # -1 doesn't exist: ours ends where LAYER does
             raise ValueError(
-                f"stop_at_clip_layer is {self.layer}; this text encoder has the layers {LAYER} (Z-Image's own) "
+                f"stop_at_clip_layer is {layer}; this text encoder has the layers {LAYER} (Z-Image's own) "
                 f"to {-count}. Remove the node that sets it."
             )
-        embeds = self.encoder.model.embed_tokens(input_ids).float()
-        hidden = self.encoder.model(inputs_embeds=embeds, use_cache=False, output_hidden_states=True).hidden_states
-        return hidden[self.layer - LAYER - 1]
+        return self.encoder(input_ids, dtype=torch.float32, layer=layer)
 
     def load_sd(self, state_dict: dict[str, torch.Tensor]):
         return self.encoder.load_state_dict(state_dict, strict=False, assign=True)

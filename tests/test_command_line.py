@@ -18,14 +18,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_a_picture_from_a_shell(tmp_path):
     out = tmp_path / "new folder" / "cat.png"
-    command = [sys.executable, "-m", "zimage_core", "generate", "a red circle", "--seed", "3", "-o", str(out), "--cpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-X", "importtime", "-m", "zimage_core", "generate", "a red circle", "--seed", "3"]
+    done = subprocess.run([*command, "-o", out, "--cpu"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert str(out) in done.stdout and "128x128, 8 steps, guidance 0, seed 3" in done.stdout
     assert "100%" in done.stderr and "8/8" in done.stderr  # the progress bar
     image = Image.open(out)
     assert image.size == (128, 128)
     assert image.text["parameters"].startswith("a red circle\nSteps: 8, Sampler: Euler, CFG scale: 1, Seed: 3")
+    # what takes seconds to import, and a picture can be made without
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert {"torch", "transformers"} <= imported
+    assert not imported & {"torch._dynamo", "sympy", "scipy", "transformers.modeling_utils", "diffusers"}
 
 
 def test_all_options(tmp_path, capsys):

@@ -328,7 +328,7 @@ def _raise(repository: Repository, line: dict[str, Any]) -> None:
         why = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids downloads; unset it"
     elif status is not None:
         why = f"{endpoint} answered with error {status}; what arrived is kept, try again later"
-    elif any("Timeout" in kind for kind in kinds):
+    elif any("Timeout" in kind for kind in kinds) or "timed out" in said:
         why = f"{endpoint} did not answer in time{said}; what arrived is kept, try again"
     elif any(
         kind in kinds for kind in ("ConnectError", "ConnectionError", "TransportError", "LocalEntryNotFoundError")

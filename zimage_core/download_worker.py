@@ -85,8 +85,11 @@ def _fetch(task: dict[str, Any], file: dict[str, Any]) -> None:
             begin = part.tell()
             try:
                 return http_get(place, part, resume_size=begin, headers=headers, expected_size=file["size"])
-            except HfHubHTTPError:
-                if not elsewhere or part.tell() == begin:
+            except Exception as error:
+                refused = isinstance(error, HfHubHTTPError)
+                # before 1.0 (with `requests`) huggingface_hub does not go on by itself where a connection breaks
+                broken = any(kind.__name__ == "RequestException" for kind in type(error).__mro__) and not refused
+                if not (broken or (refused and elsewhere)) or part.tell() == begin:
                     raise  # else the address has expired on the way, and there is a new one
 
 

@@ -99,10 +99,18 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding that draws no first values on the meta device: there, torch imports its whole compiler for it."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Layers:
     """The layers of `torch.nn` that the networks here are made of, as their `ops`."""
 
     Linear = Linear
     RMSNorm = nn.RMSNorm
     LayerNorm = nn.LayerNorm
-    Embedding = nn.Embedding
+    Embedding = Embedding

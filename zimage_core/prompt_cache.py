@@ -18,17 +18,17 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-import transformers
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of what a key is made of; to be raised when the same key would give other features
+VERSION = 2  # of what a key is made of; to be raised when the same key would give other features
 DISK_BYTES = 512 * 2**20
 MEMORY_BYTES = 64 * 2**20
 STALE = 3600  # seconds after which a half-written file is one whose writer is gone
@@ -44,7 +44,7 @@ def key_of(**ingredients: Any) -> str:
 
     The same in every process. Raises TypeError for an ingredient that JSON doesn't know.
     """
-    computed_by = {"torch": torch.__version__, "transformers": transformers.__version__}
+    computed_by = {"torch": torch.__version__, "transformers": version("transformers")}
     return json.dumps({"version": VERSION, **computed_by, **ingredients}, sort_keys=True)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 
-from transformers import AutoTokenizer
-
 logger = logging.getLogger(__name__)
 
 # Qwen3's chat template for one user turn with thinking enabled (so without an empty think block) and no system turn
@@ -18,6 +16,8 @@ class Tokenizer:
     """The snapshot's byte-level BPE behind the chat template."""
 
     def __init__(self, folder: str | os.PathLike[str]):
+        from transformers import AutoTokenizer  # here, as it takes a second that downloads and --help do without
+
         self.inner = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         self.pad_id: int = self.inner.pad_token_id
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
+import tokenizers
 import torch
 import transformers
 
 from zimage_core.checkpoint import Snapshot
-from zimage_core.tokenizer import Tokenizer
+from zimage_core.tokenizer import PROMPT_TEMPLATE, Tokenizer
 
 from .conftest import NANO, relative
 
@@ -23,9 +24,12 @@ def test_hidden_state(make_text_encoder, tmp_path, seed, lengths):
     ids = torch.randint(0, 1024, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(seed))
     mask = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
     with torch.no_grad():
-        theirs = reference(ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states[-2]
+        theirs = reference(ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
         mine = ours(ids)
-    assert relative(mine[mask], theirs[mask]) <= 1e-5
+        earlier = {layer: ours(ids, layer=layer) for layer in range(-3 - seed, -2)}
+    assert relative(mine[mask], theirs[-2][mask]) <= 1e-5
+    for layer, found in earlier.items():
+        assert relative(found[mask], theirs[layer][mask]) <= 1e-5
 
 
 def test_layers_that_are_not_needed_are_not_built(make_text_encoder, tmp_path):
@@ -72,6 +76,13 @@ def test_token_ids(tokenizer_folder):
         templated = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
         expected = theirs(templated, max_length=512, truncation=True)["input_ids"]
         assert ours(text) == expected, text
+
+
+def test_the_file_says_all_that_transformers_knows():
+    """Transformers 4 adds nothing to what is in tokenizer.json, 5 does."""
+    ours, alone = Tokenizer(NANO / "tokenizer"), tokenizers.Tokenizer.from_file(str(NANO / "tokenizer/tokenizer.json"))
+    for text in prompts():
+        assert ours(text, 100_000) == alone.encode(PROMPT_TEMPLATE.format(text), add_special_tokens=False).ids
 
 
 def test_template_is_the_tokenizers_own():
