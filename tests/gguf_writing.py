@@ -25,7 +25,7 @@ def write(
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in (strings or {}).items():
         writer.add_string(key, value)
-    writer.add_array("tokenizer.ggml.tokens", [f"token {number}" for number in range(2000)])
+    writer.add_array("tokenizer.ggml.tokens", [f"token {number}" for number in range(100)])
     meant: Numbers = {}
     for name, tensor in tensors.items():
         kind = getattr(gguf.GGMLQuantizationType, choose(name, tensor))

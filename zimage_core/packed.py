@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .products import Linear, linear
+from .products import Embedding, Linear, linear
 from .quantised import Packed
 
 
@@ -74,7 +74,7 @@ def replace(model: nn.Module, name: str, parts: Sequence[Packed], dtype: torch.d
     """Puts a packed layer in the place of the one whose weight has this name; False where it is no such layer."""
     path, _, last = name.rpartition(".")
     layer: Any = model.get_submodule(path)
-    kinds: dict[type, type[PackedLayer]] = {Linear: PackedLinear, nn.Embedding: PackedEmbedding}
+    kinds: dict[type, type[PackedLayer]] = {Linear: PackedLinear, Embedding: PackedEmbedding}
     if last != "weight" or type(layer) not in kinds:
         return False
     bias = {"bias": layer.bias} if isinstance(layer, nn.Linear) else {}

@@ -71,7 +71,7 @@ class Decoder(nn.Module):
         if dtype is not None:
             x = x.to(dtype)
         rotation = rotations(x.shape[1], self.head_dim, self.rope_theta, x.device)
-        for layer in self.layers[:depth]:
+        for layer in list(self.layers)[:depth]:
             x = layer(x, rotation)
         return x
 
