@@ -1,4 +1,5 @@
 """The referee: every benchmark of speed in turn, each in a process of its own; RESULTS.md gets what they found.
+At toy size, where imports take longest, all of them share this one.
 
     python -m benchmarks                     # an hour or more on a CPU
     python -m benchmarks --device cuda       # the published geometry on a GPU
@@ -10,12 +11,30 @@ What a part can do besides is told by `python -m benchmarks.PART --help`.
 from __future__ import annotations
 
 import argparse
+import runpy
 import subprocess
 import sys
+import traceback
+from pathlib import Path
 
-from .results import ROOT
-
+ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("step", "compiling", "text", "vae", "pictures")
+
+
+def succeeds(part: str, settings: list[str], here: bool) -> bool:
+    """Runs a part, in this process or one of its own."""
+    command = [sys.executable, "-m", f"benchmarks.{part}", *settings]
+    print("$", *command[1:], flush=True)
+    if not here:
+        return subprocess.run(command, cwd=ROOT).returncode == 0
+    sys.argv[1:] = settings
+    try:
+        runpy.run_module(f"benchmarks.{part}", run_name="__main__", alter_sys=True)
+        return True
+    except Exception:
+        traceback.print_exc()
+        return False
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -26,10 +45,5 @@ if __name__ == "__main__":
     if unknown := set(a.parts) - set(PARTS):
         parser.error(f"there is no benchmark {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     settings = ["--device", a.device, *(["--toy", "--repeats", "1"] if a.toy else [])]
-    failed = []
-    for part in a.parts or PARTS:
-        command = [sys.executable, "-m", f"benchmarks.{part}", *settings]
-        print("$", *command[1:], flush=True)
-        if subprocess.run(command, cwd=ROOT).returncode:
-            failed.append(part)
+    failed = [part for part in a.parts or PARTS if not succeeds(part, settings, here=a.toy)]
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)

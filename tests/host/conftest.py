@@ -1,7 +1,8 @@
 """Real ComfyUI servers with the pack in them, each started once, when a test first asks for it.
 
 `host`: the newest ComfyUI. `each_host`: a test with it runs on every `host_version`. `client`: a fresh connection to
-`host`, `each_client` to `each_host`. A server's models/, input/ and output/ are in `host.base`.
+`host`, `each_client` to `each_host`. A server's models/, input/ and output/ are in `host.base`. The hub that it would
+download from is one of `hubs`, so what nobody asked for would show there.
 """
 
 from __future__ import annotations
@@ -13,12 +14,21 @@ import provision
 import pytest
 from host import Client, Server
 
+from ..hub import Hub, serve
+
 # Folder names in custom_nodes: users rename the folder, and the host makes a module name of its path.
 PACKS = {provision.OLDEST: "ComfyUI-Z.Image (renamed)", provision.NEWEST: "comfyui-zimage"}
 
 
 @pytest.fixture(scope="session")
-def start_host() -> Iterator[Callable[[str], Server]]:
+def hubs() -> Iterator[dict[str, Hub]]:
+    """version -> the hub that the server of this version asks."""
+    with ExitStack() as stack:
+        yield {version: stack.enter_context(serve()) for version in PACKS}
+
+
+@pytest.fixture(scope="session")
+def start_host(hubs: dict[str, Hub]) -> Iterator[Callable[[str], Server]]:
     """version -> the running server of that version, or a skip that says why it can't be had."""
     running: dict[str, Server] = {}
     with ExitStack() as stack:
@@ -29,9 +39,8 @@ def start_host() -> Iterator[Callable[[str], Server]]:
                 if not (comfyui / "main.py").is_file():
                     why = "COMFYUI_PATH replaces it" if provision.chosen() else "`make setup` provisions it"
                     pytest.skip(f"ComfyUI {version} is not in {comfyui.relative_to(provision.ROOT)}: {why}")
-                server = Server(
-                    comfyui, packs={PACKS[version]: provision.ROOT}, environment={"TRANSFORMERS_OFFLINE": "1"}
-                )
+                online = {"HF_ENDPOINT": hubs[version].endpoint, "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+                server = Server(comfyui, packs={PACKS[version]: provision.ROOT}, environment=online)
                 running[version] = stack.enter_context(server)
             running[version].check_alive()
             return running[version]

@@ -8,28 +8,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import provision
 import pytest
 import workflow
 from host import Client, ExecutionFailed, Server
 
-from ..hub import Hub, serve
+from ..hub import Hub
 
 NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
 LOADERS = ("ZImageTransformerLoader", "ZImageTextEncoderLoader", "ZImageVAELoader")
 
 
-@pytest.fixture(scope="module", params=[provision.OLDEST, provision.NEWEST])
-def served(request) -> Iterator[tuple[Hub, Server]]:
-    """A hub and a host that asks it."""
-    comfyui = provision.newest() if request.param == provision.NEWEST else provision.folder(request.param)
-    if not (comfyui / "main.py").is_file():
-        pytest.skip(f"there is no ComfyUI in {comfyui}; `make setup` provisions one")
-    with serve() as hub:
-        hub.repositories["Org/Nano"] = NANO
-        environment = {"HF_ENDPOINT": hub.endpoint, "TRANSFORMERS_OFFLINE": "0", "HF_HUB_OFFLINE": "0"}
-        with Server(comfyui, packs={"comfyui-zimage": provision.ROOT}, environment=environment) as server:
-            yield hub, server
+@pytest.fixture
+def served(each_host: Server, host_version: str, hubs: dict[str, Hub]) -> Iterator[tuple[Hub, Server]]:
+    """A hub and a host that asks it. Nothing asked it before, and nothing that was fetched stays."""
+    hub = hubs[host_version]
+    assert hub.asked == []
+    hub.repositories["Org/Nano"] = NANO
+    yield hub, each_host
+    shutil.rmtree(each_host.base / "models" / "zimage" / "Org--Nano", ignore_errors=True)
+    hub.status.clear()
+    hub.asked.clear()
 
 
 def prompt(repository: str = "", download: bool = False, **sampler: Any) -> dict[str, Any]:
@@ -56,8 +54,6 @@ def test_nothing_is_fetched_unasked_and_the_error_says_how(served):
 
 def test_download_is_shown_interrupted_resumed_and_gives_the_same_picture(served):
     hub, server = served
-    folder = server.base / "models" / "zimage" / "Org--Nano"
-    shutil.rmtree(folder, ignore_errors=True)
     with server.connect() as client:
         (expected,) = client.pictures(client.run(prompt()))
         hub.speed = 3e6

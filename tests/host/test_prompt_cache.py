@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import provision
 import pytest
 import torch
 import workflow
@@ -27,24 +26,31 @@ LOADED = "Requested to load HostTextModel"  # in the host's log, once the encode
 LORA = "90"  # node id
 
 
-@pytest.fixture(params=[provision.OLDEST, provision.NEWEST])
-def comfyui(request: pytest.FixtureRequest) -> Path:
-    folder = provision.newest() if request.param == provision.NEWEST else provision.folder(request.param)
-    if not (folder / "main.py").is_file():
-        pytest.skip(f"there is no ComfyUI in {folder}; `make setup` provisions one")
-    return folder
-
-
 @contextmanager
-def started(comfyui: Path, base: Path) -> Iterator[tuple[Server, Client]]:
-    """A server whose models, LoRA files and user directory are those of the one before it."""
-    packs, environment = {"comfyui-zimage": provision.ROOT}, {"TRANSFORMERS_OFFLINE": "1"}
-    with Server(comfyui, packs=packs, base=base, environment=environment) as server, server.connect() as client:
+def started_after(other: Server, folder: Path) -> Iterator[tuple[Server, Client]]:
+    """A server that has the other's pack, models, LoRA files and user directory, and its log and database in folder."""
+    args = ["--database-url", f"sqlite:///{folder / 'comfyui.db'}"]
+    server = Server(other.comfyui, base=other.base, args=args, log=folder / "comfyui.log")
+    with server, server.connect() as client:
         yield server, client
 
 
+@pytest.fixture
+def mine(each_host: Server) -> Iterator[tuple[Path, Path]]:
+    """A copy of the nano snapshot among the host's models, and the place of a LoRA."""
+    folder = Path(shutil.copytree(NANO, each_host.base / "models" / "zimage" / "Mine"))
+    lora = each_host.base / "models" / "loras" / "l.safetensors"
+    yield folder, lora
+    shutil.rmtree(folder)
+    lora.unlink()
+
+
+def entries(server: Server) -> set[Path]:
+    return set((server.base / "user" / "zimage" / "prompts").glob("*"))
+
+
 def prompt(text: str, seed: int, strength: float | None = None, **encoding: Any) -> dict[str, Any]:
-    """The nano workflow with the model of this test; strength: of its LoRA, None is without. encoding: inputs."""
+    """The nano workflow with the model `mine`; strength: of its LoRA, None is without. encoding: inputs."""
     found = workflow.load("zimage_nano_txt2img")
     for loader in LOADERS:
         found[workflow.only(found, loader)]["inputs"]["model"] = "Mine"
@@ -73,19 +79,19 @@ def write_lora(file: Path, size: float) -> None:
     save_file(tensors, file)
 
 
-def test_after_a_restart_a_known_prompt_needs_no_encoder(comfyui: Path, tmp_path: Path):
-    folder = Path(shutil.copytree(NANO, tmp_path / "models" / "zimage" / "Mine"))
-    weights, lora = folder / "text_encoder" / "model.safetensors", tmp_path / "models" / "loras" / "l.safetensors"
+def test_after_a_restart_a_known_prompt_needs_no_encoder(each_host, each_client, mine, tmp_path):
+    folder, lora = mine
+    weights = folder / "text_encoder" / "model.safetensors"
     write_lora(lora, 0.5)
     text = "two red stars on a blue background"
-    with started(comfyui, tmp_path) as (server, client):
-        plain, with_lora = picture(client, text, 1), picture(client, text, 1, strength=0.8)
-        assert plain != with_lora and LOADED in server.log_text()
-    entries = sorted((tmp_path / "user" / "zimage" / "prompts").iterdir())
-    assert len(entries) == 4  # positive and negative, without and with LoRA
+    before = entries(each_host)
+    plain, with_lora = picture(each_client, text, 1), picture(each_client, text, 1, strength=0.8)
+    assert plain != with_lora and LOADED in each_host.log_text()
+    known = entries(each_host)
+    assert len(known - before) == 4  # positive and negative, without and with LoRA
 
     poison(weights)
-    with started(comfyui, tmp_path) as (server, client):
+    with started_after(each_host, tmp_path) as (server, client):
         assert picture(client, text, 1) == plain
         assert picture(client, text, 1, strength=0.8) == with_lora
         assert picture(client, text, 2) != plain
@@ -107,4 +113,4 @@ def test_after_a_restart_a_known_prompt_needs_no_encoder(comfyui: Path, tmp_path
         os.utime(weights, ns=(1, 1))
         with pytest.raises(ExecutionFailed, match=DAMAGED):
             client.run(prompt(text, 4))
-    assert sorted((tmp_path / "user" / "zimage" / "prompts").iterdir()) == entries
+    assert entries(each_host) == known
