@@ -29,7 +29,7 @@ def test_loading_runs(tmp_path):
 @pytest.fixture(scope="module")
 def referee() -> str:
     """What the referee prints at toy size. It ends with an error where implementations disagree."""
-    command = [sys.executable, "-m", "benchmarks", "step", "compiling", "text", "vae", "--toy"]
+    command = [sys.executable, "-m", "benchmarks", "step", "compiling", "text", "vae", "starting", "--toy"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
     return done.stdout
@@ -68,6 +68,11 @@ def test_compiling_tells_the_first_step_of_each_shape(referee):
         assert following > 0 and compiling == pytest.approx(first - following, abs=0.02)
 
 
+def test_starting_compares_a_picture_of_each(referee):
+    ((row, *cells),) = first_table(referee, "starting")
+    assert row == "nano picture" and all(float(cell) > 0 for cell in cells[:2])
+
+
 def test_pictures_run(tmp_path):
     """Ours through a real server, and the nano picture, which must agree with diffusers'."""
     command = [sys.executable, "-m", "benchmarks.pictures", "--toy", "--rounds", "1", "--repeats", "1"]
@@ -91,7 +96,7 @@ def test_an_unknown_part_is_refused():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (
         done.returncode == 2
-        and "there is no benchmark stop; there are step, compiling, text, vae, pictures" in done.stderr
+        and "there is no benchmark stop; there are step, compiling, text, vae, starting, pictures" in done.stderr
     )
 
 
@@ -115,7 +120,7 @@ def test_every_section_is_filled():
     names = re.findall(r"<!-- (.*): written by the benchmark -->", text)
     assert len(names) == len(set(names))
     parts = ["step, {}, bf16", "compiling, {}", "text encoder, {}", "vae, {}", "nano, {}", "pictures, {}"]
-    parts.append("pictures of long prompts, {}")
+    parts += ["starting, {}", "pictures of long prompts, {}"]
     assert {part.format(device) for part in parts for device in ("cpu", "cuda")} <= set(names)
     assert {"loading", "loading, fewer layers", "step, cpu, fp32", "step, cpu, fp32, larger"} <= set(names)
     for name in names:
