@@ -91,7 +91,7 @@ class Encoder(nn.Module):
         for stage in self.down:
             x = stage(x)  # but for the last: half the height and width
         x = self.mid(x)  # (B, 512, h, w)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 32, h, w): mean, then log-variance
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))  # (B, 32, h, w): mean, then log-variance
 
 
 class Decoder(nn.Module):
@@ -114,7 +114,7 @@ class Decoder(nn.Module):
         x = self.mid(x)
         for stage in reversed(self.up):
             x = stage(x)  # but for the last: twice the height and width
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))  # (B, 3, H, W)
 
 
 class DownStage(nn.Module):
@@ -168,9 +168,10 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = make.conv(width_in, width_out, kernel=1, padding=0) if width_in != width_out else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+        # in place: a new map's memory costs a CPU as much time as the arithmetic
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        return h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
 class AttentionBlock(nn.Module):
