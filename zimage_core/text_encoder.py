@@ -51,9 +51,12 @@ class TextEncoder(nn.Module):
 
         dtype: of the computation, where it differs from the weights'.
         layer: which of the hidden states, counted from the end: -2 is the last that is built, the more negative the
-            earlier, down to -num_hidden_layers, which the first layer makes.
+            earlier, down to -num_hidden_layers, which the first layer makes. Others raise ValueError.
         """
-        return self.model(input_ids, dtype, self.config.num_hidden_layers + 1 + layer)
+        count = self.config.num_hidden_layers
+        if not -count <= layer <= LAYER:
+            raise ValueError(f"layer is {layer}, expected {-count} to {LAYER}")
+        return self.model(input_ids, dtype, count + 1 + layer)
 
 
 class Decoder(nn.Module):

@@ -39,6 +39,14 @@ def test_layers_that_are_not_needed_are_not_built(make_text_encoder, tmp_path):
     assert "model.norm.weight" not in names
 
 
+def test_layers_that_are_not_there_are_refused(make_text_encoder, tmp_path):
+    make_text_encoder(0, layers=3).save_pretrained(tmp_path / "text_encoder")
+    encoder, ids = Snapshot(tmp_path).text_encoder(), torch.zeros(1, 4, dtype=torch.long)
+    for layer in (-1, 0, 1, -4):
+        with pytest.raises(ValueError, match=f"layer is {layer}, expected -3 to -2"):
+            encoder(ids, layer=layer)
+
+
 def test_bfloat16_is_no_further_from_float32_than_transformers(make_text_encoder, tmp_path):
     ours = theirs = 0.0
     for seed in range(4):
