@@ -22,9 +22,11 @@ PACKS = {provision.OLDEST: "ComfyUI-Z.Image (renamed)", provision.NEWEST: "comfy
 
 @pytest.fixture(scope="session")
 def hubs() -> Iterator[dict[str, Hub]]:
-    """version -> the hub that the server of this version asks."""
+    """version -> the hub that the server of this version asks. In the end no request is left that no test wanted."""
     with ExitStack() as stack:
-        yield {version: stack.enter_context(serve()) for version in PACKS}
+        found = {version: stack.enter_context(serve()) for version in PACKS}
+        yield found
+        assert [hub.asked for hub in found.values()] == [[], []]
 
 
 @pytest.fixture(scope="session")
