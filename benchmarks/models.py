@@ -24,9 +24,10 @@ TOY = {"dim": 1536, "n_heads": 12, "cap_feat_dim": 64}  # the narrowest that the
 FULL = {"dim": 3840, "n_heads": 30, "cap_feat_dim": 2560}
 
 
-def geometry(layers: int, toy: bool = False) -> TransformerConfig:
-    """The published widths and 2 + 2 refiner blocks, or toy ones and 1 + 1, with this many layers."""
-    numbers: dict[str, Any] = {**PUBLISHED_TRANSFORMER, **(TOY if toy else FULL), "n_refiner_layers": 1 if toy else 2}
+def geometry(layers: int, toy: bool = False, refiners: int | None = None) -> TransformerConfig:
+    """The published widths and 2 + 2 refiner blocks, or toy ones and 1 + 1 unless told, with this many layers."""
+    numbers: dict[str, Any] = {**PUBLISHED_TRANSFORMER, **(TOY if toy else FULL)}
+    numbers["n_refiner_layers"] = refiners or (1 if toy else 2)
     return TransformerConfig(**numbers, n_layers=layers, in_channels=16, patch_size=2)
 
 
@@ -76,7 +77,7 @@ def diffusers(ours: ZImageTransformer) -> nn.Module:
 
 def native(ours: ZImageTransformer) -> nn.Module:
     """The host's NextDiT on these weights."""
-    pack()
+    pack(cpu=ours.x_embedder.weight.device.type == "cpu")
     config = ours.config
     numbers = {
         "patch_size": config.patch_size,
@@ -106,7 +107,18 @@ def native(ours: ZImageTransformer) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def pack(*flags: str) -> Any:
-    """The pack's node modules inside a ComfyUI in this process; `flags` of its command line by name."""
+def of_nodes(ours: ZImageTransformer, compiled: bool = False) -> nn.Module:
+    """The network of our MODEL in the host, on these weights."""
+    host_model = pack(cpu=ours.x_embedder.weight.device.type == "cpu").host_model
+    dtype = ours.x_embedder.weight.dtype
+    operations = importlib.import_module("comfy.ops").disable_weight_init
+    model = host_model.HostTransformer(ours.config, operations=operations, device="meta", dtype=dtype)
+    model.load_state_dict(ours.state_dict(), strict=True, assign=True)
+    model.compiled = compiled
+    return model.requires_grad_(False).eval()
+
+
+def pack(cpu: bool = True, **settings: Any) -> Any:
+    """The pack's node modules inside a ComfyUI in this process; `settings` of its command line by name."""
     sys.path.append(str(ROOT / "tests" / "nodes"))
-    return importlib.import_module("inside").load_pack(*flags)
+    return importlib.import_module("inside").load_pack(cpu=cpu, **settings)

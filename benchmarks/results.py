@@ -25,13 +25,17 @@ def write(name: str, module: str, content: str) -> None:
     module: of `benchmarks`, that is running; the command is told as it was given.
     """
     command = " ".join(["python -m benchmarks." + module, *(shlex.quote(word) for word in sys.argv[1:])])
+    put(name, f"`{command}`, {date.today()}, {machine()}.\n\n{content}")
+
+
+def put(name: str, content: str) -> None:
+    """Puts the content between the marks of this name. Raises ValueError if there are none."""
     begin, end = f"<!-- {name}: written by the benchmark -->", f"<!-- end of {name} -->"
     text = FILE.read_text(encoding="utf-8")
     if begin not in text or end not in text:
         raise ValueError(f"{FILE}: the marks {begin!r} and {end!r} are missing; the table belongs between them")
     head, tail = text.split(begin)[0], text.split(end)[1]
-    section = f"{begin}\n`{command}`, {date.today()}, {machine()}.\n\n{content}\n{end}"
-    FILE.write_text(head + section + tail, encoding="utf-8")
+    FILE.write_text(f"{head}{begin}\n{content}\n{end}{tail}", encoding="utf-8")
 
 
 def machine() -> str:

@@ -70,7 +70,7 @@ def transformers(ours: TextEncoder) -> nn.Module:
 
 
 def native(ours: TextEncoder) -> nn.Module:
-    models.pack()
+    models.pack(cpu=next(ours.parameters()).device.type == "cpu")
     llama, config = importlib.import_module("comfy.text_encoders.llama"), ours.config
     names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
     numbers = {name: getattr(config, name) for name in names.split()}

@@ -50,7 +50,7 @@ def diffusers(ours: AutoencoderKL) -> nn.Module:
 
 def native(ours: AutoencoderKL) -> nn.Module:
     """The host's own module on these weights, as its VAE loader makes it."""
-    models.pack()
+    models.pack(cpu=next(ours.parameters()).device.type == "cpu")
     channels = ours.config.block_out_channels
     numbers = {"double_z": True, "z_channels": 16, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": channels[0]}
     numbers |= {"ch_mult": [width // channels[0] for width in channels], "num_res_blocks": 2, "attn_resolutions": []}
@@ -61,6 +61,14 @@ def native(ours: AutoencoderKL) -> nn.Module:
     )
     module.load_state_dict(ours.state_dict(), strict=True, assign=True)
     return module.requires_grad_(False).eval()
+
+
+def inputs(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Raw latents [1, 16, size/8, size/8] and a picture [1, 3, size, size] in -1..1."""
+    generator = torch.Generator().manual_seed(1)
+    raw = torch.randn(1, 16, size // 8, size // 8, generator=generator)
+    image = torch.rand(1, 3, size, size, generator=generator).mul(2).sub(1)
+    return raw.to(device, dtype), image.to(device, dtype)
 
 
 def calls(vae: AutoencoderKL, raw: Tensor, image: Tensor) -> dict[str, dict[str, Callable[[], Tensor]]]:
@@ -78,26 +86,26 @@ def main(a: argparse.Namespace) -> None:
     device = torch.device(a.device)
     dtype = torch.float32 if a.device == "cpu" else torch.bfloat16
     vae = core(a.toy, device, dtype)
-    rows = []
+    table: list[list[str]] = []
     for size in a.size or ([64] if a.toy else SIZES):
-        generator = torch.Generator().manual_seed(1)
-        raw = torch.randn(1, 16, size // 8, size // 8, generator=generator).to(device, dtype)
-        image = torch.rand(1, 3, size, size, generator=generator).mul(2).sub(1).to(device, dtype)
-        for direction, found in calls(vae, raw, image).items():
+        for direction, found in calls(vae, *inputs(size, device, dtype)).items():
             if direction == "encode" and a.decode_only:
                 continue
             chosen = {name: call for name, call in found.items() if name not in a.without}
-            rows += _rows(f"{direction} {size}²", chosen, a.repeats, device, dtype)
+            table += rows(f"{direction} {size}²", chosen, a.repeats, device, dtype)
     text = f"{dtype}, medians of {a.repeats} in seconds. Memory is what a call needs beside the weights.\n\n".replace(
         "torch.", ""
     )
-    text += timing.table(["", "implementation", ">seconds", ">to the first (range)", ">MB", ">differs from it"], rows)
+    text += timing.table(COLUMNS, table)
     print(text)
     if not a.toy:
         results.write(f"vae, {a.device}" if not a.size else f"vae of {a.size[0]}, {a.device}", "vae", text)
 
 
-def _rows(
+COLUMNS = ["", "implementation", ">seconds", ">to the first (range)", ">MB", ">differs from it"]
+
+
+def rows(
     name: str, found: dict[str, Callable[[], Tensor]], repeats: int, device: torch.device, dtype: torch.dtype
 ) -> list[list[str]]:
     peaks, off, first, times = {}, {}, None, {}
@@ -114,13 +122,13 @@ def _rows(
     if repeats > 1:  # else the first call counts, as what takes minutes needs no warm-up
         times = timing.alternating(found, repeats, device)
     base = next(iter(found))
-    rows = []
+    table = []
     for label in found:
         to = timing.ratio(times, label, base) if label != base else ""
-        rows.append([name, label, f"{statistics.median(times[label]):.3g}", to, f"{peaks[label] / 1e6:,.0f}"])
-        rows[-1].append(f"{off[label]:.1e}" if label != base else "")
-        print("|", " | ".join(rows[-1]), "|", flush=True)
-    return rows
+        table.append([name, label, f"{statistics.median(times[label]):.3g}", to, f"{peaks[label] / 1e6:,.0f}"])
+        table[-1].append(f"{off[label]:.1e}" if label != base else "")
+        print("|", " | ".join(table[-1]), "|", flush=True)
+    return table
 
 
 if __name__ == "__main__":

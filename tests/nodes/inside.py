@@ -7,14 +7,15 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = "host host_attention host_operations host_download host_packed host_prompts".split()
 MODULES += "host_model host_clip host_vae host_lora host_sampler convert loaders lora conditioning sampling vae".split()
 
 
-def load_pack(*flags: str) -> SimpleNamespace:
-    """The modules of nodes/, by name. `flags` are the host's command line; `cpu` is always set."""
+def load_pack(*flags: str, cpu: bool = True, **settings: Any) -> SimpleNamespace:
+    """The modules of nodes/, by name. `flags` and `settings` are of the host's command line, by name."""
     if str(ROOT / ".ci") not in sys.path:
         sys.path.append(str(ROOT / ".ci"))
     import provision
@@ -23,9 +24,8 @@ def load_pack(*flags: str) -> SimpleNamespace:
     sys.path.insert(0, str(provision.newest()))
     from comfy.cli_args import args
 
-    args.cpu = True
-    for flag in flags:
-        setattr(args, flag, True)
+    for flag, value in {"cpu": cpu, **dict.fromkeys(flags, True), **settings}.items():
+        setattr(args, flag, value)
     name = "zimage_pack"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(

@@ -1,0 +1,1 @@
+"""Everything about the pack on a GPU, by one command on a machine without a network: see `__main__`."""

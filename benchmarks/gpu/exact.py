@@ -1,0 +1,80 @@
+"""One forward at the published geometry against float32 on the CPU; and in float16 where it overflows unguarded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zimage_core.transformer import ZImageTransformer
+
+from .. import models, step
+from .report import Report
+from .steps import everybody
+
+CASES = [step.Case(256, 40), step.Case(512, 400)]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INFLATED = 4096.0  # a power of two: w3's product then exceeds float16, which ends at 65504, in every block
+
+
+def run(report: Report, device: torch.device, toy: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch._dynamo.config.recompile_limit = 64  # nobody else computes in every dtype in one process
+    config = models.geometry(1 if toy else 30, toy)
+    exact = models.core(config, device, torch.float32)
+    for parameter in exact.parameters():
+        parameter.copy_(parameter.bfloat16())  # so that every dtype holds the same numbers
+    names = ["core", "core compiled", "nodes", "nodes compiled", "native", "diffusers"]
+    title = "||difference|| / ||float32 on the CPU||"
+    report.table(title, ["weights", "picture", "dtype", *(f">{name}" for name in names)])
+    for weights in ("drawn", f"w3 times {INFLATED:.0f}"):
+        if weights != "drawn":
+            for layer in exact.layers:
+                layer.feed_forward.w3.weight.mul_(INFLATED)
+        reference = _on_cpu(exact)
+        expected = {}
+        for case in step.TOY_CASES[:1] if toy else CASES:
+            given = step.inputs(case, config, torch.device("cpu"), torch.float32)
+            given.latents.copy_(given.latents.bfloat16())
+            for feats in given.cap_feats:
+                feats.copy_(feats.bfloat16())
+            expected[case] = given, reference(given.latents, given.t, given.cap_feats)
+        del reference
+        for dtype in DTYPES if weights == "drawn" else DTYPES[1:]:
+            built = everybody(_cast(exact, dtype))
+            if dtype == torch.float32:  # compiling takes longer than all the rest
+                built = {name: model for name, model in built.items() if "compiled" not in name}
+            for case, (given, result) in expected.items():
+                there = step.Inputs(
+                    given.latents.to(device, dtype),
+                    given.t.to(device),
+                    [feats.to(device, dtype) for feats in given.cap_feats],
+                )
+                found = {name: _error(call, result) for name, call in step.calls(built, there).items()}
+                cells = [found.get(name, "") for name in names]
+                report.row(title, weights, case, str(dtype).removeprefix("torch."), *cells)
+            del built
+
+
+def _on_cpu(model: ZImageTransformer) -> ZImageTransformer:
+    copy = ZImageTransformer(model.config, device="meta")
+    copy.load_state_dict({name: value.cpu() for name, value in model.state_dict().items()}, assign=True)
+    return copy.requires_grad_(False).eval()
+
+
+def _cast(model: ZImageTransformer, dtype: torch.dtype) -> ZImageTransformer:
+    copy = ZImageTransformer(model.config, device="meta")
+    copy.load_state_dict({name: value.to(dtype) for name, value in model.state_dict().items()}, assign=True)
+    return copy.requires_grad_(False).eval()
+
+
+def _error(call: Any, expected: Tensor) -> str:
+    try:
+        result = call().float().cpu()
+    except (RuntimeError, ValueError, TypeError) as error:
+        return f"{type(error).__name__}"
+    if not result.isfinite().all():
+        return "not finite"
+    return f"{((result - expected).norm() / expected.norm()).item():.1e}"

@@ -1,0 +1,148 @@
+"""Our loader and sampler nodes beside ComfyUI's own, 8 steps, with its static and its dynamic memory, and crowded."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import loading, memory, models
+from .report import Report
+
+FILE = "bench.safetensors"
+STEPS = 8
+SIZE = 1024
+LEFT = 9  # GiB that a crowded device has left
+ROUNDS, RUNS = 2, 3  # loads of each, and pictures of each load after its first
+
+
+@torch.inference_mode()
+def run(report: Report, device: torch.device, toy: bool, dynamic: bool, crowded: bool = False) -> None:
+    logging.basicConfig(level=logging.WARNING)
+    with tempfile.TemporaryDirectory() as base, _taken(crowded) as taken:
+        if crowded:
+            report.remark(f"another process holds {taken / 2**30:.0f} GiB; {LEFT} are left")
+        config = models.geometry(1 if toy else 30, refiners=1 if toy else 2)  # ComfyUI knows Z-Image by its width
+        folder = Path(base) / "models" / "diffusion_models"
+        folder.mkdir(parents=True)
+        started = time.monotonic()
+        loading.write_file(folder / FILE, loading.shapes_of(config), "BF16", {"format": "pt"})
+        size = (folder / FILE).stat().st_size / 1e9
+        report.remark(f"a file of {size:.1f} GB, written in {time.monotonic() - started:.0f} s")
+        pack = models.pack(cpu=device.type == "cpu", base_directory=base, disable_dynamic_vram=not dynamic)
+        if dynamic:
+            _dynamic_memory()
+        mm = importlib.import_module("comfy.model_management")
+        patcher = importlib.import_module("comfy.model_patcher").CoreModelPatcher.__name__
+        report.remark(f"{mm.vram_state}, ComfyUI's patcher is {patcher}")
+        latent = {"samples": torch.zeros(1, 16, *[8 if toy else SIZE // 8] * 2)}
+        generator = torch.Generator().manual_seed(0)
+        prompt = [[torch.randn(1, 40, config.cap_feat_dim, generator=generator), {}]]
+        times: dict[str, dict[str, list[float]]] = {}
+        peaks: dict[str, int] = {}
+        pictures = {}
+        for number in range(1 if toy else ROUNDS):
+            for name, use in _users(pack, prompt, latent).items():
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                found, pictures[name] = _use(use, number, device)
+                for key, values in found.items():
+                    times.setdefault(name, {}).setdefault(key, []).extend(values)
+                peaks[name] = max(peaks.get(name, 0), torch.cuda.max_memory_allocated() if device.type == "cuda" else 0)
+                mm.unload_all_models()
+                mm.soft_empty_cache()
+        columns = ["", ">load node", ">first 8 steps", ">further 8 steps", ">range", ">MB of torch", ">RAM, MB"]
+        report.table("seconds", columns)
+        for name, each in times.items():
+            further = each["further"]
+            cells = [f"{statistics.median(each['load']):.2f}", f"{statistics.median(each['first']):.2f}"]
+            cells += [f"{statistics.median(further):.3f}", f"{min(further):.3f}–{max(further):.3f}"]
+            report.row("seconds", name, *cells, f"{peaks[name] / 1e6:,.0f}", f"{memory.anonymous() / 1e6:,.0f}")
+        ours, stock = (pictures[name].float() for name in ("ours", "stock"))
+        off = ((ours - stock).norm() / stock.norm()).item()
+        report.remark(f"latents of the two differ by {off:.1e} (their noise levels are not the same to the last digit)")
+
+
+Use = tuple[Callable[[], Any], Callable[[Any, int], torch.Tensor]]  # (load, (model, seed) -> latents)
+
+
+def _users(pack: Any, prompt: Any, latent: dict[str, Any]) -> dict[str, Use]:
+    nodes = importlib.import_module("nodes")
+
+    def load_ours() -> Any:
+        path = f"diffusion_models/{FILE}"
+        names = pack.host.model_choices("transformer")
+        return pack.loaders.ZImageTransformerLoader.execute(path if path in names else FILE, "default").args[0]
+
+    def sample_ours(model: Any, seed: int) -> torch.Tensor:
+        settings = (prompt, latent, seed, STEPS, 0.0, 0.0, 1.0, 1.0)
+        return pack.sampling.ZImageSampler.execute(model, *settings).args[0]["samples"]
+
+    def load_stock() -> Any:
+        return nodes.UNETLoader().load_unet(FILE, "default")[0]
+
+    def sample_stock(model: Any, seed: int) -> torch.Tensor:
+        arguments = (model, seed, STEPS, 1.0, "euler", "simple", prompt, prompt, latent)
+        return nodes.KSampler().sample(*arguments)[0]["samples"]
+
+    return {"ours": (load_ours, sample_ours), "stock": (load_stock, sample_stock)}
+
+
+def _use(use: Use, number: int, device: torch.device) -> tuple[dict[str, list[float]], torch.Tensor]:
+    load, sample = use
+    taken, model = _seconds(load, device)
+    found = {"load": [taken]}
+    taken, picture = _seconds(lambda: sample(model, 1), device)
+    found["first"] = [taken]
+    further = [_seconds(lambda seed=seed: sample(model, seed), device)[0] for seed in range(2, 2 + RUNS)]
+    return {**found, "further": further}, picture
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    memory.synchronize(device)
+    started = time.perf_counter()
+    result = call()
+    memory.synchronize(device)
+    return time.perf_counter() - started, result
+
+
+@contextmanager
+def _taken(crowded: bool) -> Iterator[int]:
+    """Bytes of the device that another process holds meanwhile."""
+    if not crowded:
+        yield 0
+        return
+    free, _total = torch.cuda.mem_get_info()
+    size = free - LEFT * 2**30
+    script = f"import sys, torch; x = torch.empty({size}, dtype=torch.uint8, device='cuda'); print('held', flush=True)"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"{script}; sys.stdin.read()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        if b"held" not in holder.stdout.readline():
+            raise RuntimeError(f"another process could not take {size / 2**30:.0f} GiB of the device")
+        yield size
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def _dynamic_memory() -> None:
+    """What ComfyUI's main.py does where it finds its library for it."""
+    control, mm = importlib.import_module("comfy_aimdo.control"), importlib.import_module("comfy.model_management")
+    if not control.init_devices((device.index, 0) for device in mm.get_all_torch_devices()):
+        raise RuntimeError("comfy-aimdo does not work on this machine")
+    control.set_log_warning()
+    patcher = importlib.import_module("comfy.model_patcher")
+    patcher.CoreModelPatcher = patcher.ModelPatcherDynamic
+    importlib.import_module("comfy.memory_management").aimdo_enabled = True
