@@ -1,8 +1,7 @@
 """The referee: every benchmark of speed in turn, each in a process of its own; RESULTS.md gets what they found.
 At toy size, where imports take longest, all of them share this one.
 
-    python -m benchmarks                     # an hour or more on a CPU
-    python -m benchmarks --device cuda       # the published geometry on a GPU
+    python -m benchmarks                     # an hour or more on a CPU; `benchmarks.gpu` is for a GPU
     python -m benchmarks step vae --toy      # only these, tiny, nothing written: do they work?
 
 What a part can do besides is told by `python -m benchmarks.PART --help`.
@@ -39,11 +38,10 @@ def succeeds(part: str, settings: list[str], here: bool) -> bool:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; all if none is named")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--toy", action="store_true")
     a = parser.parse_args()
     if unknown := set(a.parts) - set(PARTS):
         parser.error(f"there is no benchmark {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    settings = ["--device", a.device, *(["--toy", "--repeats", "1"] if a.toy else [])]
+    settings = ["--toy", "--repeats", "1"] if a.toy else []
     failed = [part for part in a.parts or PARTS if not succeeds(part, settings, here=a.toy)]
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)

@@ -1,7 +1,6 @@
 """One step of the transformer: ours, diffusers' and the host's own, on the same weights, alternating in one process.
 
-    python -m benchmarks.step                  # 4 main layers, the sizes of a CPU
-    python -m benchmarks.step --device cuda    # all 30 layers, eager and compiled
+    python -m benchmarks.step                  # 4 main layers, the sizes of a CPU; `benchmarks.gpu` has those of a GPU
 
 A step of ours is one call of the transformer and, because it runs once for a prompt, an eighth of the caption's part:
 that of a run of 8 steps. The floor is the step's matrix products and attention at the measured rate of such products.
@@ -46,7 +45,6 @@ class Case:
 
 
 CPU_CASES = [Case(512, 40), Case(512, 400), Case(512, 40, guided=True), Case(1024, 40), Case(1024, 400)]
-CUDA_CASES = [Case(size, 40, guided) for size in (512, 1024, 2048) for guided in (False, True)] + [Case(1024, 400)]
 TOY_CASES = [Case(64, 10), Case(64, 40, guided=True)]
 
 
@@ -164,18 +162,18 @@ def matmul_rate(config: TransformerConfig, device: torch.device, dtype: torch.dt
 
 @torch.inference_mode()
 def main(a: argparse.Namespace) -> None:
-    device, on_cuda = torch.device(a.device), a.device == "cuda"
-    layers = a.layers or (1 if a.toy else 30 if on_cuda else 4)
+    device = torch.device("cpu")
+    layers = a.layers or (1 if a.toy else 4)
     config = models.geometry(layers, a.toy)
-    cases = TOY_CASES if a.toy else CUDA_CASES if on_cuda else CPU_CASES
-    dtypes = a.dtype or (["bf16"] if on_cuda else ["fp32"] if a.toy else list(DTYPES))
+    cases = TOY_CASES if a.toy else CPU_CASES
+    dtypes = a.dtype or (["fp32"] if a.toy else list(DTYPES))
     wanted = [(case, name) for name in dtypes for case in cases]
     wanted = [(case, name) for case, name in wanted if not a.only or any(word in str(case) for word in a.only)]
     wanted = [(case, name) for case, name in wanted if not any(word in str(case) for word in a.without)]
     for name in dict.fromkeys(name for _, name in wanted):
         ours = models.core(config, device, DTYPES[name])
         built = {"core": ours, "diffusers": models.diffusers(ours), "native": models.native(ours)}
-        if on_cuda or a.compiled:
+        if a.compiled:
             built["core compiled"] = copy.copy(ours)  # the same parameters
             built["core compiled"].compiled = True
         rows = []
@@ -190,7 +188,7 @@ def main(a: argparse.Namespace) -> None:
         text += timing.table(COLUMNS, rows)
         print(text)
         if not a.toy:
-            results.write(a.section or f"step, {a.device}, {name}", "step", text)
+            results.write(a.section or f"step, cpu, {name}", "step", text)
 
 
 COLUMNS = ["picture", ">core", ">diffusers", ">native", ">core / faster peer", ">compiled / core"]
@@ -214,13 +212,12 @@ def _row(dtype: str, case: Case, found: Measured, config: TransformerConfig, dev
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--layers", type=int, help="main layers; 4 on a CPU, 30 on a GPU unless told")
+    parser.add_argument("--layers", type=int, default=0, help="main layers; 4 unless told")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="repeatable; both on a CPU")
+    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="repeatable; both unless told")
     parser.add_argument("--only", action="append", help='cases whose name has this in it, such as "512"; repeatable')
     parser.add_argument("--without", action="append", default=[], help="no cases with this in their name; repeatable")
-    parser.add_argument("--compiled", action="store_true", help="on a CPU, too")
-    parser.add_argument("--section", help="of RESULTS.md to write to; that of device and dtype unless told")
+    parser.add_argument("--compiled", action="store_true", help="compiled, too")
+    parser.add_argument("--section", help="of RESULTS.md to write to; that of the dtype unless told")
     parser.add_argument("--toy", action="store_true", help="tiny and not written down: does the script work?")
     main(parser.parse_args())

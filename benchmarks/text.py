@@ -1,7 +1,6 @@
 """The text encoder: ours, transformers' as diffusers calls it, and the host's, on the same random bfloat16 weights.
 
-    python -m benchmarks.text                  # 6 of the 36 layers at their real width
-    python -m benchmarks.text --device cuda    # all of them
+    python -m benchmarks.text    # 6 of the 36 layers at their real width; `benchmarks.gpu` has all of them on a GPU
 
 diffusers pads every prompt to 512 tokens and computes in bfloat16; the host computes in float32. Ours does what it is
 asked for: both are measured.
@@ -102,8 +101,8 @@ def calls(ours: TextEncoder, ids: Tensor, toy: bool) -> dict[str, Callable[[], T
 
 @torch.inference_mode()
 def main(a: argparse.Namespace) -> None:
-    device = torch.device(a.device)
-    layers = a.layers or (3 if a.toy else 36 if a.device == "cuda" else 6)
+    device = torch.device("cpu")
+    layers = a.layers or (3 if a.toy else 6)
     ours = core(layers, a.toy, device)
     rows = []
     for length in PROMPTS:
@@ -132,12 +131,11 @@ def main(a: argparse.Namespace) -> None:
     )
     print(text)
     if not a.toy:
-        results.write(f"text encoder, {a.device}", "text", text)
+        results.write("text encoder, cpu", "text", text)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--layers", type=int)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--toy", action="store_true", help="tiny and not written down: does the script work?")

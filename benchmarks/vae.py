@@ -3,7 +3,7 @@
     python -m benchmarks.vae                              # 512² and 1024²
     python -m benchmarks.vae --size 2048 --decode-only --repeats 1 --without diffusers --without native
 
-Everything in float32 on a CPU, as all three do there; on a GPU in bfloat16.
+Everything in float32 on a CPU, as all three do there; `benchmarks.gpu` has them in bfloat16 on a GPU.
 """
 
 from __future__ import annotations
@@ -83,8 +83,7 @@ def calls(vae: AutoencoderKL, raw: Tensor, image: Tensor) -> dict[str, dict[str,
 
 @torch.inference_mode()
 def main(a: argparse.Namespace) -> None:
-    device = torch.device(a.device)
-    dtype = torch.float32 if a.device == "cpu" else torch.bfloat16
+    device, dtype = torch.device("cpu"), torch.float32
     vae = core(a.toy, device, dtype)
     table: list[list[str]] = []
     for size in a.size or ([64] if a.toy else SIZES):
@@ -99,7 +98,7 @@ def main(a: argparse.Namespace) -> None:
     text += timing.table(COLUMNS, table)
     print(text)
     if not a.toy:
-        results.write(f"vae, {a.device}" if not a.size else f"vae of {a.size[0]}, {a.device}", "vae", text)
+        results.write("vae, cpu" if not a.size else f"vae of {a.size[0]}, cpu", "vae", text)
 
 
 COLUMNS = ["", "implementation", ">seconds", ">to the first (range)", ">MB", ">differs from it"]
@@ -133,7 +132,6 @@ def rows(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--size", type=int, action="append", help="only this size, in a section of its own; repeatable")
     parser.add_argument("--without", action="append", default=[], help="an implementation to leave out; repeatable")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks import pictures, results
+from benchmarks.gpu import report
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -119,10 +122,83 @@ def test_every_section_is_filled():
     text = results.FILE.read_text()
     names = re.findall(r"<!-- (.*): written by the benchmark -->", text)
     assert len(names) == len(set(names))
-    parts = ["step, {}, bf16", "compiling, {}", "text encoder, {}", "vae, {}", "nano, {}", "pictures, {}"]
-    parts += ["starting, {}", "pictures of long prompts, {}"]
-    assert {part.format(device) for part in parts for device in ("cpu", "cuda")} <= set(names)
-    assert {"loading", "loading, fewer layers", "step, cpu, fp32", "step, cpu, fp32, larger"} <= set(names)
+    parts = ["compiling", "pictures", "starting", "pictures of long prompts"]
+    assert {f"{part}, {device}" for part in parts for device in ("cpu", "cuda")} <= set(names)
+    assert {"gpu", "text encoder, cpu", "vae, cpu", "nano, cpu", "loading", "loading, fewer layers"} <= set(names)
+    assert {"step, cpu, bf16", "step, cpu, fp32", "step, cpu, fp32, larger"} <= set(names)
     for name in names:
         section = text.split(f"<!-- {name}: written by the benchmark -->")[1].split(f"<!-- end of {name} -->")[0]
-        assert "|---" in section or ("cuda" in name and "not been run" in section), name
+        assert "|---" in section or (name.endswith(("cuda", "gpu")) and "not been run" in section), name
+
+
+# The command for a GPU
+
+
+@pytest.fixture(scope="module")
+def gpu_run(tmp_path_factory) -> Path:
+    """The folder of a run at toy size on the CPU: every phase, by the same code."""
+    out = tmp_path_factory.mktemp("gpu")
+    command = [sys.executable, "-m", "benchmarks.gpu", "--toy", "--device", "cpu", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "every phase passed" in done.stdout.splitlines()[-1]
+    return out
+
+
+def test_gpu_phases_compare_everybody(gpu_run):
+    found = report.load(gpu_run)
+    assert set(found) == {"machine", "nano", "step", "host", "autoencoder and encoder", "profile", "exact"}
+    steps = found["step"]["tables"]["milliseconds"]
+    assert [name.strip(">") for name in steps["columns"][1:]] == [
+        "core",
+        "core compiled",
+        "nodes",
+        "nodes compiled",
+        "native",
+        "diffusers",
+        "floor",
+    ]
+    assert all(float(cell) > 0 for row in steps["rows"] for cell in row[1:])
+    assert {row[0] for row in found["host"]["tables"]["seconds"]["rows"]} == {"ours", "stock"}
+    (exact,) = found["exact"]["tables"].values()
+    assert {row[0] for row in exact["rows"]} == {"drawn", "w3 times 4096"}
+    drawn = next(row for row in exact["rows"] if row[2] == "float32")
+    assert all(float(cell) < 1e-5 for cell in drawn[3:] if cell)
+    nano = {(row[0], row[1]): float(row[3]) for row in found["nano"]["tables"]["nodes"]["rows"]}
+    assert nano["LoRA", "float32"] < 1e-5 and nano["GGUF Q8_0, LoRA", "float32"] < 1e-4
+
+
+def test_gpu_results_go_into_the_document(gpu_run, tmp_path, monkeypatch):
+    file = tmp_path / "RESULTS.md"
+    file.write_text("<!-- gpu: written by the benchmark -->\nold\n<!-- end of gpu -->\n")
+    monkeypatch.setattr(results, "FILE", file)
+    report.record(gpu_run)
+    text = file.read_text()
+    assert "| picture | core |" in text and "old" not in text and "torch 2." in text
+
+
+def test_a_gpu_phase_that_fails_keeps_what_it_had(tmp_path):
+    with report.Report(tmp_path, "one") as found:
+        found.table("t", ["a", ">b"])
+        found.row("t", "x", 1)
+        raise RuntimeError("no more memory")
+    saved = report.load(tmp_path)["one"]
+    assert found.failed and saved["tables"]["t"]["rows"] == [["x", "1"]]
+    assert saved["remarks"] == ["FAILED with RuntimeError: no more memory"]
+    assert "| x | 1 |" in report.printed({"one": saved})
+
+
+def test_the_kit_holds_what_the_gpu_command_needs(tmp_path):
+    """Its parts; `make gpu-kit` fetches packages, which takes minutes."""
+    sys.path.append(str(ROOT / ".ci"))
+    gpu_kit, provision = importlib.import_module("gpu_kit"), importlib.import_module("provision")
+    names = {name for _, name in gpu_kit._sources(provision.newest())}
+    assert {"main.py", "requirements.txt", "comfyui_version.py", "nodes.py", "comfy/model_base.py"} <= names
+    assert "comfy_api/latest/__init__.py" in names and not any(name.startswith("tests/") for name in names)
+    assert gpu_kit.OTHERS.search("/comfy_kitchen/backends/hip/_C.cpython-312.so")
+    assert not gpu_kit.OTHERS.search("/comfy_kitchen/backends/cuda/_C.cpython-312.so")
+    (tmp_path / "av").mkdir()
+    (tmp_path / "av" / "__init__.py").write_text(gpu_kit.STAND_IN)
+    script = "import av; from av.container import InputContainer; from av.subtitles.stream import SubtitleStream"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", f"{script}; av.VideoFrame"], env=environment, check=True, timeout=60)

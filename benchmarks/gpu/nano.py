@@ -1,4 +1,4 @@
-"""The nano model on the device against float32 on the CPU: core and nodes, precision, guidance, LoRA, packed weights."""
+"""The nano model on the device against float32 on the CPU: core, nodes, precision, guidance, LoRA, packed weights."""
 
 from __future__ import annotations
 
