@@ -15,6 +15,7 @@ import comfy.ldm.common_dit
 import comfy.model_base
 import comfy.model_management as mm
 import comfy.model_patcher
+import comfy.ops
 import comfy.patcher_extension
 import comfy.supported_models
 import torch
@@ -23,9 +24,8 @@ from torch import Tensor
 
 from ..zimage_core.checkpoint import Component, Snapshot, open_component, schedule_of, snapshot_folder
 from ..zimage_core.config import SchedulerConfig, TransformerConfig
-from ..zimage_core.fused import norm_gain
 from ..zimage_core.sampling import model_time, velocity
-from ..zimage_core.transformer import Captions, JointAttention, ZImageTransformer, norm_and_rotate
+from ..zimage_core.transformer import Block, Captions, JointAttention, ZImageTransformer, norm_and_rotate
 from . import host_operations, host_packed
 
 try:  # the host's kernel package; older ones lack these two
@@ -45,6 +45,8 @@ class HostTransformer(ZImageTransformer):
         self.dtype = dtype
         self.run_captions = _RunCaptions()
         for module in self.modules():
+            if isinstance(module, Block):
+                module.gain = _gain
             if isinstance(module, JointAttention) and rms_rope is not None:
                 module.norm_and_rotate = _norm_and_rotate
 
@@ -97,10 +99,29 @@ def _norm_and_rotate(q: Tensor, k: Tensor, rotation: Tensor, q_norm: Any, k_norm
 
 
 def _by_kernel(q: Tensor, k: Tensor, rotation: Tensor, q_norm: Any, k_norm: Any) -> tuple[Tensor, Tensor]:
-    q_gain, k_gain = (norm_gain(norm, q).squeeze(0) for norm in (q_norm, k_norm))  # (head_dim,) float32
+    (q_gain, q_bias, q_lent), (k_gain, k_bias, k_lent) = _cast(q_norm, q), _cast(k_norm, k)
     if q.shape == k.shape:
-        return rms_rope(q, k, rotation, q_gain, k_gain, q_norm.eps)
-    return rms_rope1(q, rotation[:, : q.shape[1]], q_gain, q_norm.eps), rms_rope1(k, rotation, k_gain, k_norm.eps)
+        q, k = rms_rope(q, k, rotation, q_gain, k_gain, q_norm.eps)
+    else:
+        q = rms_rope1(q, rotation[:, : q.shape[1]], q_gain, q_norm.eps)
+        k = rms_rope1(k, rotation, k_gain, k_norm.eps)
+    comfy.ops.uncast_bias_weight(q_norm, q_gain, q_bias, q_lent)
+    comfy.ops.uncast_bias_weight(k_norm, k_gain, k_bias, k_lent)
+    return q, k
+
+
+def _gain(norm: Any, like: Tensor) -> Tensor:
+    """What `fused.norm_gain` tells, where the host moves, casts and patches weights as they are used."""
+    weight, bias, lent = _cast(norm, like)
+    is_lent = lent[0] is not None or "_v" in vars(norm)  # by a stream or the paging of weights
+    gain = weight.clone() if is_lent else weight
+    comfy.ops.uncast_bias_weight(norm, weight, bias, lent)
+    return gain
+
+
+def _cast(norm: Any, like: Tensor) -> Any:
+    """(weight, bias, what `uncast_bias_weight` wants): itself where nothing is to be done, so nothing is launched."""
+    return comfy.ops.cast_bias_weight(norm, like, offloadable=True)
 
 
 def _attention(options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -132,9 +153,11 @@ class _RunCaptions:
         self, model: ZImageTransformer, x: Tensor, context: Tensor, options: dict[str, Any]
     ) -> Captions | Tensor:
         """What the transformer takes in place of `context`."""
-        # hooks change weights and other nodes' overrides the attention, both perhaps by the step
+        # the host's hooks change weights, other nodes' overrides the attention and what they put into the blocks
+        # anything, all perhaps by the step
         steady = self.patcher is not None and self.patcher.current_hooks is None
         steady = steady and getattr(options.get("optimized_attention_override", self), "steady", False)
+        steady = steady and model.refines_as_built()
         if not steady or x.device.type != "cpu" or torch.compiler.is_compiling() or len(context) != len(x):
             return context
         for features, dtype, captions in self.known:

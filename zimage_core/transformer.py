@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.nn.modules.module as module_hooks
 from torch import Tensor, nn
 
 from . import fused, row_blocks
@@ -28,7 +29,7 @@ from .attention import Attention, attention
 from .config import TransformerConfig
 from .fused import finite
 from .patchify import padded, patchify, unpatchify
-from .products import Layers
+from .products import LINEAR_KINDS, Layers
 from .rope import caption_positions, image_positions, rotate, rotations
 
 TIME_FREQUENCIES = 256  # sinusoids of the model time (reference `frequency_embedding_size`)
@@ -37,6 +38,7 @@ MAX_PERIOD = 10000.0
 # Image tokens from which captions of different lengths run one after another: a batch of them needs a mask, which the
 # fast attention kernels don't take, and products of so many rows gain nothing from more
 APART = 1024
+NORMS = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")  # of a block
 FINAL_NORM_EPS = 1e-6  # the LayerNorm of the final layer, without weights
 
 # called after a block with (stage, index, state); see `ZImageTransformer.forward`. One that has an attribute
@@ -52,7 +54,7 @@ class Captions:
     """
 
     tokens: Tensor  # [B, L, D]
-    lengths: list[int]  # of each caption with the padding that belongs to it, multiples of 32; L is the largest
+    lengths: list[int]  # with the padding that belongs to it, multiples of 32: of each caption, or one if all have L
     rotations: Tensor  # [1, L, 1, head_dim/2, 2, 2]
     image_rotations: dict[Any, Tensor] = field(default_factory=dict)  # of image tokens behind them, by picture size
     items: list[Captions] = field(default_factory=list)  # see `apart`
@@ -139,7 +141,7 @@ class ZImageTransformer(nn.Module):
         if not isinstance(cap_feats, Captions):
             cap_feats = self.refine_captions(cap_feats, latents.dtype, attention=attention)
         captions, reads = cap_feats, block_hook is not None and getattr(block_hook, "reads_tokens", True)
-        if block_hook is None and len(set(captions.lengths)) > 1 and height * width >= APART * config.patch_size**2:
+        if block_hook is None and len(captions.lengths) > 1 and height * width >= APART * config.patch_size**2:
             settings = {"attention": attention, "rope_options": rope_options}
             items = zip(latents.split(1), t.split(1), captions.apart(), strict=True)
             return torch.cat([self(x, at, caption, **settings) for x, at, caption in items])
@@ -151,7 +153,7 @@ class ZImageTransformer(nn.Module):
         state = {"img_input": img.clone() if reads else img, "pe": img_pe, "vec": adaln, "x": latents}
         state["txt"] = captions.tokens.clone() if reads else captions.tokens
         for index, block in enumerate(self.noise_refiner):
-            img = self._run(block, img, img_pe, adaln, attention, [n] * len(img))
+            img = self._run(block, img, img_pe, adaln, attention, [n])
             if block_hook is not None:
                 state["img"] = img
                 block_hook("noise_refiner", index, state)
@@ -189,7 +191,7 @@ class ZImageTransformer(nn.Module):
         x = self.x_embedder(patchify(latents, self.config.patch_size))  # (B, h/2 * w/2, D)
         n_image = x.shape[1]
         pads = padded(n_image) - n_image
-        if pads:
+        if torch.compiler.is_compiling() or pads:  # asked there, it would be compiled once for each answer
             # a root parameter: hosts that move leaf modules leave it behind, so it is moved here
             token = self.x_pad_token.to(x)
             x = torch.cat((x, token.expand(len(x), pads, -1)), dim=1)
@@ -197,29 +199,35 @@ class ZImageTransformer(nn.Module):
 
     def _embed_caption(self, cap_feats: Tensor | Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[int]]:
         """Captions [B, L, D] and their padded lengths."""
-        lengths = [len(feats) for feats in cap_feats]
-        padded_lengths = [padded(length) for length in lengths]
-        total = max(padded_lengths)
         if isinstance(cap_feats, Tensor):
-            feats = F.pad(cap_feats, (0, 0, 0, total - cap_feats.shape[1]))
+            lengths = [cap_feats.shape[1]]  # how many there are may vary when this is compiled
+            total = padded(lengths[0])
+            feats = F.pad(cap_feats, (0, 0, 0, total - lengths[0]))
         else:
+            lengths = [len(feats) for feats in cap_feats]
+            total = padded(max(lengths))
             feats = torch.stack([F.pad(item, (0, 0, 0, total - len(item))) for item in cap_feats])
         cap = self.cap_embedder(feats.to(dtype))  # (B, L, D)
-        real = _own(lengths, total, cap.device)  # (B, L)
-        return torch.where(real.unsqueeze(-1), cap, self.cap_pad_token.to(cap)), padded_lengths
+        real = _own(lengths, total, cap.device)  # (1 or B, L)
+        cap = torch.where(real.unsqueeze(-1), cap, self.cap_pad_token.to(cap))
+        padded_lengths = [padded(length) for length in lengths]
+        return cap, padded_lengths if min(padded_lengths) < total else [total]
 
     def _image_rotations(
         self, captions: Captions, height: int, width: int, count: int, rope_options: Mapping[str, float] | None
     ) -> Tensor:
         """For `count` padded image tokens, kept with the captions: every step of a run needs the same."""
-        key = (height, width, *sorted((rope_options or {}).items()))
-        if key not in captions.image_rotations:
-            lengths = captions.lengths if len(set(captions.lengths)) > 1 else captions.lengths[:1]
-            rows, columns = height // self.config.patch_size, width // self.config.patch_size
-            device = captions.tokens.device
-            positions = image_positions(lengths, rows, columns, count, device, rope_options)
-            captions.image_rotations[key] = self._rotations(positions)
-        return captions.image_rotations[key]
+        # while it is being compiled, sizes may stand for any, and a key would make constants of them
+        key = None if torch.compiler.is_compiling() else (height, width, *sorted((rope_options or {}).items()))
+        if key in captions.image_rotations:
+            return captions.image_rotations[key]
+        rows, columns = height // self.config.patch_size, width // self.config.patch_size
+        device = captions.tokens.device
+        positions = image_positions(captions.lengths, rows, columns, count, device, rope_options)
+        rotations = self._rotations(positions)
+        if key is not None:
+            captions.image_rotations[key] = rotations
+        return rotations
 
     def _run(
         self,
@@ -232,14 +240,22 @@ class ZImageTransformer(nn.Module):
         mask: Tensor | None = None,
         kept: int | None = None,
     ) -> Tensor:
-        """The block, in the way that suits the device. counts: of each item's tokens that are its own, as in mask."""
-        if _is_replaced(block):
-            return block(x, rotation, adaln, attention, mask, kept)
+        """The block, in the way that suits the device.
+
+        counts: of each item's tokens that are its own, as in mask; one where they are all of x.
+        """
+        if not is_as_built(block):
+            return block(x, rotation, adaln, attention, mask)  # as others know it: all tokens go in and come out
         if row_blocks.suits(x, self.compiled):
             return row_blocks.run(block, x, rotation, adaln, attention, counts, mask, kept, self.compiled)
         if self.compiled:
             return fused.run(block, x, rotation, adaln, attention, mask, kept)
         return block(x, rotation, adaln, attention, mask, kept)
+
+    def refines_as_built(self) -> bool:
+        """Whether nobody has changed anything in what makes `Captions` of caption features."""
+        embedder = (self.cap_embedder, *self.cap_embedder)
+        return not any(map(_is_changed, embedder)) and all(map(is_as_built, self.context_refiner))
 
     def _rotations(self, positions: Tensor) -> Tensor:
         return rotations(positions, self.config.axes_dims, self.config.rope_theta)
@@ -248,8 +264,11 @@ class ZImageTransformer(nn.Module):
 class Block(nn.Module):
     """Attention and gated MLP, each between two RMSNorms; modulated by the time unless it refines the caption."""
 
+    gain = staticmethod(fused.norm_gain)  # a host that casts weights on the way puts its own in its place
+
     def __init__(self, config: TransformerConfig, *, modulated: bool, ops: Any, device: Any, dtype: Any):
         super().__init__()
+        self.kinds = (ops.Linear, ops.RMSNorm)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.attention = JointAttention(config, ops, **place)
         self.feed_forward = FeedForward(config, ops, **place)
@@ -273,13 +292,14 @@ class Block(nn.Module):
         if adaln is None:
             x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rotation, attention, mask))
             return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
-        modulation = self.adaLN_modulation(adaln).unsqueeze(1)  # (B, 1, 4D)
-        scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
-        h = self.attention(self.attention_norm1(x) * (1 + scale_msa), rotation, attention, mask, kept)
-        x = torch.addcmul(x[:, :kept], gate_msa.tanh(), self.attention_norm2(h))  # (B, kept, D)
+        modulation = self.adaLN_modulation(adaln).unsqueeze(1).unflatten(-1, (2, 2, -1))  # (B, 1, 2, 2, D)
+        scale_msa, scale_mlp = (1 + modulation[..., 0, :]).unbind(2)  # each (B, 1, D)
+        gate_msa, gate_mlp = modulation[..., 1, :].tanh().unbind(2)
+        h = self.attention(self.attention_norm1(x) * scale_msa, rotation, attention, mask, kept)
+        x = torch.addcmul(x[:, :kept], gate_msa, self.attention_norm2(h))  # (B, kept, D)
         del h  # the feed-forward is where a step needs most memory
-        h = self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp))
-        return torch.addcmul(x, gate_mlp.tanh(), self.ffn_norm2(h))
+        h = self.feed_forward(self.ffn_norm1(x) * scale_mlp)
+        return torch.addcmul(x, gate_mlp, self.ffn_norm2(h))
 
 
 def norm_and_rotate(q: Tensor, k: Tensor, rotation: Tensor, q_norm: Any, k_norm: Any) -> tuple[Tensor, Tensor]:
@@ -293,6 +313,7 @@ class JointAttention(nn.Module):
     def __init__(self, config: TransformerConfig, ops: Any, **place: Any):
         super().__init__()
         self.n_heads = config.n_heads
+        self.norm_kind = ops.RMSNorm
         self.qkv = ops.Linear(config.dim, 3 * config.dim, bias=False, **place)
         self.out = ops.Linear(config.dim, config.dim, bias=False, **place)
         self.q_norm = ops.RMSNorm(config.head_dim, eps=config.norm_eps, **place)
@@ -302,7 +323,9 @@ class JointAttention(nn.Module):
         self, x: Tensor, rotation: Tensor, attention: Attention, mask: Tensor | None, kept: int | None = None
     ) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)  # each (B, S, heads, head_dim)
-        q, k = self.norm_and_rotate(q[:, :kept], k, rotation, self.q_norm, self.k_norm)
+        norms = self.q_norm, self.k_norm
+        as_built = all(type(norm) is self.norm_kind and not _is_changed(norm) for norm in norms)
+        q, k = (self.norm_and_rotate if as_built else norm_and_rotate)(q[:, :kept], k, rotation, *norms)
         out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # (B, kept, D)
         return finite(self.out(out))
 
@@ -348,15 +371,37 @@ class FinalLayer(nn.Module):
         return self.linear(self.norm_final(x) * scale)  # (B, N, 64)
 
 
-def _is_replaced(block: nn.Module) -> bool:
-    """Whether somebody put another module or forward in a block's place, or hooks on it, which have to be called."""
-    hooks = block._forward_hooks or block._forward_pre_hooks
-    return type(block) is not Block or "forward" in vars(block) or bool(hooks)
+def is_as_built(block: Any) -> bool:
+    """Whether nobody has replaced a block, a part of it or a forward, or put hooks there.
+
+    Only then may it run in another way than by its forward: those ways read the weights of norms and call the rest as
+    suits them. What somebody has put there is called as it expects. Asked for every block of every step.
+    """
+    if type(block) is not Block or module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
+        return False
+    parts: dict[str, Any] = block._modules  # `block.attention` and the like take three times as long
+    attention, mlp = parts["attention"], parts["feed_forward"]
+    if type(attention) is not JointAttention or type(mlp) is not FeedForward:
+        return False
+    heads: dict[str, Any] = attention._modules
+    norms = [parts[name] for name in NORMS] + [heads["q_norm"], heads["k_norm"]]
+    linears = [heads["qkv"], heads["out"], *mlp._modules.values()]
+    linear, norm = block.kinds
+    return (
+        all(type(part) is norm for part in norms)
+        and all(type(part) is linear or type(part) in LINEAR_KINDS for part in linears)
+        and not any(map(_is_changed, (block, attention, mlp, *norms, *linears)))
+    )
+
+
+def _is_changed(module: nn.Module) -> bool:
+    own = vars(module)
+    return bool("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"])
 
 
 def _mask(counts: list[int], x: Tensor) -> Tensor | None:
     """True where a token of x [B, S, D] is an item's own, [B, 1, 1, S]; None where all are, as masks cost time."""
-    if len(set(counts)) == 1:
+    if len(counts) == 1:
         return None
     return _own(counts, x.shape[1], x.device)[:, None, None]
 
