@@ -42,7 +42,7 @@ NORMS = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")  # of a
 FINAL_NORM_EPS = 1e-6  # the LayerNorm of the final layer, without weights
 
 # called after a block with (stage, index, state); see `ZImageTransformer.forward`. One that has an attribute
-# `reads_tokens = False` leaves the state's tensors alone, which spares copies and the last block's captions.
+# `reads_tokens = False` finds no tokens in the state, which spares copies and the last block's captions.
 BlockHook = Callable[[str, int, dict[str, Any]], None]
 
 
@@ -150,8 +150,9 @@ class ZImageTransformer(nn.Module):
         n = img.shape[1]
         img_pe = self._image_rotations(captions, height, width, n, rope_options)  # (1 or B, N, 1, head_dim/2, 2, 2)
 
-        state = {"img_input": img.clone() if reads else img, "pe": img_pe, "vec": adaln, "x": latents}
-        state["txt"] = captions.tokens.clone() if reads else captions.tokens
+        state = {"vec": adaln, "x": latents}
+        if reads:
+            state |= {"img_input": img.clone(), "pe": img_pe, "txt": captions.tokens.clone()}
         for index, block in enumerate(self.noise_refiner):
             img = self._run(block, img, img_pe, adaln, attention, [n])
             if block_hook is not None:
@@ -164,13 +165,16 @@ class ZImageTransformer(nn.Module):
         counts = [n + length for length in captions.lengths]
         mask = _mask(counts, x)
         del img, img_pe, captions, cap_feats  # what is joined now need not be kept apart as well
-        state = {"img_input": x[:, :n].clone() if reads else x[:, :n], "pe": pe[:, :n], "vec": adaln, "x": latents}
+        state = {"vec": adaln, "x": latents}
+        if reads:
+            state |= {"img_input": x[:, :n].clone(), "pe": pe[:, :n]}
         for index, block in enumerate(self.layers):
             # of the last block only the picture's tokens are used
             kept = n_image if index == config.n_layers - 1 and not reads else None
             x = self._run(block, x, pe, adaln, attention, counts, mask, kept)
             if block_hook is not None:
-                state.update(img=x[:, :n], txt=x[:, n:])
+                if reads:
+                    state.update(img=x[:, :n], txt=x[:, n:])
                 block_hook("layers", index, state)
 
         x = self.final_layer(x[:, :n_image], adaln)  # (B, h/2 * w/2, 64)
