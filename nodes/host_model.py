@@ -5,6 +5,7 @@ The class derives from the host's native Z-Image model and keeps its parameter n
 
 from __future__ import annotations
 
+import logging
 import math
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,9 @@ except ImportError:
     rms_rope = rms_rope1 = None
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+logger = logging.getLogger(__name__)
+
+HALF = 2  # bytes
 NATIVE_DIM = 3840  # the width for which the host measured memory_usage_factor
 
 
@@ -47,7 +51,7 @@ class HostTransformer(ZImageTransformer):
         for module in self.modules():
             if isinstance(module, Block):
                 module.gain = _gain
-            if isinstance(module, JointAttention) and rms_rope is not None:
+            if isinstance(module, JointAttention):
                 module.norm_and_rotate = _norm_and_rotate
 
     def forward(self, x, timesteps, context, num_tokens=None, attention_mask=None, **kwargs):
@@ -91,20 +95,25 @@ class HostTransformer(ZImageTransformer):
             raise ValueError("This Z-Image model takes no reference pictures. Remove the node that attaches them.")
 
 
-def _norm_and_rotate(q: Tensor, k: Tensor, rotation: Tensor, q_norm: Any, k_norm: Any) -> tuple[Tensor, Tensor]:
+def _norm_and_rotate(
+    q: Tensor, k: Tensor, rotation: Tensor, q_norm: Any, k_norm: Any, shrink: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """What `transformer.norm_and_rotate` does, in one pass by the kernel of the host."""
-    if q.device.type == "cpu" or torch.is_grad_enabled():
-        return norm_and_rotate(q, k, rotation, q_norm, k_norm)
-    return _by_kernel(q, k, rotation, q_norm, k_norm)
+    if rms_rope is None or q.device.type == "cpu" or torch.is_grad_enabled():
+        return norm_and_rotate(q, k, rotation, q_norm, k_norm, shrink, _gain)
+    return _by_kernel(q, k, rotation, q_norm, k_norm, shrink)
 
 
-def _by_kernel(q: Tensor, k: Tensor, rotation: Tensor, q_norm: Any, k_norm: Any) -> tuple[Tensor, Tensor]:
+def _by_kernel(
+    q: Tensor, k: Tensor, rotation: Tensor, q_norm: Any, k_norm: Any, shrink: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    eps = q_norm.eps * shrink**2
     (q_gain, q_bias, q_lent), (k_gain, k_bias, k_lent) = _cast(q_norm, q), _cast(k_norm, k)
     if q.shape == k.shape:
-        q, k = rms_rope(q, k, rotation, q_gain, k_gain, q_norm.eps)
+        q, k = rms_rope(q, k, rotation, q_gain, k_gain, eps)
     else:
-        q = rms_rope1(q, rotation[:, : q.shape[1]], q_gain, q_norm.eps)
-        k = rms_rope1(k, rotation, k_gain, k_norm.eps)
+        q = rms_rope1(q, rotation[:, : q.shape[1]], q_gain, eps)
+        k = rms_rope1(k, rotation, k_gain, eps)
     comfy.ops.uncast_bias_weight(q_norm, q_gain, q_bias, q_lent)
     comfy.ops.uncast_bias_weight(k_norm, k_gain, k_bias, k_lent)
     return q, k
@@ -232,6 +241,9 @@ class ZImageModelConfig(comfy.supported_models.ZImage):
                 "dim": config.dim,  # this and the next two: read by the host's map of LoRA keys
                 "n_layers": config.n_layers,
                 "n_refiner_layers": config.n_refiner_layers,
+                # float16 where the device has no bfloat16. The host judges by one norm whether its own network would
+                # overflow; ours doesn't, whatever the weights.
+                "allow_fp16": True,
             }
         )
         self.sampling_settings = {"multiplier": 1.0, "shift": scheduler.shift}  # multiplier 1: the network gets sigma
@@ -265,13 +277,20 @@ def load_model(
         storage, compute = _dtypes(weight_dtype, component, model_config.supported_inference_dtypes, device)
         model_config.custom_operations = host_operations.for_device(device)  # None: the host picks
         build_device = torch.device("meta")
-        weights = component.state_dict(None if storage in FP8 else storage)  # norms stay as they are
+        weights = _state_dict(component, storage)
     model_config.set_inference_dtype(storage, compute)
 
     model = ZImageModel(model_config, config, scheduler, build_device)
     model.diffusion_model.requires_grad_(False).load_state_dict(weights, strict=True, assign=True)
     model.diffusion_model.requires_grad_(False).eval()
     model.diffusion_model.compiled = compiled
+    if (compute or storage) == torch.float16:
+        fits = model.diffusion_model.sums_fit_half = component.sums_fit_half()
+        logger.info(
+            "%s computes in float16, and adds up what its blocks put out in %s.",
+            component.source,
+            "float16 as well" if fits else "float32, as by its weights float16 might overflow",
+        )
     model.device = offload_device  # until here "meta", where it was built
     model.to(offload_device)
 
@@ -287,16 +306,33 @@ def load_model(
 
 
 def _dtypes(
-    storage: torch.dtype | None,
+    asked: torch.dtype | None,
     component: Component,
     supported: list[torch.dtype],
     device: torch.device,
 ) -> tuple[torch.dtype, torch.dtype | None]:
-    """(dtype of the weights in memory, dtype to which each layer casts them or None to compute in the former)."""
-    if storage is None:
-        stored = component.dtype()
-        parameters = sum(math.prod(shape) for shape in component.shapes.values())
-        storage = mm.unet_dtype(device=device, model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
-        if storage.itemsize > stored.itemsize:
-            storage = stored  # casting up would cost memory and gain nothing
-    return storage, mm.unet_manual_cast(storage, device, supported)
+    """(dtype of the weights in memory, dtype to which each layer casts them or None to compute in the former).
+
+    The host decides what is computed in. Weights that each layer would cast to that anyhow, or that would be held in
+    32 bits or more, stay as the file has them.
+    """
+    if asked is not None:
+        return asked, mm.unet_manual_cast(asked, device, supported)
+    stored = component.dtype()
+    parameters = sum(math.prod(shape) for shape in component.shapes.values())
+    storage = mm.unet_dtype(device=device, model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
+    compute = mm.unet_manual_cast(storage, device, supported) or storage
+    if not mm.supports_cast(device, storage):  # fp8, where memory is short on a device that has none
+        storage = compute
+    cast = compute != storage or storage.itemsize > HALF
+    if cast and stored.itemsize <= storage.itemsize and mm.supports_cast(device, stored):
+        storage = stored
+    return storage, None if compute == storage else compute
+
+
+def _state_dict(component: Component, storage: torch.dtype) -> dict[str, Tensor]:
+    """The weights in that dtype; of fp8 only the matrices, the rest is small and stays as it is."""
+    if storage not in FP8:
+        return component.state_dict(storage)
+    dtypes = {name: storage if len(shape) == 2 and "." in name else None for name, shape in component.shapes.items()}
+    return {name: component.tensor(name, component.shapes[name], dtype=dtype) for name, dtype in dtypes.items()}

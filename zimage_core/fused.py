@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import Attention
+from .half import SHRINK, SHRINK_MLP
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +45,15 @@ class Compiled:
 
 
 @Compiled
-def normed(x: Tensor, gain: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
-    """x / rms(x) * gain * (1 + scale) over the last dimension, in float32; back in x's dtype."""
+def normed(x: Tensor, gain: Tensor, eps: float, scale: Tensor | None = None, half: bool = False) -> Tensor:
+    """x / rms(x) * gain * (1 + scale) over the last dimension, in float32; back in x's dtype.
+
+    half: in float16, and smaller by SHRINK.
+    """
     exact = x.float()
     gain = gain.float() if scale is None else torch.addcmul(gain.float(), gain.float(), scale.float())
-    return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps) * gain).to(x.dtype)
+    exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps) * gain
+    return (exact * SHRINK).half() if half else exact.to(x.dtype)
 
 
 @Compiled
@@ -61,12 +66,10 @@ def add_normed(x: Tensor, h: Tensor, gain: Tensor, eps: float, gate: Tensor | No
 
 @Compiled
 def gated(a: Tensor, b: Tensor) -> Tensor:
-    """silu(a) * b, cut off at what the dtype can hold."""
+    """silu(a) * b. In float16 a and b are smaller by SHRINK, and the result by its square."""
     if a.dtype != torch.float16:
         return F.silu(a) * b
-    # what is compiled has no float16 in between, and so no infinity that could be seen before it is stored
-    most = torch.finfo(a.dtype).max
-    return (F.silu(a.float()) * b.float()).clamp(-most, most).to(a.dtype)
+    return (a.float() * (a.float() / SHRINK).sigmoid() * b.float()).half()
 
 
 @Compiled
@@ -91,25 +94,32 @@ def run(
     attention: Attention,
     mask: Tensor | None = None,
     kept: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The block on x [B, N, D], with the arguments of its `forward`."""
+    """The block on x [B, N, D], with the arguments of its `forward`. dtype: of the matrix products, None is x's.
+
+    In float16 they run on smaller numbers, see `half.py`.
+    """
+    half = (dtype or x.dtype) == torch.float16
+    shrunk, shrunk_mlp = (SHRINK**2, SHRINK_MLP**2) if half else (1, 1)  # of eps
     layer, mlp = block.attention, block.feed_forward
     modulation: Sequence[Tensor | None]
     modulation = [None] * 4 if adaln is None else block.adaLN_modulation(adaln).unsqueeze(1).chunk(4, dim=-1)
     scale_msa, gate_msa, scale_mlp, gate_mlp = modulation  # each (B, 1, D)
     norm = block.attention_norm1
-    qkv = layer.qkv(normed(x, block.gain(norm, x), norm.eps, scale_msa))
+    qkv = layer.qkv(normed(x, block.gain(norm, x), norm.eps, scale_msa, half))
     qkv = qkv.unflatten(-1, (3, layer.n_heads, -1))  # (B, N, 3, heads, head_dim)
     gains = block.gain(layer.q_norm, x), block.gain(layer.k_norm, x)
     cos, sin = rotation[:, :, 0, :, 0, 0], rotation[:, :, 0, :, 1, 0]
-    q, k = norm_and_turn(qkv[:, :, :2], *gains, layer.q_norm.eps, cos, sin).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = norm_and_turn(qkv[:, :, :2], *gains, layer.q_norm.eps * shrunk, cos, sin).permute(2, 0, 3, 1, 4).unbind(0)
     out = attention(q[:, :, :kept], k, qkv[:, :, 2].transpose(1, 2), mask)  # (B, kept, D)
     norm = block.attention_norm2
-    x = add_normed(x[:, :kept], finite(layer.out(out)), block.gain(norm, x), norm.eps, gate_msa)
+    x = add_normed(x[:, :kept], layer.out(out), block.gain(norm, x), norm.eps * shrunk, gate_msa)
     norm = block.ffn_norm1
-    h = normed(x, block.gain(norm, x), norm.eps, scale_mlp)
+    h = normed(x, block.gain(norm, x), norm.eps, scale_mlp, half)
     norm = block.ffn_norm2
-    return add_normed(x, finite(mlp.w2(gated(mlp.w1(h), mlp.w3(h)))), block.gain(norm, x), norm.eps, gate_mlp)
+    h = mlp.w2(gated(mlp.w1(h), mlp.w3(h)))
+    return add_normed(x, h, block.gain(norm, x), norm.eps * shrunk_mlp, gate_mlp)
 
 
 def block_gains(block: Any, x: Tensor, adaln: Tensor | None) -> list[Tensor]:
@@ -135,5 +145,5 @@ def norm_gain(norm: Any, _like: Tensor) -> Tensor:
 
 
 def finite(x: Tensor) -> Tensor:
-    """Keeps float16 from overflowing where Z-Image's activations exceed its range; other dtypes pass untouched."""
+    """Cuts off what float16 can't hold, where a block that others changed overflows; other dtypes pass untouched."""
     return torch.nan_to_num(x, nan=0.0) if x.dtype == torch.float16 else x

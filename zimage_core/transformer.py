@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import torch.nn.modules.module as module_hooks
 from torch import Tensor, nn
 
-from . import fused, row_blocks
+from . import fused, half, row_blocks
 from .attention import Attention, attention
 from .config import TransformerConfig
 from .fused import finite
@@ -87,6 +87,7 @@ class ZImageTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.compiled = False  # may be set: what lies between matrix products goes through torch.compile
+        self.sums_fit_half = False  # may be set, see `half.largest_sum`: tokens need not be float32 beside float16
         make: dict[str, Any] = {"ops": ops, "device": device, "dtype": dtype}
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.x_embedder = ops.Linear(config.patch_dim, config.dim, **place)
@@ -147,6 +148,7 @@ class ZImageTransformer(nn.Module):
             return torch.cat([self(x, at, caption, **settings) for x, at, caption in items])
         adaln = self.t_embedder(t, latents.dtype)  # (B, 256)
         img, n_image = self._embed_image(latents)  # (B, N, D)
+        img = self._widened(img)
         n = img.shape[1]
         img_pe = self._image_rotations(captions, height, width, n, rope_options)  # (1 or B, N, 1, head_dim/2, 2, 2)
 
@@ -154,7 +156,7 @@ class ZImageTransformer(nn.Module):
         if reads:
             state |= {"img_input": img.clone(), "pe": img_pe, "txt": captions.tokens.clone()}
         for index, block in enumerate(self.noise_refiner):
-            img = self._run(block, img, img_pe, adaln, attention, [n])
+            img = self._run(block, img, img_pe, adaln, attention, [n], dtype=adaln.dtype)
             if block_hook is not None:
                 state["img"] = img
                 block_hook("noise_refiner", index, state)
@@ -171,7 +173,7 @@ class ZImageTransformer(nn.Module):
         for index, block in enumerate(self.layers):
             # of the last block only the picture's tokens are used
             kept = n_image if index == config.n_layers - 1 and not reads else None
-            x = self._run(block, x, pe, adaln, attention, counts, mask, kept)
+            x = self._run(block, x, pe, adaln, attention, counts, mask, kept, dtype=adaln.dtype)
             if block_hook is not None:
                 if reads:
                     state.update(img=x[:, :n], txt=x[:, n:])
@@ -185,11 +187,16 @@ class ZImageTransformer(nn.Module):
     ) -> Captions:
         """Caption features, as `forward` takes them, through the embedder and the context refiner; in `dtype`."""
         cap, lengths = self._embed_caption(cap_feats, dtype)  # (B, L, D)
+        cap = self._widened(cap)
         pe = self._rotations(caption_positions(cap.shape[1], cap.device))
         mask = _mask(lengths, cap)
         for block in self.context_refiner:
-            cap = self._run(block, cap, pe, None, attention, lengths, mask)
+            cap = self._run(block, cap, pe, None, attention, lengths, mask, dtype=dtype)
         return Captions(cap, lengths, pe)
+
+    def _widened(self, tokens: Tensor) -> Tensor:
+        """Tokens in the dtype in which all blocks' results are added to them."""
+        return tokens.float() if tokens.dtype == torch.float16 and not self.sums_fit_half else tokens
 
     def _embed_image(self, latents: Tensor) -> tuple[Tensor, int]:
         x = self.x_embedder(patchify(latents, self.config.patch_size))  # (B, h/2 * w/2, D)
@@ -243,17 +250,22 @@ class ZImageTransformer(nn.Module):
         counts: list[int],
         mask: Tensor | None = None,
         kept: int | None = None,
+        *,
+        dtype: torch.dtype,
     ) -> Tensor:
         """The block, in the way that suits the device.
 
-        counts: of each item's tokens that are its own, as in mask; one where they are all of x.
+        counts: of each item's tokens that are its own, as in mask; one where they are all of x. dtype: of the matrix
+        products, x may be wider.
         """
-        if not is_as_built(block):
-            return block(x, rotation, adaln, attention, mask)  # as others know it: all tokens go in and come out
+        if not is_as_built(block):  # as others know it: all tokens go in and come out, in one dtype
+            return block(finite(x.to(dtype)), rotation, adaln, attention, mask).to(x.dtype)
+        if dtype == torch.float16 and not self.compiled:
+            return half.run(block, x, rotation, adaln, attention, mask, kept)
         if row_blocks.suits(x, self.compiled):
             return row_blocks.run(block, x, rotation, adaln, attention, counts, mask, kept, self.compiled)
         if self.compiled:
-            return fused.run(block, x, rotation, adaln, attention, mask, kept)
+            return fused.run(block, x, rotation, adaln, attention, mask, kept, dtype)
         return block(x, rotation, adaln, attention, mask, kept)
 
     def refines_as_built(self) -> bool:
@@ -293,6 +305,8 @@ class Block(nn.Module):
         kept: int | None = None,
     ) -> Tensor:
         """x [B, S, D] to [B, kept, D]: only so many of the first tokens come out, all unless told."""
+        if x.dtype == torch.float16 and is_as_built(self):
+            return half.run(self, x, rotation, adaln, attention, mask, kept)
         if adaln is None:
             x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rotation, attention, mask))
             return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
@@ -306,9 +320,24 @@ class Block(nn.Module):
         return torch.addcmul(x, gate_mlp, self.ffn_norm2(h))
 
 
-def norm_and_rotate(q: Tensor, k: Tensor, rotation: Tensor, q_norm: Any, k_norm: Any) -> tuple[Tensor, Tensor]:
-    """q [B, Q, heads, head_dim] and k [B, N, heads, head_dim] normed and rotated; q are the first Q of N tokens."""
-    return rotate(q_norm(q), rotation[:, : q.shape[1]]), rotate(k_norm(k), rotation)
+def norm_and_rotate(
+    q: Tensor,
+    k: Tensor,
+    rotation: Tensor,
+    q_norm: Any,
+    k_norm: Any,
+    shrink: float = 1.0,
+    gain: Callable[[Any, Tensor], Tensor] = fused.norm_gain,
+) -> tuple[Tensor, Tensor]:
+    """q [B, Q, heads, head_dim] and k [B, N, heads, head_dim] normed and rotated; q are the first Q of N tokens.
+
+    shrink: both are smaller by this factor; the norms' weights are then read by `gain`.
+    """
+    if shrink == 1:
+        q, k = q_norm(q), k_norm(k)
+    else:
+        q, k = half.normed(q_norm, q, gain, shrink), half.normed(k_norm, k, gain, shrink)
+    return rotate(q, rotation[:, : q.shape[1]]), rotate(k, rotation)
 
 
 class JointAttention(nn.Module):
@@ -372,7 +401,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, adaln: Tensor) -> Tensor:
         scale = 1 + self.adaLN_modulation(adaln).unsqueeze(1)  # (B, 1, D)
-        return self.linear(self.norm_final(x) * scale)  # (B, N, 64)
+        return self.linear((self.norm_final(x) * scale).to(adaln.dtype))  # (B, N, 64)
 
 
 def is_as_built(block: Any) -> bool:
