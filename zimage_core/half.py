@@ -23,9 +23,9 @@ from torch import Tensor
 from .attention import Attention
 from .config import TransformerConfig
 
-# Values, attention and the two products of the MLP are kept at an eighth (up to 524,000 fit), what these two gate and
-# the MLP's result at its square (4.2 million). More room would cost small numbers their last bits.
-SHRINK = 2.0**-3
+# Values, attention and the two products of the MLP are kept at a sixteenth (up to a million fits), what these two gate
+# and the MLP's result at its square (16 million). More room would cost small numbers their last bits.
+SHRINK = 2.0**-4
 SHRINK_MLP = SHRINK**2
 # From here on float16 knows no sigmoid but 1. Some devices compute exp in float16, which holds exp(11).
 SIGMOID_IS_ONE = 11.0
