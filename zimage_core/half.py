@@ -50,13 +50,13 @@ def run(
         modulation = block.adaLN_modulation(adaln).unsqueeze(1).unflatten(-1, (2, 2, -1))  # (B, 1, 2, 2, D)
         before = torch.rsub(modulation[..., 0, :], SHRINK, alpha=-SHRINK).unbind(2)  # SHRINK * (1 + scale)
         gates = modulation[..., 1, :].tanh().unbind(2)
-    h = (normed(block.attention_norm1, x, block.gain) * before[0]).half()
+    h = _normed(block, block.attention_norm1, x, before[0])
     q, k, v = layer.qkv(h).unflatten(-1, (3, layer.n_heads, -1)).unbind(2)  # each (B, N, heads, head_dim)
     q, k = layer.norm_and_rotate(q[:, :kept], k, rotation, layer.q_norm, layer.k_norm, SHRINK)
     h = layer.out(attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask))  # (B, kept, D)
     del q, k, v  # the feed-forward is where a step needs most memory
     x = _add_normed(block, x[:, :kept], gates[0], block.attention_norm2, h, SHRINK)
-    h = (normed(block.ffn_norm1, x, block.gain) * before[1]).half()
+    h = _normed(block, block.ffn_norm1, x, before[1])
     h = mlp.w2(gated(mlp.w1(h), mlp.w3(h)))
     return _add_normed(block, x, gates[1], block.ffn_norm2, h, SHRINK_MLP)
 
@@ -69,16 +69,28 @@ def gated(a: Tensor, b: Tensor) -> Tensor:
 
 
 def normed(norm: Any, x: Tensor, gain: Callable[[Any, Tensor], Tensor], factor: float = 1.0) -> Tensor:
-    """norm(x / factor), without x / factor, which float16 may not hold. gain: reads a norm's weight, as `Block.gain`."""
+    """norm(x / factor), an RMSNorm, without x / factor, which float16 may not hold. gain: see `Block.gain`."""
     return F.rms_norm(x, x.shape[-1:], gain(norm, x).to(x.dtype), norm.eps * factor**2)
 
 
+def like(x: Tensor) -> Tensor:
+    """An empty float16 tensor where x is: weights are read for that, whatever the tokens are carried in."""
+    return x.new_empty(0, dtype=torch.float16)
+
+
+def _normed(block: Any, norm: Any, x: Tensor, scale: Tensor | float) -> Tensor:
+    """norm(x) * scale, in float16."""
+    if x.dtype == torch.float16:
+        return normed(norm, x, block.gain) * scale
+    return (F.rms_norm(x, x.shape[-1:], None, norm.eps) * (block.gain(norm, like(x)) * scale)).half()
+
+
 def _add_normed(block: Any, x: Tensor, gate: Tensor | None, norm: Any, h: Tensor, factor: float) -> Tensor:
-    """x + gate * norm(h / factor)."""
+    """x + gate * norm(h / factor), in x's dtype."""
     if x.dtype == torch.float16:
         h = normed(norm, h, block.gain, factor)
         return x + h if gate is None else torch.addcmul(x, gate, h)
-    gain = block.gain(norm, x).float()  # with it a result may leave float16, too
+    gain = block.gain(norm, h)  # with it a result may leave float16, too
     h = F.rms_norm(h, h.shape[-1:], None, norm.eps * factor**2)
     return torch.addcmul(x, gain if gate is None else gain * gate, h)
 

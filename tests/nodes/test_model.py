@@ -169,7 +169,7 @@ def test_float16_is_right_where_activations_exceed_it(pack, comfy, inputs, compi
     short.set_model_compute_dtype(torch.float16)
     comfy.model_management.load_models_gpu([exact, short])
     reference = predict(exact, inputs)
-    assert (predict(short, inputs) - reference).norm() <= 2e-3 * reference.norm()
+    assert relative(predict(short, inputs), reference) <= (3e-3 if sums_fit_half else 2e-3)
 
 
 def test_loading_tells_how_float16_is_used(pack, comfy, monkeypatch, caplog):
