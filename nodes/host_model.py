@@ -34,9 +34,9 @@ try:  # the host's kernel package; older ones lack these two
 except ImportError:
     rms_rope = rms_rope1 = None
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 logger = logging.getLogger(__name__)
 
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 HALF = 2  # bytes
 NATIVE_DIM = 3840  # the width for which the host measured memory_usage_factor
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import Attention
-from .half import SHRINK, SHRINK_MLP
+from .half import SHRINK, SHRINK_MLP, like
 
 logger = logging.getLogger(__name__)
 
@@ -102,24 +102,25 @@ def run(
     """
     half = (dtype or x.dtype) == torch.float16
     shrunk, shrunk_mlp = (SHRINK**2, SHRINK_MLP**2) if half else (1, 1)  # of eps
+    needed = like(x) if half else x  # what weights are read for
     layer, mlp = block.attention, block.feed_forward
     modulation: Sequence[Tensor | None]
     modulation = [None] * 4 if adaln is None else block.adaLN_modulation(adaln).unsqueeze(1).chunk(4, dim=-1)
     scale_msa, gate_msa, scale_mlp, gate_mlp = modulation  # each (B, 1, D)
     norm = block.attention_norm1
-    qkv = layer.qkv(normed(x, block.gain(norm, x), norm.eps, scale_msa, half))
+    qkv = layer.qkv(normed(x, block.gain(norm, needed), norm.eps, scale_msa, half))
     qkv = qkv.unflatten(-1, (3, layer.n_heads, -1))  # (B, N, 3, heads, head_dim)
-    gains = block.gain(layer.q_norm, x), block.gain(layer.k_norm, x)
+    gains = block.gain(layer.q_norm, needed), block.gain(layer.k_norm, needed)
     cos, sin = rotation[:, :, 0, :, 0, 0], rotation[:, :, 0, :, 1, 0]
     q, k = norm_and_turn(qkv[:, :, :2], *gains, layer.q_norm.eps * shrunk, cos, sin).permute(2, 0, 3, 1, 4).unbind(0)
     out = attention(q[:, :, :kept], k, qkv[:, :, 2].transpose(1, 2), mask)  # (B, kept, D)
     norm = block.attention_norm2
-    x = add_normed(x[:, :kept], layer.out(out), block.gain(norm, x), norm.eps * shrunk, gate_msa)
+    x = add_normed(x[:, :kept], layer.out(out), block.gain(norm, needed), norm.eps * shrunk, gate_msa)
     norm = block.ffn_norm1
-    h = normed(x, block.gain(norm, x), norm.eps, scale_mlp, half)
+    h = normed(x, block.gain(norm, needed), norm.eps, scale_mlp, half)
     norm = block.ffn_norm2
     h = mlp.w2(gated(mlp.w1(h), mlp.w3(h)))
-    return add_normed(x, h, block.gain(norm, x), norm.eps * shrunk_mlp, gate_mlp)
+    return add_normed(x, h, block.gain(norm, needed), norm.eps * shrunk_mlp, gate_mlp)
 
 
 def block_gains(block: Any, x: Tensor, adaln: Tensor | None) -> list[Tensor]:

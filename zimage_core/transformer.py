@@ -260,12 +260,12 @@ class ZImageTransformer(nn.Module):
         """
         if not is_as_built(block):  # as others know it: all tokens go in and come out, in one dtype
             return block(finite(x.to(dtype)), rotation, adaln, attention, mask).to(x.dtype)
-        if dtype == torch.float16 and not self.compiled:
-            return half.run(block, x, rotation, adaln, attention, mask, kept)
-        if row_blocks.suits(x, self.compiled):
+        if dtype != torch.float16 and row_blocks.suits(x, self.compiled):
             return row_blocks.run(block, x, rotation, adaln, attention, counts, mask, kept, self.compiled)
         if self.compiled:
             return fused.run(block, x, rotation, adaln, attention, mask, kept, dtype)
+        if dtype == torch.float16:
+            return half.run(block, x, rotation, adaln, attention, mask, kept)
         return block(x, rotation, adaln, attention, mask, kept)
 
     def refines_as_built(self) -> bool:
