@@ -5,6 +5,7 @@ The class derives from the host's native Z-Image model and keeps its parameter n
 
 from __future__ import annotations
 
+import logging
 import math
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import comfy.ldm.common_dit
 import comfy.model_base
 import comfy.model_management as mm
 import comfy.model_patcher
+import comfy.ops
 import comfy.patcher_extension
 import comfy.supported_models
 import torch
@@ -23,9 +25,8 @@ from torch import Tensor
 
 from ..zimage_core.checkpoint import Component, Snapshot, open_component, schedule_of, snapshot_folder
 from ..zimage_core.config import SchedulerConfig, TransformerConfig
-from ..zimage_core.fused import norm_gain
 from ..zimage_core.sampling import model_time, velocity
-from ..zimage_core.transformer import Captions, JointAttention, ZImageTransformer, norm_and_rotate
+from ..zimage_core.transformer import Block, Captions, JointAttention, ZImageTransformer, norm_and_rotate
 from . import host_operations, host_packed
 
 try:  # the host's kernel package; older ones lack these two
@@ -33,7 +34,10 @@ try:  # the host's kernel package; older ones lack these two
 except ImportError:
     rms_rope = rms_rope1 = None
 
+logger = logging.getLogger(__name__)
+
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+HALF = 2  # bytes
 NATIVE_DIM = 3840  # the width for which the host measured memory_usage_factor
 
 
@@ -45,7 +49,9 @@ class HostTransformer(ZImageTransformer):
         self.dtype = dtype
         self.run_captions = _RunCaptions()
         for module in self.modules():
-            if isinstance(module, JointAttention) and rms_rope is not None:
+            if isinstance(module, Block):
+                module.gain = _gain
+            if isinstance(module, JointAttention):
                 module.norm_and_rotate = _norm_and_rotate
 
     def forward(self, x, timesteps, context, num_tokens=None, attention_mask=None, **kwargs):
@@ -89,18 +95,42 @@ class HostTransformer(ZImageTransformer):
             raise ValueError("This Z-Image model takes no reference pictures. Remove the node that attaches them.")
 
 
-def _norm_and_rotate(q: Tensor, k: Tensor, rotation: Tensor, q_norm: Any, k_norm: Any) -> tuple[Tensor, Tensor]:
+def _norm_and_rotate(
+    q: Tensor, k: Tensor, rotation: Tensor, q_norm: Any, k_norm: Any, shrink: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """What `transformer.norm_and_rotate` does, in one pass by the kernel of the host."""
-    if q.device.type == "cpu" or torch.is_grad_enabled():
-        return norm_and_rotate(q, k, rotation, q_norm, k_norm)
-    return _by_kernel(q, k, rotation, q_norm, k_norm)
+    if rms_rope is None or q.device.type == "cpu" or torch.is_grad_enabled():
+        return norm_and_rotate(q, k, rotation, q_norm, k_norm, shrink, _gain)
+    return _by_kernel(q, k, rotation, q_norm, k_norm, shrink)
 
 
-def _by_kernel(q: Tensor, k: Tensor, rotation: Tensor, q_norm: Any, k_norm: Any) -> tuple[Tensor, Tensor]:
-    q_gain, k_gain = (norm_gain(norm, q).squeeze(0) for norm in (q_norm, k_norm))  # (head_dim,) float32
+def _by_kernel(
+    q: Tensor, k: Tensor, rotation: Tensor, q_norm: Any, k_norm: Any, shrink: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    eps = q_norm.eps * shrink**2
+    (q_gain, q_bias, q_lent), (k_gain, k_bias, k_lent) = _cast(q_norm, q), _cast(k_norm, k)
     if q.shape == k.shape:
-        return rms_rope(q, k, rotation, q_gain, k_gain, q_norm.eps)
-    return rms_rope1(q, rotation[:, : q.shape[1]], q_gain, q_norm.eps), rms_rope1(k, rotation, k_gain, k_norm.eps)
+        q, k = rms_rope(q, k, rotation, q_gain, k_gain, eps)
+    else:
+        q = rms_rope1(q, rotation[:, : q.shape[1]], q_gain, eps)
+        k = rms_rope1(k, rotation, k_gain, eps)
+    comfy.ops.uncast_bias_weight(q_norm, q_gain, q_bias, q_lent)
+    comfy.ops.uncast_bias_weight(k_norm, k_gain, k_bias, k_lent)
+    return q, k
+
+
+def _gain(norm: Any, like: Tensor) -> Tensor:
+    """What `fused.norm_gain` tells, where the host moves, casts and patches weights as they are used."""
+    weight, bias, lent = _cast(norm, like)
+    is_lent = lent[0] is not None or "_v" in vars(norm)  # by a stream or the paging of weights
+    gain = weight.clone() if is_lent else weight
+    comfy.ops.uncast_bias_weight(norm, weight, bias, lent)
+    return gain
+
+
+def _cast(norm: Any, like: Tensor) -> Any:
+    """(weight, bias, what `uncast_bias_weight` wants): itself where nothing is to be done, so nothing is launched."""
+    return comfy.ops.cast_bias_weight(norm, like, offloadable=True)
 
 
 def _attention(options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -132,9 +162,11 @@ class _RunCaptions:
         self, model: ZImageTransformer, x: Tensor, context: Tensor, options: dict[str, Any]
     ) -> Captions | Tensor:
         """What the transformer takes in place of `context`."""
-        # hooks change weights and other nodes' overrides the attention, both perhaps by the step
+        # the host's hooks change weights, other nodes' overrides the attention and what they put into the blocks
+        # anything, all perhaps by the step
         steady = self.patcher is not None and self.patcher.current_hooks is None
         steady = steady and getattr(options.get("optimized_attention_override", self), "steady", False)
+        steady = steady and model.refines_as_built()
         if not steady or x.device.type != "cpu" or torch.compiler.is_compiling() or len(context) != len(x):
             return context
         for features, dtype, captions in self.known:
@@ -209,6 +241,9 @@ class ZImageModelConfig(comfy.supported_models.ZImage):
                 "dim": config.dim,  # this and the next two: read by the host's map of LoRA keys
                 "n_layers": config.n_layers,
                 "n_refiner_layers": config.n_refiner_layers,
+                # float16 where the device has no bfloat16. The host judges by one norm whether its own network would
+                # overflow; ours doesn't, whatever the weights.
+                "allow_fp16": True,
             }
         )
         self.sampling_settings = {"multiplier": 1.0, "shift": scheduler.shift}  # multiplier 1: the network gets sigma
@@ -242,13 +277,20 @@ def load_model(
         storage, compute = _dtypes(weight_dtype, component, model_config.supported_inference_dtypes, device)
         model_config.custom_operations = host_operations.for_device(device)  # None: the host picks
         build_device = torch.device("meta")
-        weights = component.state_dict(None if storage in FP8 else storage)  # norms stay as they are
+        weights = _state_dict(component, storage)
     model_config.set_inference_dtype(storage, compute)
 
     model = ZImageModel(model_config, config, scheduler, build_device)
     model.diffusion_model.requires_grad_(False).load_state_dict(weights, strict=True, assign=True)
     model.diffusion_model.requires_grad_(False).eval()
     model.diffusion_model.compiled = compiled
+    if (compute or storage) == torch.float16:
+        fits = model.diffusion_model.sums_fit_half = component.sums_fit_half()
+        logger.info(
+            "%s computes in float16, and adds up what its blocks put out in %s.",
+            component.source,
+            "float16 as well" if fits else "float32, as by its weights float16 might overflow",
+        )
     model.device = offload_device  # until here "meta", where it was built
     model.to(offload_device)
 
@@ -264,16 +306,33 @@ def load_model(
 
 
 def _dtypes(
-    storage: torch.dtype | None,
+    asked: torch.dtype | None,
     component: Component,
     supported: list[torch.dtype],
     device: torch.device,
 ) -> tuple[torch.dtype, torch.dtype | None]:
-    """(dtype of the weights in memory, dtype to which each layer casts them or None to compute in the former)."""
-    if storage is None:
-        stored = component.dtype()
-        parameters = sum(math.prod(shape) for shape in component.shapes.values())
-        storage = mm.unet_dtype(device=device, model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
-        if storage.itemsize > stored.itemsize:
-            storage = stored  # casting up would cost memory and gain nothing
-    return storage, mm.unet_manual_cast(storage, device, supported)
+    """(dtype of the weights in memory, dtype to which each layer casts them or None to compute in the former).
+
+    The host decides what is computed in. Weights that each layer would cast to that anyhow, or that would be held in
+    32 bits or more, stay as the file has them.
+    """
+    if asked is not None:
+        return asked, mm.unet_manual_cast(asked, device, supported)
+    stored = component.dtype()
+    parameters = sum(math.prod(shape) for shape in component.shapes.values())
+    storage = mm.unet_dtype(device=device, model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
+    compute = mm.unet_manual_cast(storage, device, supported) or storage
+    if not mm.supports_cast(device, storage):  # fp8, where memory is short on a device that has none
+        storage = compute
+    cast = compute != storage or storage.itemsize > HALF
+    if cast and stored.itemsize <= storage.itemsize and mm.supports_cast(device, stored):
+        storage = stored
+    return storage, None if compute == storage else compute
+
+
+def _state_dict(component: Component, storage: torch.dtype) -> dict[str, Tensor]:
+    """The weights in that dtype; of fp8 only the matrices, the rest is small and stays as it is."""
+    if storage not in FP8:
+        return component.state_dict(storage)
+    dtypes = {name: storage if len(shape) == 2 and "." in name else None for name, shape in component.shapes.items()}
+    return {name: component.tensor(name, component.shapes[name], dtype=dtype) for name, dtype in dtypes.items()}

@@ -62,6 +62,7 @@ def kept_dtype() -> torch.dtype:
     """The precision of features that are kept: that in which the host computes Z-Image on this device.
 
     A transformer begins by casting features to what it computes in, so rounding them to that before changes nothing.
+    Where that is float16 for our model, the host's own may compute in float32, for which they are kept.
     """
     device, supported = mm.get_torch_device(), comfy.supported_models.ZImage.supported_inference_dtypes
     storage = mm.unet_dtype(

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 FLOORS = [
-    {"zimage_core/__init__", "zimage_core/config", "zimage_core/key_maps"},
-    {"zimage_core/gguf_types", "zimage_core/attention", "zimage_core/products"},
+    {"zimage_core/__init__", "zimage_core/config", "zimage_core/key_maps", "zimage_core/attention"},
+    {"zimage_core/gguf_types", "zimage_core/half", "zimage_core/products"},
     {"zimage_core/gguf_files", "zimage_core/fused"},
     {"zimage_core/rope", "zimage_core/row_blocks", "zimage_core/patchify", "zimage_core/scheduler"}
     | {"zimage_core/tensor_files", "zimage_core/detect", "zimage_core/adapters", "zimage_core/prompt_cache"},

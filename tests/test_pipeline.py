@@ -95,13 +95,13 @@ def test_no_prompt_and_a_prompt_that_is_no_text(pipe):
         pipe.generate([7], **SMALL)
 
 
-def test_float16_does_not_overflow():
-    """Activations beyond float16's range are clamped; the picture stays finite."""
-    pipe = ZImagePipeline.from_pretrained(NANO, dtype=torch.float16)
-    with torch.no_grad():
-        pipe.transformer.layers[1].feed_forward.w3.weight *= 3000
-        pipe.transformer.layers[1].feed_forward.w1.weight *= 3000
-    assert torch.isfinite(pipe.generate("a red circle", output="latents", **SMALL)).all()
+def test_float16_gives_the_picture_of_float32():
+    """The nano model's activations reach a million, which float16 doesn't hold as they are."""
+    latents = [
+        ZImagePipeline.from_pretrained(NANO, dtype=dtype).generate("a red circle", output="latents", **SMALL)
+        for dtype in (torch.float32, torch.float16)
+    ]
+    assert (latents[1] - latents[0]).norm() <= 5e-3 * latents[0].norm()
 
 
 @pytest.mark.parametrize(

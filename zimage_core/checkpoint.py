@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import detect, key_maps, packed, quantised
+from . import detect, half, key_maps, packed, quantised
 from .config import CheckpointError, SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from .key_maps import KeyMap
 from .tensor_files import TensorFiles, read_header
@@ -162,6 +162,8 @@ class Component:
             path, _, last = name.rpartition(".")
             tensor = self.tensor(name, shape, device=device, dtype=dtype)
             setattr(model.get_submodule(path), last, nn.Parameter(tensor, requires_grad=False))
+        if self.kind == "transformer" and (dtype or self.dtype()) == torch.float16:
+            model.sums_fit_half = self.sums_fit_half()
         return model.requires_grad_(False).eval().to(device)  # the buffers
 
     def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -179,6 +181,14 @@ class Component:
     def dtype(self) -> torch.dtype:
         """That of most of its values, from the headers alone; what is quantised counts as what it becomes."""
         return self.weights.dtype()
+
+    def sums_fit_half(self) -> bool:
+        """Whether the tokens of a transformer may be float16, by its weights (`half.largest_sum`)."""
+
+        def read(name: str) -> Tensor:
+            return self.tensor(name, self.shapes[name], dtype=torch.float32)
+
+        return half.largest_sum(read, self.config) < half.SUM_FITS
 
     def packed(self, name: str) -> list[quantised.Packed]:
         """A parameter as its file has it, if it is quantised: the parts that are stacked by rows, mostly one."""

@@ -9,14 +9,15 @@ Letters: B batch, N tokens, D width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .attention import Attention
+from .half import SHRINK, SHRINK_MLP, like
 
 logger = logging.getLogger(__name__)
 
@@ -44,36 +45,41 @@ class Compiled:
 
 
 @Compiled
-def normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * gain over the last dimension, in float32; back in x's dtype."""
+def normed(x: Tensor, gain: Tensor, eps: float, scale: Tensor | None = None, half: bool = False) -> Tensor:
+    """x / rms(x) * gain * (1 + scale) over the last dimension, in float32; back in x's dtype.
+
+    half: in float16, and smaller by SHRINK.
+    """
     exact = x.float()
-    return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps) * gain).to(x.dtype)
+    gain = gain.float() if scale is None else torch.addcmul(gain.float(), gain.float(), scale.float())
+    exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps) * gain
+    return (exact * SHRINK).half() if half else exact.to(x.dtype)
 
 
 @Compiled
-def add_normed(x: Tensor, h: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x + h / rms(h) * gain, in float32; back in x's dtype."""
+def add_normed(x: Tensor, h: Tensor, gain: Tensor, eps: float, gate: Tensor | None = None) -> Tensor:
+    """x + tanh(gate) * h / rms(h) * gain, in float32; back in x's dtype."""
     exact = h.float()
+    gain = gain.float() if gate is None else gain.float() * gate.float().tanh()
     return (x.float() + exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps) * gain).to(x.dtype)
 
 
 @Compiled
 def gated(a: Tensor, b: Tensor) -> Tensor:
-    """silu(a) * b, cut off at what the dtype can hold."""
+    """silu(a) * b. In float16 a and b are smaller by SHRINK, and the result by its square."""
     if a.dtype != torch.float16:
         return F.silu(a) * b
-    # what is compiled has no float16 in between, and so no infinity that could be seen before it is stored
-    most = torch.finfo(a.dtype).max
-    return (F.silu(a.float()) * b.float()).clamp(-most, most).to(a.dtype)
+    return (a.float() * (a.float() / SHRINK).sigmoid() * b.float()).half()
 
 
 @Compiled
-def norm_and_turn(qk: Tensor, gains: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+def norm_and_turn(qk: Tensor, q_gain: Tensor, k_gain: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
     """RMSNorm of each head of q and k [B, N, 2, heads, head_dim], and their rotation by angles [1 or B, N, head_dim/2].
 
-    gains: [2, 1, head_dim].
+    Gains: [head_dim].
     """
     exact = qk.float()
+    gains = torch.stack((q_gain, k_gain)).float().unsqueeze(1)  # (2, 1, head_dim)
     exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps) * gains
     even, odd = exact.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., None, None, :], sin[..., None, None, :]
@@ -81,37 +87,49 @@ def norm_and_turn(qk: Tensor, gains: Tensor, eps: float, cos: Tensor, sin: Tenso
 
 
 def run(
-    block: Any,  # a transformer.Block, from further up
+    block: Any,  # a transformer.Block, as it was built (`transformer.is_as_built`)
     x: Tensor,
     rotation: Tensor,
     adaln: Tensor | None,
     attention: Attention,
     mask: Tensor | None = None,
     kept: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The block on x [B, N, D], with the arguments of its `forward`."""
-    before_attention, after_attention, before_mlp, after_mlp = block_gains(block, x, adaln)
-    eps, layer, mlp = block.attention_norm1.eps, block.attention, block.feed_forward
-    qkv = layer.qkv(normed(x, before_attention, eps)).unflatten(
-        -1, (3, layer.n_heads, -1)
-    )  # (B, N, 3, heads, head_dim)
-    gains = torch.stack((norm_gain(layer.q_norm, x), norm_gain(layer.k_norm, x)))
+    """The block on x [B, N, D], with the arguments of its `forward`. dtype: of the matrix products, None is x's.
+
+    In float16 they run on smaller numbers, see `half.py`.
+    """
+    half = (dtype or x.dtype) == torch.float16
+    shrunk, shrunk_mlp = (SHRINK**2, SHRINK_MLP**2) if half else (1, 1)  # of eps
+    needed = like(x) if half else x  # what weights are read for
+    layer, mlp = block.attention, block.feed_forward
+    modulation: Sequence[Tensor | None]
+    modulation = [None] * 4 if adaln is None else block.adaLN_modulation(adaln).unsqueeze(1).chunk(4, dim=-1)
+    scale_msa, gate_msa, scale_mlp, gate_mlp = modulation  # each (B, 1, D)
+    norm = block.attention_norm1
+    qkv = layer.qkv(normed(x, block.gain(norm, needed), norm.eps, scale_msa, half))
+    qkv = qkv.unflatten(-1, (3, layer.n_heads, -1))  # (B, N, 3, heads, head_dim)
+    gains = block.gain(layer.q_norm, needed), block.gain(layer.k_norm, needed)
     cos, sin = rotation[:, :, 0, :, 0, 0], rotation[:, :, 0, :, 1, 0]
-    q, k = norm_and_turn(qkv[:, :, :2], gains, layer.q_norm.eps, cos, sin).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = norm_and_turn(qkv[:, :, :2], *gains, layer.q_norm.eps * shrunk, cos, sin).permute(2, 0, 3, 1, 4).unbind(0)
     out = attention(q[:, :, :kept], k, qkv[:, :, 2].transpose(1, 2), mask)  # (B, kept, D)
-    x = add_normed(x[:, :kept], finite(layer.out(out)), after_attention, eps)
-    h = normed(x, before_mlp, eps)
-    return add_normed(x, finite(mlp.w2(gated(mlp.w1(h), mlp.w3(h)))), after_mlp, eps)
+    norm = block.attention_norm2
+    x = add_normed(x[:, :kept], layer.out(out), block.gain(norm, needed), norm.eps * shrunk, gate_msa)
+    norm = block.ffn_norm1
+    h = normed(x, block.gain(norm, needed), norm.eps, scale_mlp, half)
+    norm = block.ffn_norm2
+    h = mlp.w2(gated(mlp.w1(h), mlp.w3(h)))
+    return add_normed(x, h, block.gain(norm, needed), norm.eps * shrunk_mlp, gate_mlp)
 
 
 def block_gains(block: Any, x: Tensor, adaln: Tensor | None) -> list[Tensor]:
     """What the results of a block's four norms are multiplied by, in their order: float32, [1 or B, 1, D]."""
     norms = (block.attention_norm1, block.attention_norm2, block.ffn_norm1, block.ffn_norm2)
-    gains = [norm_gain(norm, x).unsqueeze(0) for norm in norms]
+    gains = [block.gain(norm, x).float().view(1, 1, -1) for norm in norms]
     if adaln is None:
         return gains
-    modulation = block.adaLN_modulation(adaln).float().unsqueeze(1)  # (B, 1, 4D)
-    scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
+    scale_msa, gate_msa, scale_mlp, gate_mlp = block.adaLN_modulation(adaln).float().unsqueeze(1).chunk(4, dim=-1)
     attention1, attention2, mlp1, mlp2 = gains
     return [
         torch.addcmul(attention1, attention1, scale_msa),
@@ -121,18 +139,12 @@ def block_gains(block: Any, x: Tensor, adaln: Tensor | None) -> list[Tensor]:
     ]
 
 
-def norm_gain(norm: Any, like: Tensor) -> Tensor:
-    """The weight of an RMSNorm in float32, [1, D], whatever its host does to it: what it makes of a constant row.
-
-    128 is large enough for eps to vanish in its mean square, and its square fits float16. torch's own norm need not
-    be asked, which takes as long as the norm of a small picture.
-    """
-    changed = "forward" in vars(norm) or norm._forward_hooks or norm._forward_pre_hooks
-    if type(norm) is nn.RMSNorm and not changed:
-        return norm.weight.float().unsqueeze(0)
-    return norm(like.new_full((1, norm.weight.shape[0]), 128.0)).float()
+def norm_gain(norm: Any, _like: Tensor) -> Tensor:
+    """The weight of an RMSNorm, [D], on the device of the tensor that it is for, in whatever dtype."""
+    weight: Tensor = norm.weight
+    return weight
 
 
 def finite(x: Tensor) -> Tensor:
-    """Keeps float16 from overflowing where Z-Image's activations exceed its range; other dtypes pass untouched."""
+    """Cuts off what float16 can't hold, where a block that others changed overflows; other dtypes pass untouched."""
     return torch.nan_to_num(x, nan=0.0) if x.dtype == torch.float16 else x

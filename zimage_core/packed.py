@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .products import Embedding, Linear, linear
+from .products import LINEAR_KINDS, Embedding, Linear, linear
 from .quantised import Packed
 
 
@@ -57,6 +57,9 @@ class PackedLinear(PackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+LINEAR_KINDS.add(PackedLinear)
 
 
 class PackedEmbedding(PackedLayer):

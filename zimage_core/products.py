@@ -99,6 +99,10 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+# what a transformer block may be built of; other classes in it mean that somebody has changed it
+LINEAR_KINDS: set[type[nn.Module]] = {Linear}
+
+
 class Embedding(nn.Embedding):
     """nn.Embedding that draws no first values on the meta device: there, torch imports its whole compiler for it."""
 

@@ -8,6 +8,7 @@ Letters: B batch, N tokens, D head dimension.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -48,7 +49,7 @@ def rotations(positions: Tensor, axes_dims: Sequence[int], theta: float) -> Tens
     Channel pair j of an axis of width d turns by position * theta^(-2j/d). Angles are computed in float64 and rounded
     once, as the reference does; the 1 is the head axis.
     """
-    exact = positions.double() if positions.device.type != "mps" else positions.cpu().double()  # mps has no float64
+    exact = (positions if _has_float64(positions.device) else positions.cpu()).double()
     angles = []
     for axis, width in enumerate(axes_dims):
         exponents = torch.arange(0, width, 2, dtype=torch.float64, device=exact.device) / width
@@ -57,6 +58,22 @@ def rotations(positions: Tensor, axes_dims: Sequence[int], theta: float) -> Tens
     cos, sin = angle.cos(), angle.sin()
     matrix = torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))  # (B, N, D/2, 2, 2)
     return matrix.unsqueeze(2).to(positions.device)
+
+
+def _has_float64(device: torch.device) -> bool:
+    if torch.compiler.is_compiling():  # there nothing can be tried
+        return device.type in ("cpu", "cuda")
+    return _computes_in_float64(device)
+
+
+@functools.cache
+def _computes_in_float64(device: torch.device) -> bool:
+    """Tries what `rotations` does: many devices have no float64 (MPS, some of XPU and DirectML), and none tells."""
+    try:
+        (torch.ones(2, device=device).double() * 2.0 ** -torch.arange(2, dtype=torch.float64, device=device)).float()
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def _is_small(x: Tensor) -> bool:
 
 
 def run(
-    block: Any,  # a transformer.Block, from further up
+    block: Any,  # a transformer.Block, as it was built (`transformer.is_as_built`)
     x: Tensor,
     rotation: Tensor,
     adaln: Tensor | None,
@@ -58,6 +58,8 @@ def run(
 ) -> Tensor:
     """The block on x [B, S, D], which it overwrites: item i has the tokens x[i, :counts[i]], as the mask tells too.
 
+    One count is for all items.
+
     rotation: [1 or B, S, 1, head_dim/2, 2, 2]. adaln: [B, 256] or None. mask: see `Attention`; None where all tokens
     are an item's own. kept: that only so many of the first tokens are needed afterwards. compiled: norms and gates by
     torch.compile. Returns x, [B, kept, D] of it.
@@ -65,17 +67,19 @@ def run(
     way = COMPILED if compiled else EAGER
     gains = fused.block_gains(block, x, adaln)
     turns = torch.view_as_complex(rotation[..., 0, :, :, 0].contiguous())  # (1 or B, S, head_dim/2): cos + i sin
-    eps, mlp = block.attention_norm1.eps, block.feed_forward
+    layer, mlp = block.attention, block.feed_forward
+    head_gains = torch.stack((block.gain(layer.q_norm, x), block.gain(layer.k_norm, x))).float().unsqueeze(1)
     for tokens, (before_attention, after_attention, before_mlp, after_mlp), turn, masked in _parts(
         x, gains, turns, counts, mask
     ):
-        out = _attend(way, block.attention, tokens, before_attention, eps, turn, attention, masked, kept)
-        tokens = tokens[..., :kept, :]
-        for part, found in _rows(block.attention.out, tokens, out):
-            way.add_normed(part, block.attention.out(found), after_attention, eps)
+        eps = block.attention_norm1.eps
+        out = _attend(way, layer, tokens, before_attention, eps, head_gains, turn, attention, masked, kept)
+        tokens, eps = tokens[..., :kept, :], block.attention_norm2.eps
+        for part, found in _rows(layer.out, tokens, out):
+            way.add_normed(part, layer.out(found), after_attention, eps)
         for (part,) in _rows(mlp.w1, tokens):
-            h = way.normed(part, before_mlp, eps)
-            way.add_normed(part, mlp.w2(way.gated(mlp.w1(h), mlp.w3(h))), after_mlp, eps)
+            h = way.normed(part, before_mlp, block.ffn_norm1.eps)
+            way.add_normed(part, mlp.w2(way.gated(mlp.w1(h), mlp.w3(h))), after_mlp, block.ffn_norm2.eps)
     return x[:, :kept]
 
 
@@ -86,7 +90,8 @@ def _parts(
     if _is_small(x):
         yield x, gains, turns, mask
         return
-    for item, count in enumerate(counts):
+    for item in range(len(x)):
+        count = counts[item % len(counts)]
         yield x[item, :count], [gain[item % len(gain)] for gain in gains], turns[item % len(turns), :count], None
 
 
@@ -96,19 +101,20 @@ def _attend(
     tokens: Tensor,
     gain: Tensor,
     eps: float,
+    head_gains: Tensor,
     turns: Tensor,
     attention: Attention,
     mask: Tensor | None,
     queries: int | None,
 ) -> Tensor:
-    """Attention of the first tokens to all, before its output projection: [..., queries, D]."""
-    gains = torch.stack(
-        (fused.norm_gain(layer.q_norm, tokens), fused.norm_gain(layer.k_norm, tokens))
-    )  # (2, 1, head_dim)
+    """Attention of the first tokens to all, before its output projection: [..., queries, D].
+
+    head_gains: of the norms of q and k, [2, 1, head_dim].
+    """
     qkv = tokens.new_empty(*tokens.shape[:-1], 3 * tokens.shape[-1])
     for part, turn, place in _rows(layer.qkv, tokens, turns, qkv):
         found = layer.qkv(way.normed(part, gain, eps))
-        _norm_and_turn(found, gains, layer.q_norm.eps, turn)
+        _norm_and_turn(found, head_gains, layer.q_norm.eps, turn)
         place.copy_(found)
     qkv = qkv if tokens.ndim == 3 else qkv.unsqueeze(0)
     q, k, v = qkv.unflatten(-1, (3, layer.n_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, S, head_dim)
@@ -118,10 +124,16 @@ def _attend(
 
 def _rows(layer: nn.Module, x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Rows of x [..., S, D] as they go through a linear layer, block by block, with the same rows of the others."""
-    # a weight that has to be cast or expanded for each product is better used once
-    plain = type(layer.weight) in (Tensor, nn.Parameter) and layer.weight.dtype == x.dtype
-    blocks = plain and x.ndim == 2 and products.multiplies(x.dtype)  # rows of a whole batch would be no matrix
+    # rows of a whole batch would be no matrix
+    blocks = x.ndim == 2 and products.multiplies(x.dtype) and _is_ready(layer, x.dtype)
     return _split(MATMUL_ROWS if blocks else x.shape[-2], x, *others)
+
+
+def _is_ready(layer: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a weight is used as it is. One that is cast, expanded or patched for each product is better used once."""
+    weight = layer._parameters.get("weight")  # an attribute may be a property that expands it
+    patched = getattr(layer, "weight_function", None)  # what a host adds on the way
+    return weight is not None and type(weight) in (Tensor, nn.Parameter) and weight.dtype == dtype and not patched
 
 
 def _split(rows: int, x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -160,6 +160,27 @@ def test_weight_dtype_is_kept_and_computed_in_float32_on_a_cpu(pack, comfy, inpu
     assert relative(predict(patcher, inputs), predict(exact, inputs)) < 1e-3
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("sums_fit_half", [False, True])
+def test_float16_is_right_where_activations_exceed_it(pack, comfy, inputs, compiled, sums_fit_half):
+    """Those of the nano model reach a million. Computed in float16 on a CPU, as elsewhere on a GPU without bfloat16."""
+    exact, short = pack.host_model.load_model(NANO, torch.float32), pack.host_model.load_model(NANO, compiled=compiled)
+    short.model.diffusion_model.sums_fit_half = sums_fit_half
+    short.set_model_compute_dtype(torch.float16)
+    comfy.model_management.load_models_gpu([exact, short])
+    reference = predict(exact, inputs)
+    assert relative(predict(short, inputs), reference) <= (3e-3 if sums_fit_half else 2e-3)
+
+
+def test_loading_tells_how_float16_is_used(pack, comfy, monkeypatch, caplog):
+    mm = comfy.model_management
+    monkeypatch.setattr(mm, "unet_manual_cast", lambda *_: torch.float16)  # the device has no bfloat16
+    with caplog.at_level("INFO"):
+        patcher = pack.host_model.load_model(NANO)
+    assert patcher.model.diffusion_model.sums_fit_half and patcher.model.manual_cast_dtype == torch.float16
+    assert "computes in float16, and adds up what its blocks put out in float16 as well" in caplog.text
+
+
 # Sameness with the host's native Z-Image
 
 
