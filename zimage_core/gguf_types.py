@@ -100,7 +100,7 @@ class Compiled:
             if self.call is None:  # not earlier: it imports the whole compiler
                 self.call = torch.compile(self.program, fullgraph=True)
                 logger.info("compiling the expansion of GGUF weights, once for each type")
-            torch._dynamo.mark_dynamic(blocks, 0)  # type: ignore[no-untyped-call]
+            torch._dynamo.mark_dynamic(blocks, 0)
             with torch.no_grad():
                 return self.call(blocks, dtype)
         except torch.OutOfMemoryError:

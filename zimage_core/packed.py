@@ -24,7 +24,7 @@ class PackedLayer(nn.Module):
         super().__init__()
         self.parts = [(part.format, part.shape) for part in parts]
         self.dtype = dtype
-        self.changes: list[Callable[[Tensor], Tensor]] = []  # of LoRA: the weight, float32 or float64, to what is added
+        self.changes: Callable[[Tensor], Tensor] | None = None  # of LoRA: in the expanded weight's place
         for number, part in enumerate(parts):
             self.register_buffer(f"packed_{number}", part.tensors["weight"])
 
@@ -45,8 +45,7 @@ class PackedLayer(nn.Module):
         """The weight [out, in] in `dtype`, made anew each time."""
         if not self.changes:
             return self.expanded(self.dtype)
-        weight = self.expanded()
-        return (weight + sum(change(weight) for change in self.changes)).to(self.dtype)
+        return self.changes(self.expanded()).to(self.dtype)
 
 
 class PackedLinear(PackedLayer):
