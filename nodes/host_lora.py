@@ -18,15 +18,16 @@ PREFIXES = {"transformer": "diffusion_model.", "text_encoder": "qwen3_4b.transfo
 ATTACHMENT = "zimage_loras"  # the LoRAs that a patcher carries, for the report on how they overlap
 
 
-# family, names of the parts, the parts, strength, number among the parts of a fused weight, of how many
-Entry = tuple[str, tuple[str, ...], tuple[Tensor, ...], float, int | None, int]
+# family, names of the parts, the parts, alpha, strength, number among the parts of a fused weight, of how many
+Entry = tuple[str, tuple[str, ...], tuple[Tensor, ...], float | None, float, int | None, int]
 
 
 class HostAdapter(comfy.weight_adapter.WeightAdapterBase):
     """All our adapters of one weight behind the call that the host makes of its own.
 
     Together, because each changes the weight as it was without the others: two LoRA agree in either order. `weights` is
-    plain tuples: the host takes it apart and rebuilds it with moved tensors.
+    plain tuples: the host takes it apart and rebuilds it with moved tensors. alpha is a number, as asking a tensor for
+    one would wait for the device.
     """
 
     name = "zimage"
@@ -37,7 +38,7 @@ class HostAdapter(comfy.weight_adapter.WeightAdapterBase):
 
     def plus(self, target: lora.Target, adapter: adapters.Adapter, strength: float) -> HostAdapter:
         names, parts = tuple(adapter.tensors), tuple(adapter.tensors.values())
-        entry: Entry = (adapter.family, names, parts, strength, target.part, target.parts)
+        entry: Entry = (adapter.family, names, parts, adapter.alpha, strength, target.part, target.parts)
         return HostAdapter(set(), (*self.weights, entry))
 
     def calculate_weight(
@@ -51,14 +52,11 @@ class HostAdapter(comfy.weight_adapter.WeightAdapterBase):
         intermediate_dtype=torch.float32,
         original_weight=None,
     ):
-        base = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        total = torch.zeros_like(base)
-        for family, names, tensors, own_strength, part, parts in self.weights:
-            adapter = adapters.Adapter(family, dict(zip(names, tensors, strict=True)))
-            target = lora.Target("", key, part, parts)
-            total += lora.change(base, target, adapter, strength * own_strength)
-        weight += function(total.to(weight.dtype))
-        return weight
+        changes: list[lora.Change] = []
+        for family, names, tensors, alpha, own_strength, part, parts in self.weights:
+            adapter = adapters.Adapter(family, dict(zip(names, tensors, strict=True)), alpha)
+            changes.append((lora.Target("", key, part, parts), adapter, strength * own_strength))
+        return lora.apply(weight, changes)
 
 
 def add_lora(

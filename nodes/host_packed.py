@@ -111,10 +111,7 @@ class GGUFLayout(QuantizedLayout):
 
     @classmethod
     def dequantize(cls, qdata, params):
-        sizes = [gguf_types.size(name, shape) for name, shape in params.parts]
-        raws = zip(params.parts, qdata.split(sizes), strict=True)
-        rows = [gguf_types.expand(name, raw, shape).to(params.orig_dtype) for (name, shape), raw in raws]
-        return torch.cat(rows) if len(rows) > 1 else rows[0]
+        return gguf_types.expand_stacked(params.parts, qdata, params.orig_dtype)
 
     @classmethod
     def get_plain_tensors(cls, qtensor):
@@ -170,7 +167,7 @@ class GGUFOperations(comfy.ops.manual_cast):
             else:  # a vocabulary is large: only the rows that are asked for are moved and expanded
                 ((name, (count, width)),) = weight._params.parts
                 raw = weight._qdata.view(count, -1)[input.flatten().to(weight._qdata.device)].to(input.device)
-                rows = gguf_types.expand(name, raw, (*input.shape, width)).to(weight.dtype)
+                rows = gguf_types.expand(name, raw, (*input.shape, width), weight.dtype)
             return rows if out_dtype is None else rows.to(out_dtype)
 
 

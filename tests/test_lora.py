@@ -9,9 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zimage_core import adapters, lora
 from zimage_core.checkpoint import CheckpointError, Snapshot
+
+from .traffic import Traffic
 
 NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
 BLOCK = "layers.1.attention"
@@ -278,6 +281,79 @@ def test_each_family_is_its_formula(tmp_path, transformer, shapes, family, modul
     assert close(found, expected)
     nothing = changes(transformer, "transformer", (opened, 0.0))[name]
     assert nothing.abs().max() <= 1e-6 * weight.abs().max()
+
+
+# What they cost on a GPU
+
+
+def large(family: str, out: int, width: int) -> dict[str, Tensor]:
+    """An adapter of a published size, as CUDA tensors of a FakeTensorMode, in bf16."""
+
+    def cuda(*shape: int) -> Tensor:
+        return torch.empty(shape, device="cuda", dtype=torch.bfloat16)
+
+    low = {"down": cuda(32, width), "up": cuda(out, 32)}
+    return {
+        "LoRA": low,
+        "LoHa": {
+            f"hada_{name}": cuda(*shape)
+            for name, shape in {"w1_a": (out, 16), "w1_b": (16, width), "w2_a": (out, 16), "w2_b": (16, width)}.items()
+        },
+        "LoKr": {"lokr_w1": cuda(16, 16), "lokr_w2": cuda(out // 16, width // 16)},
+        "GLoRA": {
+            "glora_a1": cuda(width, 16),
+            "glora_a2": cuda(16, width),
+            "glora_b1": cuda(out, 16),
+            "glora_b2": cuda(16, width),
+        },
+        "OFT": {"oft_blocks": cuda(out // 256, 256, 256), "rescale": cuda(out, 1)},
+        "BOFT": {"oft_blocks": cuda(4, out // 64, 64, 64)},
+        "diff": {"diff": cuda(out, width)},
+        "DoRA by rows": {**low, "magnitude": cuda(out, 1)},
+        "DoRA by columns": {**low, "magnitude": cuda(1, width)},
+    }[family]
+
+
+@pytest.mark.parametrize(
+    "family", "LoRA, LoHa, LoKr, GLoRA, OFT, BOFT, diff, DoRA by rows, DoRA by columns".split(", ")
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_weight_is_changed_in_its_place(family, dtype):
+    """With less memory than the host reserves (numbers times 4 bytes), and without a copy over the bus or a wait."""
+    out, width = 10240, 3840
+    with FakeTensorMode():
+        kind = family.replace("DoRA by rows", "LoRA").replace("DoRA by columns", "LoRA")
+        adapter = adapters.Adapter(kind, large(family, out, width), 4.0)
+        changes = [(lora.Target("transformer", "w", None, 1), adapter, strength) for strength in (0.5, 1.0)]
+        weight = torch.empty(out, width, device="cuda", dtype=dtype)
+        with Traffic() as seen:
+            assert lora.apply(weight, changes) is weight
+    assert seen.peak <= out * width * 4 and seen.copies == seen.waits == []
+
+
+@pytest.mark.parametrize(
+    "families", [("LoRA", "GLoRA"), ("LoRA", "OFT"), ("DoRA by columns", "LoKr"), ("OFT", "GLoRA")]
+)
+@pytest.mark.parametrize("module, part", [("out", None), ("to_k", 1)])
+def test_pieces_are_the_whole(tmp_path, transformer, shapes, monkeypatch, families, module, part):
+    """Several families on a weight, by rows, by columns, or at once where they agree on neither."""
+    files = []
+    for number, family in enumerate(families):
+        (tmp_path / str(number)).mkdir()
+        tensors = {f"diffusion_model.{BLOCK}.{module}.{name}": value for name, value in dense(family)[0].items()}
+        files.append((lora.open_lora(saved(tmp_path / str(number), tensors), shapes), 0.5))
+    name = f"{BLOCK}.{'out' if part is None else 'qkv'}.weight"
+    monkeypatch.setattr(lora, "PIECE", 10**9)
+    whole = changes(transformer, "transformer", *files)[name]
+    monkeypatch.setattr(lora, "PIECE", 7 * WIDTH)
+    pieces = changes(transformer, "transformer", *files)[name]
+    assert whole.count_nonzero() and close(pieces, whole.double())
+    weight = dict(transformer.named_parameters())[name].detach().clone()
+    together = [
+        (target, adapter, strength) for file, strength in files for target, adapter in file.of("transformer").items()
+    ]
+    before = weight.clone()
+    assert close(lora.apply(weight, together) - before, whole.double())
 
 
 def test_bias_changes(tmp_path, transformer, shapes):

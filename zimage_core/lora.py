@@ -6,10 +6,11 @@ and without the habitual prefixes, so that one table (`key_maps`) serves PEFT, k
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import detect, key_maps, packed
-from .adapters import EXTRAS, FAMILIES, Adapter
+from .adapters import ALL, EXTRAS, FAMILIES, Adapter, Piece
 from .config import CheckpointError
 from .tensor_files import TensorFiles
 
@@ -163,14 +164,14 @@ def open_lora(path: str | Path, shapes: Mapping[str, Mapping[str, Shape]]) -> Lo
     adapters: dict[Target, Adapter] = {}
     for module, group in groups.items():
         target = places.get(_normalised(module))
-        made, unused = (None, list(group.values())) if target is None else _adapters(group, files)
+        made, unused = (None, list(group.values())) if target is None else _adapters(path, group, files)
         left += unused
         for suffix, adapter in (made or {}).items():
             assert target is not None
             aimed = Target(target.component, target.name + suffix, target.part, target.parts)
             shape = shapes[aimed.component].get(aimed.name)
             if shape is None or aimed in adapters:
-                left += [group[part] for part in adapter.tensors]
+                left += [group[part] for part in group if part in (*adapter.tensors, "alpha")]
                 continue
             _check(path, module, adapter, aimed, shape)
             adapters[aimed] = adapter
@@ -227,7 +228,7 @@ def _aliases(component: str, parameter: str) -> list[Any]:
     ]
 
 
-def _adapters(group: Mapping[str, str], files: TensorFiles) -> tuple[dict[str, Adapter], list[str]]:
+def _adapters(path: Path, group: Mapping[str, str], files: TensorFiles) -> tuple[dict[str, Adapter], list[str]]:
     """(".weight" or ".bias" -> adapter, keys that belong to no whole adapter)."""
     parts = set(group) - EXTRAS
     made: dict[str, Adapter] = {}
@@ -239,10 +240,15 @@ def _adapters(group: Mapping[str, str], files: TensorFiles) -> tuple[dict[str, A
         (name for name, entry in FAMILIES.items() if any(set(way) == parts for way in entry.needs)), None
     ):
         used |= parts | (EXTRAS & set(group))
-        tensors = {part: files.read(group[part]) for part in sorted(parts | (EXTRAS & set(group)))}
+        tensors = {part: files.read(group[part]) for part in sorted(used - {"diff_b"})}
+        alpha = tensors.pop("alpha", None)
+        if alpha is not None and alpha.numel() != 1:
+            raise CheckpointError(
+                f"{path}: {group['alpha']} has shape {list(alpha.shape)}, expected one number; download the file again"
+            )
         if family == "OFT" and tensors["oft_blocks"].ndim == 4:
             family = "BOFT"
-        made[".weight"] = Adapter(family, tensors)
+        made[".weight"] = Adapter(family, tensors, None if alpha is None else float(alpha))
     return made, [key for part, key in group.items() if part not in used]
 
 
@@ -250,11 +256,10 @@ def _check(path: Path, module: str, adapter: Adapter, target: Target, shape: Sha
     """That the adapter's change has the size of the weight, tried on tensors without values."""
     expected = (target.rows(shape[0])[1], *shape[1:])
     tensors = {part: torch.empty_like(tensor, device="meta") for part, tensor in adapter.tensors.items()}
-    alpha = tensors.pop("alpha", None)
     try:
-        if alpha is not None and alpha.numel() != 1:
-            raise RuntimeError(f"alpha has shape {list(alpha.shape)}")
-        found = tuple(Adapter(adapter.family, tensors).change(torch.empty(expected, device="meta"), 1.0).shape)
+        found = tuple(
+            Adapter(adapter.family, tensors, adapter.alpha).change(torch.empty(expected, device="meta"), 1.0).shape
+        )
         problem = f"a change of shape {list(found)}"
     except (RuntimeError, IndexError, ValueError) as error:
         found = None
@@ -295,6 +300,9 @@ def _dora(adapter: Adapter) -> str:
 
 # Onto a model
 
+Change = tuple[Target, Adapter, float]  # at this strength
+PIECE = 2**21  # numbers that are changed at a time
+
 
 @torch.no_grad()
 def add(model: nn.Module, component: str, loras: Sequence[tuple[Lora, float]]) -> dict[str, Tensor]:
@@ -306,34 +314,51 @@ def add(model: nn.Module, component: str, loras: Sequence[tuple[Lora, float]]) -
     parameters = dict(model.named_parameters())
     layers = packed.layers(model)
     before: dict[str, Tensor] = {}
-    changes: dict[str, list[tuple[Target, Adapter, float]]] = {}
+    changes: dict[str, list[Change]] = {}
     for lora, strength in loras:
         for target, adapter in lora.of(component).items():
             changes.setdefault(target.name, []).append((target, adapter, strength))
-    for name, adapters in changes.items():
+    for name, together in changes.items():
         if name in layers:
-            layers[name].changes = [_later(target, adapter, strength) for target, adapter, strength in adapters]
+            layers[name].changes = functools.partial(apply, changes=together)
             continue
         parameter = parameters[name]
         before[name] = parameter.data
-        original = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-        total = sum(change(original, *one) for one in adapters)
-        parameter.data = (original + total).to(parameter.dtype)
+        parameter.data = apply(parameter.data, together, torch.empty_like(parameter.data))
     return before
 
 
-def change(weight: Tensor, target: Target, adapter: Adapter, strength: float) -> Tensor:
-    """What an adapter adds to the whole weight, of which it may aim at some rows only."""
-    if target.part is None:
-        return adapter.change(weight, strength)
-    added = torch.zeros_like(weight)
-    first, count = target.rows(len(weight))
-    added[first : first + count] = adapter.change(weight[first : first + count], strength)
-    return added
+@torch.no_grad()
+def apply(weight: Tensor, changes: Sequence[Change], out: Tensor | None = None) -> Tensor:
+    """Writes the weight with all changes to `out` (None: over the weight), and returns that.
 
-
-def _later(target: Target, adapter: Adapter, strength: float) -> Callable[[Tensor], Tensor]:
-    return lambda weight: change(weight, target, adapter, strength)
+    Each change is computed from the weight as it was, in float32, and the sum is rounded once. This goes by rows or by
+    columns, whichever all adapters allow, so that it takes little more memory than PIECE numbers a few times.
+    """
+    out = weight if out is None else out
+    exact = weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32))
+    axes = {0, 1} if weight.ndim > 1 else {0}
+    made: list[tuple[int, int, Piece]] = []  # first row, number of rows, what is added to pieces of them
+    for target, adapter, strength in changes:
+        first, count = target.rows(len(weight))
+        shape = (count, *weight.shape[1:])
+        axes &= adapter.axes(shape)
+        made.append((first, count, adapter.pieces(shape, exact, strength)))
+    axis = min(axes, default=0)
+    size = weight.shape[axis]
+    step = max(1, min(size, PIECE * size // max(1, weight.numel()))) if axes else max(1, size)
+    for begin in range(0, size, step):
+        end = min(begin + step, size)
+        base = weight.narrow(axis, begin, end - begin).to(exact.dtype)
+        total = torch.zeros_like(base)
+        for first, count, piece in made:
+            top, bottom = (max(begin, first), min(end, first + count)) if axis == 0 else (first, first + count)
+            if top < bottom:
+                held = slice(top - begin, bottom - begin) if axis == 0 else slice(first, first + count)
+                columns = slice(begin, end) if axis else ALL
+                total[held] += piece(base[held], slice(top - first, bottom - first), columns)
+        out.narrow(axis, begin, end - begin).copy_(total.add_(base))
+    return out
 
 
 @torch.no_grad()
@@ -343,7 +368,7 @@ def remove(model: nn.Module, before: Mapping[str, Tensor]) -> None:
     for name, weight in before.items():
         parameters[name].data = weight
     for layer in packed.layers(model).values():
-        layer.changes = []
+        layer.changes = None
 
 
 @torch.no_grad()

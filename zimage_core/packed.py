@@ -24,7 +24,7 @@ class PackedLayer(nn.Module):
         super().__init__()
         self.parts = [(part.format, part.shape) for part in parts]
         self.dtype = dtype
-        self.changes: list[Callable[[Tensor], Tensor]] = []  # of LoRA: the weight, float32 or float64, to what is added
+        self.changes: Callable[[Tensor], Tensor] | None = None  # of LoRA: in the expanded weight's place
         for number, part in enumerate(parts):
             self.register_buffer(f"packed_{number}", part.tensors["weight"])
 
@@ -33,19 +33,19 @@ class PackedLayer(nn.Module):
         """(out, in) of the weight."""
         return sum(shape[0] for _, shape in self.parts), self.parts[0][1][1]
 
-    def expanded(self) -> Tensor:
-        """The weight [out, in] float32 without changes."""
+    def expanded(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [out, in] without changes."""
         buffers = (self.get_buffer(f"packed_{number}") for number in range(len(self.parts)))
         parts = (Packed(name, shape, {"weight": raw}) for (name, shape), raw in zip(self.parts, buffers, strict=True))
-        return torch.cat([part.expand() for part in parts])
+        rows = [part.expand(dtype) for part in parts]
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
 
     @property
     def weight(self) -> Tensor:
         """The weight [out, in] in `dtype`, made anew each time."""
-        weight = self.expanded()
-        if self.changes:
-            weight = weight + sum(change(weight) for change in self.changes)
-        return weight.to(self.dtype)
+        if not self.changes:
+            return self.expanded(self.dtype)
+        return self.changes(self.expanded()).to(self.dtype)
 
 
 class PackedLinear(PackedLayer):
@@ -70,7 +70,7 @@ class PackedEmbedding(PackedLayer):
             return F.embedding(ids, self.weight)
         ((name, (rows, columns)),) = self.parts
         raw: Tensor = self.get_buffer("packed_0").view(rows, -1)[ids.flatten()]
-        return Packed(name, (*ids.shape, columns), {"weight": raw}).expand().to(self.dtype)
+        return Packed(name, (*ids.shape, columns), {"weight": raw}).expand(self.dtype)
 
 
 def replace(model: nn.Module, name: str, parts: Sequence[Packed], dtype: torch.dtype) -> bool:

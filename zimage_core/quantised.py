@@ -48,14 +48,14 @@ class Packed:
     def is_gguf(self) -> bool:
         return self.format not in FORMATS
 
-    def expand(self) -> Tensor:
-        """The numbers, float32 [*shape], rounded only where float32 is."""
+    def expand(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The numbers [*shape], rounded only where float32 is and then to the dtype."""
         if self.is_gguf:
-            return gguf_types.expand(self.format, self.tensors["weight"], self.shape)
+            return gguf_types.expand(self.format, self.tensors["weight"], self.shape, dtype)
         weight = FORMATS[self.format].expand(self.tensors, self.settings)
         if (smoothing := self.tensors.get("pre_quant_scale")) is not None:
             weight = weight * smoothing.float()  # it multiplies the layer's input, which is the same for the product
-        return weight
+        return weight.to(dtype)
 
 
 # The formats: stored dtypes of the weight, what has to lie beside it, and the numbers
@@ -200,7 +200,7 @@ class Weights:
         if packed is None:
             return self.files.read(key)
         try:
-            weight = packed.expand().to(dtype or DEQUANTISED)
+            weight = packed.expand(dtype or DEQUANTISED)
             tile = PADDED.get(packed.format, 1)
             padding = [has - should for has, should in zip(weight.shape, shape or weight.shape, strict=False)]
             if any(padding) and all(0 <= rows_or_columns < tile for rows_or_columns in padding):
