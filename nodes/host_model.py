@@ -26,7 +26,7 @@ from ..zimage_core.config import SchedulerConfig, TransformerConfig
 from ..zimage_core.fused import norm_gain
 from ..zimage_core.sampling import model_time, velocity
 from ..zimage_core.transformer import Captions, JointAttention, ZImageTransformer, norm_and_rotate
-from . import host_operations, host_packed
+from . import host, host_operations, host_packed
 
 try:  # the host's kernel package; older ones lack these two
     from comfy_kitchen import rms_rope, rms_rope1
@@ -229,13 +229,15 @@ def load_model(
 
     weight_dtype: of the weights in memory; None is the file's, fitted to the device. compiled: see `ZImageTransformer`.
     """
-    component, scheduler = open_component(path, "transformer"), schedule_of(path)
+    component, scheduler = open_component(path, "transformer", mapped=host.maps_files()), schedule_of(path)
     config = component.config
     model_config = ZImageModelConfig(path, config, scheduler)
     device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
     quantised = weight_dtype is None and host_packed.keeps(component)
     if quantised:
-        storage, compute = component.dtype(), mm.unet_manual_cast(None, device, model_config.supported_inference_dtypes)
+        asked = host.asked_dtype()  # of the weights that are not quantised
+        storage = component.dtype() if asked in (None, *FP8) else asked
+        compute = mm.unet_manual_cast(None, device, model_config.supported_inference_dtypes)
         model_config.custom_operations, build_device = host_packed.operations(component, compute, device)
         weights = host_packed.state_dict(component, storage, compute)
     else:
@@ -243,6 +245,9 @@ def load_model(
         model_config.custom_operations = host_operations.for_device(device)  # None: the host picks
         build_device = torch.device("meta")
         weights = component.state_dict(None if storage in FP8 else storage)  # norms stay as they are
+        if storage in FP8 and component.dtype() != storage:  # by a flag of the host's
+            for name in [name for name, weight in weights.items() if weight.ndim == 2]:
+                weights[name] = weights[name].to(storage)
     model_config.set_inference_dtype(storage, compute)
 
     model = ZImageModel(model_config, config, scheduler, build_device)
@@ -270,6 +275,7 @@ def _dtypes(
     device: torch.device,
 ) -> tuple[torch.dtype, torch.dtype | None]:
     """(dtype of the weights in memory, dtype to which each layer casts them or None to compute in the former)."""
+    storage = storage or host.asked_dtype()
     if storage is None:
         stored = component.dtype()
         parameters = sum(math.prod(shape) for shape in component.shapes.values())
