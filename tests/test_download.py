@@ -380,7 +380,9 @@ def test_caches_that_cannot_be_read_hold_nothing(hub, tmp_path, monkeypatch):
         download.fetch(REPOSITORY, tmp_path / ("z" * 300), ["vae"])
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as it is for a user without an entry, in a container
+    monkeypatch.setattr(
+        os.path, "expanduser", lambda path: path
+    )  # as it is for a user without an entry, in a container
     assert download.find(REPOSITORY, [tmp_path / "loop"]) is None
 
 

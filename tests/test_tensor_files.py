@@ -199,7 +199,9 @@ def test_attention_keys_are_left_out_of_loras_and_gguf(tmp_path, caplog):
     weights = {"layers.0.attention.qkv.weight": torch.randn(4, 64), "layers.0.attention.comfy_attention.config": CONFIG}
     gguf_writing.write(tmp_path / "m.gguf", weights, lambda *_: "F32")
     with caplog.at_level(logging.INFO):
-        opened = lora.open_lora(tmp_path / "l.safetensors", {"transformer": {"layers.1.attention.qkv.weight": (576, 192)}})
+        opened = lora.open_lora(
+            tmp_path / "l.safetensors", {"transformer": {"layers.1.attention.qkv.weight": (576, 192)}}
+        )
         assert (opened.matched, opened.total, opened.left) == (2, 2, ())
         assert list(TensorFiles([tmp_path / "m.gguf"]).entries) == ["layers.0.attention.qkv.weight"]
     assert len(shown(caplog)) == 2
