@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+import comfy.model_management as mm
+import comfy.utils
 import folder_paths
+import torch
+from comfy.cli_args import args
 
 from ..zimage_core.checkpoint import CheckpointError, snapshot_folder
 from ..zimage_core.download import KNOWN, Repository, is_complete
 from . import host_download
+
+logger = logging.getLogger(__name__)
 
 NANO = "Z-Image-Nano (built in)"
 NANO_FOLDER = Path(__file__).parent.parent / "nano" / "snapshot"
@@ -71,31 +79,37 @@ def fingerprint(choice: str, component: str, repository: str = "") -> list[tuple
     """
     try:
         path = model_path(choice, component, repository)
+        stamps = _stamps(path, component)
     except CheckpointError:  # a repository that is not here yet
         return []
-    stamps = _stamps(path, component)
     return [] if _downloaded.get((path, component)) == stamps else stamps
 
 
 # what was downloaded since the host started -> what `_stamps` said right after
 _downloaded: dict[tuple[Path, str], list[tuple[str, int, int]]] = {}
-READ = {  # of a snapshot, by component
-    "transformer": ("transformer/*", "scheduler/*", "vae/config.json"),
-    "text_encoder": ("text_encoder/*", "tokenizer/*"),
-    "vae": ("vae/*",),
+READ = {  # component -> folder of a snapshot -> files in it
+    "transformer": {"transformer": "*", "scheduler": "*", "vae": "config.json"},
+    "text_encoder": {"text_encoder": "*", "tokenizer": "*"},
+    "vae": {"vae": "*"},
 }
 
 
 def _stamps(path: Path, component: str) -> list[tuple[str, int, int]]:
     folder = snapshot_folder(path)
-    files = [path] if folder is None else sorted(p for pattern in READ[component] for p in folder.glob(pattern))
-    return [_stamp(file) for file in files if file.is_file()]
+    if folder is None:
+        return [_stamp(path)]
+    entries = (
+        entry
+        for part, pattern in READ[component].items()
+        for entry in _listed(folder / part)
+        if fnmatchcase(entry.name, pattern) and entry.is_file()
+    )
+    return sorted(_stamp(Path(entry.path)) for entry in entries)
 
 
 def lora_choices() -> list[str]:
     """The LoRA files of the host's own folder, then the built-in model's."""
-    names = [name for name in folder_paths.get_filename_list("loras") if name.lower().endswith(FILE_SUFFIXES)]
-    return [*names, NANO_LORA]
+    return [*_names("loras"), NANO_LORA]
 
 
 def lora_path(name: str) -> Path:
@@ -109,7 +123,19 @@ def lora_fingerprint(name: str) -> tuple[str, int, int]:
 
 
 def _stamp(file: Path) -> tuple[str, int, int]:
-    return (str(file), file.stat().st_mtime_ns, file.stat().st_size)
+    state = file.stat()
+    return (str(file), state.st_mtime_ns, state.st_size)
+
+
+def maps_files() -> bool:
+    """Whether weights may stay pages of their files (not with the host's flag --disable-mmap)."""
+    return not comfy.utils.DISABLE_MMAP
+
+
+def asked_dtype() -> torch.dtype | None:
+    """What the host's flags (--fp32-unet and the like, --force-fp32) want a transformer stored in; None without one."""
+    asked = args.force_fp32 or any(name.endswith("_unet") and value for name, value in vars(args).items())
+    return mm.unet_dtype() if asked else None
 
 
 def _roots() -> list[Path]:
@@ -120,30 +146,85 @@ def _files(component: str) -> dict[str, tuple[str, str]]:
     """Name, as the combo shows it ("folder/file"), to (the host's folder kind, the file's name in it)."""
     found: dict[str, tuple[str, str]] = {}
     for kind in FILE_KINDS[component]:
-        names = [name for name in folder_paths.get_filename_list(kind) if name.lower().endswith(FILE_SUFFIXES)]
-        found |= {f"{kind}/{name}": (kind, name) for name in names}
+        found |= {f"{kind}/{name}": (kind, name) for name in _names(kind)}
         if kind in GGUF_KINDS:
             own = GGUF_KINDS[kind]
-            found |= {f"{kind}/{name}": (own, name) for name in folder_paths.get_filename_list(own)}
+            found |= {f"{kind}/{name}": (own, name) for name in _names(own, (".gguf",))}
     return found
+
+
+def _names(kind: str, suffixes: tuple[str, ...] = FILE_SUFFIXES) -> list[str]:
+    """The files of a kind as the host lists them, or as we do where it gives up over a folder that it can't read."""
+    try:
+        names: Iterable[str] = folder_paths.get_filename_list(kind)
+    except OSError:
+        names = {
+            os.path.relpath(os.path.join(folder, name), root)
+            for root in folder_paths.get_folder_paths(kind)
+            for folder, _, files in os.walk(root, onerror=lambda error: _skip(error.filename, error), followlinks=True)
+            for name in files
+        }
+    return [name for name in sorted(names) if name.lower().endswith(suffixes) and _is_text(name, kind)]
 
 
 def _snapshots() -> dict[str, Path]:
     """Name, as the combo shows it, to folder. Runs whenever the host asks for the schema, so it only lists folders."""
     found: dict[str, Path] = {}
     for root in _roots():
-        for folder in _snapshots_in(root, DEPTH):
+        for folder in _snapshots_in(_listed(root), DEPTH):
             found.setdefault(folder.relative_to(root).as_posix(), folder)
     return found
 
 
-def _snapshots_in(root: Path, depth: int) -> Iterator[Path]:
-    if not root.is_dir():
-        return
-    for entry in root.iterdir():
+def _snapshots_in(entries: list[os.DirEntry[str]], depth: int) -> Iterator[Path]:
+    for entry in entries:
         if entry.name.startswith(".") or not entry.is_dir():
             continue
-        if (entry / "model_index.json").is_file() or any((entry / name).is_dir() for name in MARKS):
-            yield entry
+        inner = _listed(Path(entry.path))
+        if any(e.is_dir() if e.name in MARKS else e.is_file() and e.name == "model_index.json" for e in inner):
+            yield Path(entry.path)
         elif depth > 1:
-            yield from _snapshots_in(entry, depth - 1)
+            yield from _snapshots_in(inner, depth - 1)
+
+
+def _listed(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder. What can't be read is left out and the log says so once: it may not end a whole list."""
+    found = []
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry for entry in entries if _is_text(entry.name, folder) and _is_reachable(entry)]
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        _skip(folder, error)
+    return found
+
+
+def _is_reachable(entry: os.DirEntry[str]) -> bool:
+    try:
+        entry.is_dir()  # follows links, and remembers where they led
+    except OSError as error:
+        _skip(entry.path, error)
+        return False
+    return True
+
+
+def _is_text(name: str, folder: str | Path) -> bool:
+    """Whether a workflow can hold this name."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        _skip(os.path.join(folder, name), "its name is not UTF-8, rename it")
+        return False
+    return True
+
+
+def _skip(path: str | os.PathLike[str], why: OSError | str) -> None:
+    said = os.fsencode(path).decode(errors="backslashreplace")
+    if said not in _skipped:
+        _skipped.add(said)
+        reason = why if isinstance(why, str) else f"{why.strerror}; check its permissions, or the drive that it is on"
+        logger.warning("%s is left out of the lists of models: %s.", said, reason)
+
+
+_skipped: set[str] = set()

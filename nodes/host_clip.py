@@ -31,7 +31,7 @@ from ..zimage_core.checkpoint import (
 from ..zimage_core.prompt_cache import Stamp, stamps
 from ..zimage_core.text_encoder import LAYER, TextEncoder
 from ..zimage_core.tokenizer import Tokenizer
-from . import host_operations, host_packed, host_prompts
+from . import host, host_operations, host_packed, host_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ def load_clip(
     weight_dtype: of the weights in memory, None the file's. No weight is read here: they stay mapped, and those that
     have to be converted are left in the file until the encoder is loaded onto its device.
     """
-    component = open_component(path, "text_encoder")
+    component = open_component(path, "text_encoder", mapped=host.maps_files())
     files = stamps(component.files.paths)
     config, tokenizer = component.config, HostTokenizer(_tokenizer(path))
     dtype = weight_dtype or component.dtype()

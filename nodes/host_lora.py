@@ -66,7 +66,7 @@ def add_lora(
     patchers = {"transformer": model} if clip is None else {"transformer": model, "text_encoder": clip.patcher}
     weights = {kind: _weights(patcher, PREFIXES[kind]) for kind, patcher in patchers.items()}
     shapes = {kind: {key: tuple(weight.shape) for key, weight in of.items()} for kind, of in weights.items()}
-    opened = lora.open_lora(host.lora_path(name), shapes)
+    opened = lora.open_lora(host.lora_path(name), shapes, mapped=host.maps_files())
     report = [opened.report()]
     if clip is None and (words := _waiting(opened)):
         report.append(words)

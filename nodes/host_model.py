@@ -27,7 +27,7 @@ from ..zimage_core.checkpoint import Component, Snapshot, open_component, schedu
 from ..zimage_core.config import SchedulerConfig, TransformerConfig
 from ..zimage_core.sampling import model_time, velocity
 from ..zimage_core.transformer import Block, Captions, JointAttention, ZImageTransformer, norm_and_rotate
-from . import host_operations, host_packed
+from . import host, host_operations, host_packed
 
 try:  # the host's kernel package; older ones lack these two
     from comfy_kitchen import rms_rope, rms_rope1
@@ -264,13 +264,15 @@ def load_model(
 
     weight_dtype: of the weights in memory; None is the file's, fitted to the device. compiled: see `ZImageTransformer`.
     """
-    component, scheduler = open_component(path, "transformer"), schedule_of(path)
+    component, scheduler = open_component(path, "transformer", mapped=host.maps_files()), schedule_of(path)
     config = component.config
     model_config = ZImageModelConfig(path, config, scheduler)
     device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
     quantised = weight_dtype is None and host_packed.keeps(component)
     if quantised:
-        storage, compute = component.dtype(), mm.unet_manual_cast(None, device, model_config.supported_inference_dtypes)
+        asked = host.asked_dtype()  # of the weights that are not quantised
+        storage = component.dtype() if asked in (None, *FP8) else asked
+        compute = mm.unet_manual_cast(None, device, model_config.supported_inference_dtypes)
         model_config.custom_operations, build_device = host_packed.operations(component, compute, device)
         weights = host_packed.state_dict(component, storage, compute)
     else:

@@ -91,7 +91,7 @@ def key(clip: comfy.sd.CLIP, tokens: Any) -> str | None:
             kept=str(kept_dtype()),
             tokens=tokens,
         )
-    except TypeError as error:
+    except (TypeError, OSError) as error:
         logger.debug("This prompt is not looked up in the cache: %s", error)
         return None
 

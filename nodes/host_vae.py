@@ -22,6 +22,7 @@ from torch import Tensor
 from ..zimage_core import vae_bands
 from ..zimage_core.checkpoint import not_finite, open_component
 from ..zimage_core.vae import AutoencoderKL
+from . import host
 
 LOW_MEMORY = ("auto", "on", "off")
 _low_memory: ContextVar[str] = ContextVar("low_memory", default="auto")  # of the call that is running
@@ -70,7 +71,7 @@ class ZImageVAE(comfy.sd.VAE):
     """Latents are raw, as on every LATENT socket: scale and shift belong to the MODEL's latent format."""
 
     def __init__(self, path: str | Path, disable_dynamic: bool = False):
-        component = open_component(path, "vae")
+        component = open_component(path, "vae", mapped=host.maps_files())
         config = component.config
         with _without_warning():
             super().__init__(sd={})  # sets the defaults of a picture VAE and ends where it finds no weights

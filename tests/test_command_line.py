@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +60,14 @@ def test_loras_and_parts_from_elsewhere(tmp_path, capsys):
     assert "LoRA      strength 0.5\n  a.safetensors: 2 of 2 keys matched, 1 weights" in told
     assert "LoRA: a.safetensors:0.5, LoRA: b.safetensors:1" in pictures[1].text["parameters"]
     assert pictures[0].tobytes() == pictures[2].tobytes() != pictures[1].tobytes()
+
+
+def test_names_that_are_not_utf8(tmp_path, capsys):
+    model, out = tmp_path / os.fsdecode(b"mod\xe8le"), tmp_path / os.fsdecode(b"image\xe9.png")
+    shutil.copytree(ROOT / "nano" / "snapshot", model)
+    options = ["-s", "1", "--width", "32", "--height", "32", "--cpu", "-o", str(out)]
+    assert main(["generate", "a red circle", "-m", str(model), *options]) == 0, capsys.readouterr().err
+    assert "mod\\udce8le" in Image.open(out).text["parameters"]
 
 
 def test_without_an_output_nothing_is_overwritten(tmp_path, monkeypatch):

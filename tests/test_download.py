@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from zimage_core import download
-from zimage_core.checkpoint import CheckpointError, Snapshot
+from zimage_core.checkpoint import CheckpointError, Snapshot, open_component
 from zimage_core.download import DownloadError, Progress, Repository
 
 from .hub import COMMIT, Hub, serve
@@ -359,6 +359,31 @@ def test_snapshots_are_found_in_the_caches_of_others(tmp_path, monkeypatch):
         place.mkdir(parents=True)
         assert download.find(REPOSITORY, [tmp_path / "models"]) == place
     assert download.find(Repository(NAME, "v2"), [tmp_path / "models"]) is None
+
+
+def test_caches_that_cannot_be_read_hold_nothing(hub, tmp_path, monkeypatch):
+    """Errors of the file system that `Path.is_dir` passes on, and a user without a home."""
+    (tmp_path / "long").symlink_to("x" * 300)
+    (tmp_path / "loop").symlink_to("loop")
+    for place in (tmp_path / "long", tmp_path / "loop"):
+        with pytest.raises(CheckpointError, match="there is no such file or folder, or it can't be read"):
+            open_component(place, "vae")
+        monkeypatch.setenv("HF_HUB_CACHE", str(place))
+        monkeypatch.setenv("HOME", str(place))
+        assert download.find(REPOSITORY, [place, tmp_path]) is None
+    shutil.copytree(NANO, tmp_path / "Org--Nano")
+    (tmp_path / "Org--Nano" / "vae" / "config.json").unlink()
+    (tmp_path / "Org--Nano" / "vae" / "config.json").symlink_to("y" * 300)
+    assert not download.is_complete(tmp_path / "Org--Nano", ["vae"])
+    assert download.is_complete(tmp_path / "Org--Nano", ["transformer"]) is False
+    with pytest.raises(DownloadError, match="can't be written .File name too long"):
+        download.fetch(REPOSITORY, tmp_path / ("z" * 300), ["vae"])
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(
+        os.path, "expanduser", lambda path: path
+    )  # as it is for a user without an entry, in a container
+    assert download.find(REPOSITORY, [tmp_path / "loop"]) is None
 
 
 def test_a_snapshot_in_the_hubs_cache_is_complete(hub, tmp_path, monkeypatch):

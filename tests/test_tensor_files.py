@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import struct
 from pathlib import Path
 
@@ -10,8 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from zimage_core import lora
+from zimage_core.checkpoint import open_component
 from zimage_core.config import CheckpointError
-from zimage_core.tensor_files import TensorFiles, read_header
+from zimage_core.tensor_files import BITS, DTYPES, OTHERS, TensorFiles, read_header
+
+from . import gguf_writing
 
 
 def write(path: Path, header: object, data: bytes = b"") -> Path:
@@ -28,6 +34,7 @@ def refused(path: Path) -> str:
     return message
 
 
+NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
 ONE = {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
 
 
@@ -102,3 +109,99 @@ def test_a_file_that_changes_after_its_header_was_read(tmp_path):
     path.write_bytes(b"short")
     with pytest.raises(CheckpointError, match=r"m\.safetensors: w can't be read"):
         files.read("w")
+
+
+# Copied instead of mapped
+
+
+def test_copies_are_what_is_mapped(tmp_path):
+    """Every dtype of the format, at places that fit no dtype, and both kinds of GGUF's."""
+    dtypes = {**DTYPES, **OTHERS}
+    assert dtypes.keys() == BITS.keys()
+    tensors = {"a": torch.zeros(3, dtype=torch.uint8), "none": torch.zeros(0, 4), "one": torch.tensor(2.0)}
+    for name, dtype in dtypes.items():
+        raw = torch.randint(0, 2 if name == "BOOL" else 256, (6, 4, dtype.itemsize), dtype=torch.uint8)
+        tensors[name] = raw.view(dtype).reshape(6, 4)
+    save_file(tensors, tmp_path / "w.safetensors")
+    weights = {"plain": torch.randn(4, 64), "packed": torch.randn(4, 64)}
+    gguf_writing.write(tmp_path / "w.gguf", weights, lambda name, _: "Q8_0" if name == "packed" else "F16")
+    for file in (tmp_path / "w.safetensors", tmp_path / "w.gguf"):
+        mapped, copied = TensorFiles([file]), TensorFiles([file], mapped=False)
+        for key in mapped.entries:
+            one, other = mapped.read(key), copied.read(key)
+            assert (one.dtype, one.shape) == (other.dtype, other.shape)
+            assert torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
+
+
+def test_a_copy_outlives_its_file(tmp_path):
+    """A mapped tensor would end the process here: the pages behind it are gone."""
+    path = tmp_path / "w.safetensors"
+    save_file({"first": torch.ones(100_000), "second": torch.ones(100_000)}, path)
+    files = TensorFiles([path], mapped=False)
+    first = files.read("first")
+    path.write_bytes(b"")
+    assert first.sum() == 100_000
+    with pytest.raises(CheckpointError, match="second can't be read .the file has changed since it was opened"):
+        files.read("second")
+
+
+@pytest.mark.parametrize("kind", ["transformer", "text_encoder", "vae"])
+def test_a_component_may_be_copied(kind):
+    mapped, copied = (open_component(NANO, kind, mapped=mapped).state_dict() for mapped in (True, False))
+    assert all(torch.equal(mapped[name], copied[name]) for name in mapped) and mapped.keys() == copied.keys()
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    """The safetensors library refuses it; tensors are copied then."""
+    path = tmp_path / os.fsdecode(b"caf\xe9.safetensors")
+    save_file({"w": torch.ones(3)}, tmp_path / "w.safetensors")
+    (tmp_path / "w.safetensors").rename(path)
+    assert torch.equal(TensorFiles([path]).read("w"), torch.ones(3))
+
+
+# Keys that name an attention kernel
+
+
+CONFIG = torch.tensor(list(b'{"attention": "comfy_kitchen_int8"}'), dtype=torch.uint8)
+
+
+def shown(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "comfy_attention.config" in record.getMessage()]
+
+
+@pytest.mark.parametrize(
+    "kind, layer",
+    [
+        ("transformer", "layers.1.attention"),
+        ("transformer", "model.diffusion_model.layers.1.attention"),
+        ("text_encoder", "model.layers.0.self_attn"),
+        ("vae", "decoder.mid.attn_1"),
+    ],
+)
+def test_attention_keys_are_left_out_of_models(tmp_path, caplog, kind, layer):
+    prefix = "model.diffusion_model." if layer.startswith("model.diffusion") else ""
+    plain = open_component(NANO, kind).state_dict()
+    tensors = {prefix + name: tensor.clone() for name, tensor in plain.items()}
+    config = {f"zimage.{kind}.config": (NANO / kind / "config.json").read_text()}
+    save_file({**tensors, f"{layer}.comfy_attention.config": CONFIG}, tmp_path / "m.safetensors", config)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            found = open_component(tmp_path / "m.safetensors", kind).state_dict()
+    assert found.keys() == plain.keys() and all(torch.equal(found[name], plain[name]) for name in plain)
+    (message,) = shown(caplog)
+    assert message.startswith(f"{tmp_path / 'm.safetensors'} names an attention kernel for 1 of its layers")
+
+
+def test_attention_keys_are_left_out_of_loras_and_gguf(tmp_path, caplog):
+    name = "diffusion_model.layers.1.attention"
+    factors = {f"{name}.qkv.lora_A.weight": torch.randn(4, 192), f"{name}.qkv.lora_B.weight": torch.randn(576, 4)}
+    save_file({**factors, f"{name}.comfy_attention.config": CONFIG}, tmp_path / "l.safetensors")
+    weights = {"layers.0.attention.qkv.weight": torch.randn(4, 64), "layers.0.attention.comfy_attention.config": CONFIG}
+    gguf_writing.write(tmp_path / "m.gguf", weights, lambda *_: "F32")
+    with caplog.at_level(logging.INFO):
+        opened = lora.open_lora(
+            tmp_path / "l.safetensors", {"transformer": {"layers.1.attention.qkv.weight": (576, 192)}}
+        )
+        assert (opened.matched, opened.total, opened.left) == (2, 2, ())
+        assert list(TensorFiles([tmp_path / "m.gguf"]).entries) == ["layers.0.attention.qkv.weight"]
+    assert len(shown(caplog)) == 2

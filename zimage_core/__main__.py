@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import random
 import sys
@@ -35,6 +36,8 @@ FORMATS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; 0 if it succeeded, 2 if the input was wrong, 130 if it was interrupted."""
     args = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in another encoding
     try:
         return generate(args)
     except (CheckpointError, ValueError, OSError) as error:
@@ -106,7 +109,7 @@ def save(image: Tensor, path: Path, parameters: str) -> None:
     options: dict[str, Any] = {}
     if kind == "PNG":
         options["pnginfo"] = PngImagePlugin.PngInfo()
-        options["pnginfo"].add_itxt("parameters", parameters)
+        options["pnginfo"].add_itxt("parameters", parameters.encode(errors="backslashreplace").decode())
     elif kind in ("JPEG", "WEBP"):
         options["quality"] = 95
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,8 +142,8 @@ def _parameters(args: argparse.Namespace, width: int, height: int, seed: int, fo
 
 def _model_folder(args: argparse.Namespace) -> Path:
     if args.model is not None:
-        return Path(args.model) if Path(args.model).exists() else _downloaded(args)
-    if not NANO.is_dir():
+        return Path(args.model) if os.path.exists(args.model) else _downloaded(args)
+    if not os.path.isdir(NANO):
         raise CheckpointError(
             f"no --model given, and the built-in nano model is not at {NANO} (it comes with a checkout of the "
             "repository, not with the installed package); name the folder of a Z-Image snapshot"

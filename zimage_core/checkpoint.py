@@ -9,6 +9,7 @@ read from its content (`detect`). Nothing is downloaded, no pickle is read.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +39,7 @@ __all__ = [
 
 INDEX = ".safetensors.index.json"
 SHOWN_KEYS = 5  # of a list of keys in an error
+CHECK = "check name and permissions"
 PUBLISHED_SCHEDULE = SchedulerConfig(
     shift=3.0,
     use_dynamic_shifting=False,
@@ -50,20 +52,21 @@ LAYER_COUNTS = ("n_layers", "n_refiner_layers", "num_hidden_layers", "layers_per
 NETWORKS = {"transformer": ZImageTransformer, "text_encoder": TextEncoder, "vae": AutoencoderKL}
 
 
-def open_component(path: str | Path, kind: str) -> Component:
+def open_component(path: str | Path, kind: str, *, mapped: bool = True) -> Component:
     """The transformer, text_encoder or vae (`kind`) that a snapshot, a component's folder or a single file holds.
 
+    mapped: weights stay pages of their file where nothing is cast; else all are copied, and the file is free again.
     Reads headers and configs only. Raises CheckpointError that says what the file is instead and what to do.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         folder = snapshot_folder(path)
         if folder == path.parent and path.name != kind:
             raise CheckpointError(f"{path}: this is the {path.name} of a snapshot, expected its {kind}")
-        return Snapshot(folder or path).component(kind)
-    if not path.exists():
-        raise CheckpointError(f"{path}: there is no such file or folder; check the name")
-    return _from_file(path, kind)
+        return Snapshot(folder or path).component(kind, mapped=mapped)
+    if not os.path.exists(path):
+        raise CheckpointError(f"{path}: there is no such file or folder, or it can't be read; {CHECK}")
+    return _from_file(path, kind, mapped)
 
 
 def schedule_of(path: str | Path) -> SchedulerConfig:
@@ -80,7 +83,7 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
             f"{path}: a single file holds no tokenizer; name a snapshot of Z-Image or a folder with the tokenizer.json "
             "and tokenizer_config.json of Qwen3"
         )
-    if (folder / "tokenizer_config.json").is_file():
+    if os.path.isfile(folder / "tokenizer_config.json"):
         return _tokenizer(folder)
     return Snapshot(folder).tokenizer()
 
@@ -88,11 +91,11 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
 def snapshot_folder(path: str | Path) -> Path | None:
     """The snapshot that a folder is, holds (in the layout of a Hugging Face cache) or belongs to; None for a file."""
     path = Path(path)
-    if path.is_file():
+    if os.path.isfile(path):
         return None
-    if (path / "snapshots").is_dir():
+    if os.path.isdir(path / "snapshots"):
         return _revision(path)
-    return path.parent if path.name in NETWORKS and (path / "config.json").is_file() else path
+    return path.parent if path.name in NETWORKS and os.path.isfile(path / "config.json") else path
 
 
 def not_finite(**models: nn.Module) -> CheckpointError:
@@ -253,8 +256,8 @@ class Component:
         return self.files.entries[key].path
 
 
-def _from_file(path: Path, kind: str) -> Component:
-    files = TensorFiles([path])
+def _from_file(path: Path, kind: str, mapped: bool) -> Component:
+    files = TensorFiles([path], mapped)
     shapes = files.shapes()
     prefix = detect.prefix(kind, shapes)
     if prefix is None:
@@ -271,13 +274,13 @@ def _from_file(path: Path, kind: str) -> Component:
 
 def _revision(cached: Path) -> Path:
     """The revision that `refs/main` names, or the only one."""
-    main = cached / "refs" / "main"
-    if main.is_file() and (revision := cached / "snapshots" / main.read_text().strip()).is_dir():
+    folder, main = cached / "snapshots", cached / "refs" / "main"
+    if os.path.isfile(main) and os.path.isdir(revision := folder / os.fsdecode(_read(main)).strip()):
         return revision
-    revisions = sorted(path for path in (cached / "snapshots").iterdir() if path.is_dir())
+    revisions = [path for path in _listed(folder) if os.path.isdir(path)]
     if len(revisions) != 1:
         names = _some([path.name for path in revisions]) or "none"
-        raise CheckpointError(f"{cached / 'snapshots'}: expected one revision, found {names}; name the one you want")
+        raise CheckpointError(f"{folder}: expected one revision, found {names}; name the one you want")
     return revisions[0]
 
 
@@ -292,7 +295,7 @@ class Snapshot:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if not self.folder.is_dir():
+        if not os.path.isdir(self.folder):
             raise CheckpointError(
                 f"{self.folder}: there is no such folder; expected a Z-Image snapshot with "
                 "transformer/, text_encoder/, tokenizer/, vae/ and scheduler/"
@@ -314,14 +317,14 @@ class Snapshot:
 
     # Components
 
-    def component(self, kind: str) -> Component:
+    def component(self, kind: str, *, mapped: bool = True) -> Component:
         """transformer, text_encoder or vae: its files found and their headers read."""
         config = {
             "transformer": self.transformer_config,
             "text_encoder": self.text_encoder_config,
             "vae": self.vae_config,
         }[kind]()
-        files = TensorFiles(self.weight_files(kind))
+        files = TensorFiles(self.weight_files(kind), mapped)
         return Component(kind, config, files, config_source=f"{kind}/config.json")
 
     def transformer(self, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> ZImageTransformer:
@@ -346,13 +349,13 @@ class Snapshot:
     def weight_files(self, component: str) -> list[Path]:
         """The safetensors files of a component, as its index lists them or the single one."""
         folder = self._component(component)
-        indices = sorted(folder.glob(f"*{INDEX}"))
+        indices = _listed(folder, INDEX)
         if len(indices) > 1:
             names = ", ".join(path.name for path in indices)
             raise CheckpointError(f"{folder}: several indices ({names}); keep the one of the weights you want")
         if indices:
             return _indexed_files(indices[0])
-        files = sorted(folder.glob("*.safetensors"))
+        files = _listed(folder, ".safetensors")
         if len(files) != 1:
             found = ", ".join(path.name for path in files) or "none"
             raise CheckpointError(
@@ -363,7 +366,7 @@ class Snapshot:
 
     def _component(self, component: str) -> Path:
         folder = self.folder / component
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise CheckpointError(f"{self.folder}: the folder {component}/ is missing; the snapshot is incomplete")
         return folder
 
@@ -374,7 +377,7 @@ class Snapshot:
 
 def _tokenizer(folder: Path) -> Tokenizer:
     for name in ("tokenizer_config.json", "tokenizer.json"):
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):
             raise CheckpointError(f"{folder / name}: the file is missing; download the tokenizer folder again")
     try:
         return Tokenizer(folder)
@@ -382,11 +385,26 @@ def _tokenizer(folder: Path) -> Tokenizer:
         raise CheckpointError(f"{folder}: the tokenizer can't be read ({error}); download it again") from error
 
 
+def _listed(folder: Path, suffix: str = "") -> list[Path]:
+    """What is in a folder, by name, of files with this ending only."""
+    try:
+        return sorted(folder / name for name in os.listdir(folder) if name.endswith(suffix))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: can't be read ({error.strerror}); {CHECK}") from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read ({error.strerror}); {CHECK}") from error
+
+
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path}: the file is missing; the snapshot is incomplete, download it again")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(_read(path))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a JSON file ({error}); download it again") from error
     if not isinstance(raw, dict):
@@ -401,7 +419,7 @@ def _indexed_files(index: Path) -> list[Path]:
     names = sorted(set(weight_map.values()))
     if foreign := [name for name in names if Path(name).name != name]:
         raise CheckpointError(f"{index}: weight_map points outside its folder ({foreign[0]!r}); download it again")
-    if missing := [name for name in names if not (index.parent / name).is_file()]:
+    if missing := [name for name in names if not os.path.isfile(index.parent / name)]:
         raise CheckpointError(
             f"{index.parent}: {len(missing)} of {len(names)} shards missing ({_some(missing)}), "
             f"listed in {index.name}; the download is incomplete, download them again"

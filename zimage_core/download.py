@@ -90,14 +90,14 @@ def find(repository: Repository, roots: Sequence[Path]) -> Path | None:
     """Where a snapshot of it lies: in one of these folders, in the cache of the hub's tools or in ohmygpu's storage."""
     for root in roots:
         for name in (repository.folder_name, *(() if repository.revision else (repository.name,))):
-            if (root / name).is_dir():
+            if os.path.isdir(root / name):
                 return root / name
     if repository.revision is None:
         for folder in (
             hub_cache() / f"models--{repository.folder_name}",
-            Path.home() / ".config" / "ohmygpu" / "models" / repository.folder_name,
+            Path(os.path.expanduser("~/.config/ohmygpu/models")) / repository.folder_name,
         ):
-            if folder.is_dir():
+            if os.path.isdir(folder):
                 return folder
     return None
 
@@ -105,9 +105,9 @@ def find(repository: Repository, roots: Sequence[Path]) -> Path | None:
 def hub_cache() -> Path:
     """Where `huggingface_hub` and diffusers keep their downloads."""
     if path := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
-        return Path(path).expanduser()
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return Path(os.environ.get("HF_HOME", cache / "huggingface")).expanduser() / "hub"
+        return Path(os.path.expanduser(path))  # of Path itself, it fails for a user without a home
+    cache = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
+    return Path(os.path.expanduser(os.environ.get("HF_HOME", cache))) / "hub"
 
 
 def is_complete(folder: Path, components: Sequence[str]) -> bool:
@@ -137,7 +137,7 @@ def missing(repository: Repository, folder: Path, components: Sequence[str], how
     size = f" (about {sum(sizes[kind] for kind in components) / 1e9:.1f} GB)" if sizes else ""
     what = " and ".join(kind.replace("_", " ") for kind in components)
     verb = "are" if len(components) > 1 else "is"
-    state = f"not complete: {problem(folder, components)}" if folder.is_dir() else "not here"
+    state = f"not complete: {problem(folder, components)}" if os.path.isdir(folder) else "not here"
     revision = f" --revision {repository.revision}" if repository.revision else ""
     return CheckpointError(
         f"{folder}: the {what} of {repository}{size} {verb} {state}. {how} Nothing is downloaded otherwise. "
@@ -173,7 +173,7 @@ def _matches(path: str, kind: str) -> bool:
 
 
 def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
+    return os.path.isfile(path) and _size(path) == size
 
 
 def _size(path: Path) -> int:
@@ -184,12 +184,17 @@ def _size(path: Path) -> int:
 
 
 def _arrived(staging: Path) -> int:
-    return sum(_size(path) for path in staging.rglob("*") if path.is_file()) if staging.is_dir() else 0
+    return sum(_size(Path(folder, name)) for folder, _, names in os.walk(staging) for name in names)
 
 
 def _check_space(repository: Repository, folder: Path, needed: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise DownloadError(
+            f"{repository}: {folder} can't be written ({error.strerror}); check its permissions"
+        ) from error
     if needed + SPARE > free:
         raise DownloadError(
             f"{repository}: {needed / 1e9:.2f} GB are still to come, but {folder} has {free / 1e9:.2f} GB free; "

@@ -6,10 +6,10 @@ Every length is compared with what is left of the file before anything of that l
 from __future__ import annotations
 
 import math
-import mmap
+import os
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from . import gguf_types
 from .config import CheckpointError
@@ -38,9 +38,9 @@ class Place(NamedTuple):
 
 
 def read_header(path: Path) -> tuple[dict[str, Place], dict[str, Any]]:
-    """(name -> place, metadata). Raises CheckpointError where the header does not account for the file."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        cursor = _Cursor(path, data)
+    """(name -> place, metadata). Raises CheckpointError where the header does not account for the file, and OSError."""
+    with open(path, "rb") as file:
+        cursor = _Cursor(path, file)
         if cursor.take(4) != MAGIC:
             raise cursor.damaged("it does not begin with GGUF")
         if (version := cursor.number("I")) not in VERSIONS:
@@ -92,12 +92,12 @@ def _places(
             raise cursor.damaged(f"{name} is in the header twice")
         if begin != reached:
             raise cursor.damaged(f"{name} lies at byte {begin}, expected {reached}")
-        if end > len(cursor.data):
-            raise CheckpointError(f"{cursor.path}: truncated, {name} ends at byte {end} of {len(cursor.data)}; {AGAIN}")
+        if end > cursor.size:
+            raise CheckpointError(f"{cursor.path}: truncated, {name} ends at byte {end} of {cursor.size}; {AGAIN}")
         places[name] = Place(dtype, _original(metadata, name, shape), begin, end)
         reached = -(-end // alignment) * alignment
-    if len(cursor.data) > reached:
-        raise cursor.damaged(f"{len(cursor.data) - reached} bytes follow the last tensor")
+    if cursor.size > reached:
+        raise cursor.damaged(f"{cursor.size - reached} bytes follow the last tensor")
     return places
 
 
@@ -112,24 +112,28 @@ def _original(metadata: dict[str, Any], name: str, shape: tuple[int, ...]) -> tu
 class _Cursor:
     """Reads one field after the other and never past the end."""
 
-    def __init__(self, path: Path, data: mmap.mmap):
+    def __init__(self, path: Path, file: BinaryIO):
         self.path = path
-        self.data = data
+        self.file = file
+        self.size = os.fstat(file.fileno()).st_size
         self.at = 0
 
     def damaged(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: the GGUF header is damaged ({why}); {AGAIN}")
 
-    def skip(self, count: int) -> int:
-        """Moves on and returns where it was; makes nothing of that length."""
-        if count > len(self.data) - self.at:
-            raise CheckpointError(f"{self.path}: truncated inside the GGUF header; {AGAIN}")
-        self.at += count
-        return self.at - count
+    def skip(self, count: int) -> None:
+        """Moves on; makes nothing of that length."""
+        self._advance(count)
+        self.file.seek(count, os.SEEK_CUR)
 
     def take(self, count: int) -> bytes:
-        begin = self.skip(count)
-        return self.data[begin : self.at]
+        self._advance(count)
+        return self.file.read(count)
+
+    def _advance(self, count: int) -> None:
+        if count > self.size - self.at:
+            raise CheckpointError(f"{self.path}: truncated inside the GGUF header; {AGAIN}")
+        self.at += count
 
     def number(self, form: str) -> Any:
         return struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")))[0]
@@ -157,6 +161,6 @@ class _Cursor:
             return f"{count} values"
         if kind == STRING and count > KEPT:
             for _ in range(count):  # a vocabulary has 150,000
-                self.skip(struct.unpack_from("<Q", self.data, self.skip(8))[0])
+                self.skip(self.number("Q"))
             return f"{count} values"
         return [self.value(kind, depth + 1) for _ in range(count)]

@@ -143,14 +143,15 @@ METADATA = {
 }
 
 
-def open_lora(path: str | Path, shapes: Mapping[str, Mapping[str, Shape]]) -> Lora:
+def open_lora(path: str | Path, shapes: Mapping[str, Mapping[str, Shape]], *, mapped: bool = True) -> Lora:
     """Reads a LoRA file for a model.
 
+    mapped: see `open_component`.
     shapes: component ("transformer", "text_encoder") -> our parameter name -> shape.
     Raises CheckpointError that names the file if nothing in it fits, or if a weight has another size.
     """
     path = Path(path)
-    files = TensorFiles([path])
+    files = TensorFiles([path], mapped)
     places = _places(shapes)
     groups: dict[str, dict[str, str]] = {}  # module in the file's words -> part -> key
     left: list[str] = []

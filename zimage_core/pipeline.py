@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -279,7 +280,7 @@ class UnreadEncoder:
 
 
 def _tokenizer_place(text_encoder: Path, path: str | Path | None) -> str | Path:
-    return path if path is not None and text_encoder.is_file() and Path(path).is_dir() else text_encoder
+    return path if path is not None and os.path.isfile(text_encoder) and os.path.isdir(path) else text_encoder
 
 
 def noise(seed: int | Sequence[int], shape: tuple[int, int, int, int]) -> Tensor:

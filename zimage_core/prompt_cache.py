@@ -55,7 +55,7 @@ def stamps(paths: Iterable[str | os.PathLike[str]]) -> list[Stamp]:
     """
     found = []
     for path in paths:
-        file = Path(path).resolve()  # a link of a Hugging Face cache leads to a name that is the content's hash
+        file = Path(os.path.realpath(path))  # a link of a Hugging Face cache leads to a name that is the content's hash
         try:
             state = file.stat()
             found.append((str(file), state.st_size, state.st_mtime_ns))

@@ -1,4 +1,4 @@
-"""Weight files as one table of tensors: headers checked byte by byte, tensors read one at a time from the mapping.
+"""Weight files as one table of tensors: headers checked byte by byte, tensors read one at a time, mapped or copied.
 
 Safetensors and GGUF (`gguf_files`) look the same from here on; quantised tensors are bytes, `quantised` knows more.
 
@@ -8,7 +8,9 @@ What is no safetensors file (a pickle, a web page, a git-lfs pointer, half a dow
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ from torch import Tensor
 
 from . import gguf_files, gguf_types
 from .config import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 # bits of one value of each dtype of the format (https://github.com/huggingface/safetensors)
 BITS = {
@@ -36,6 +40,12 @@ DTYPES = {  # those that weights may have
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+OTHERS = {  # those of scales, markers and quantised weights
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16, "U16": torch.uint16, "I32": torch.int32, "U32": torch.uint32,
+    "I64": torch.int64, "U64": torch.uint64,
+}  # fmt: skip
+ATTENTION = ".comfy_attention.config"  # JSON in bytes: the attention kernel that newer ComfyUI shall use for a layer
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 # what a file that is no safetensors file begins with -> what it is and what to do
@@ -55,19 +65,25 @@ class Entry:
     path: Path
     dtype: str  # one of BITS, in a GGUF file one of gguf_types.TYPES
     shape: tuple[int, ...]
-    place: tuple[int, int] | None = None  # first byte and the one after the last, in a GGUF file
+    begin: int  # byte in the file
+    end: int
+    gguf: bool = False
 
 
 class TensorFiles:
     """The tensors of one file or of all shards of a model, by key. Only headers are read until `read` is called."""
 
-    def __init__(self, paths: Sequence[Path]):
+    def __init__(self, paths: Sequence[Path], mapped: bool = True):
+        """mapped: tensors are pages of their file, so it must stay as it is; else each is a copy in memory."""
         self.paths = list(paths)
+        self.mapped = mapped
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, str] = {}
         self._open: dict[Path, Any] = {}
+        self._states = {path: _state(path) for path in self.paths}
         for path in self.paths:
             entries, metadata = read_header(path)
+            _take_out_attention(path, entries)
             if double := self.entries.keys() & entries.keys():
                 key = min(double)
                 raise CheckpointError(
@@ -80,30 +96,39 @@ class TensorFiles:
         return {key: entry.shape for key, entry in self.entries.items()}
 
     def read(self, key: str) -> Tensor:
-        """The tensor, mapped from its file: no memory is taken until its values are used.
+        """The tensor. Mapped from its file, it takes no memory until its values are used.
 
         One of GGUF's quantised types comes as its bytes, [n] uint8.
         """
         entry = self.entries[key]
         path = entry.path
         try:
-            if entry.place is not None:
-                return self._read_gguf(entry, *entry.place)
+            if not self.mapped or not _is_utf8(path):  # neither library opens such names
+                return _typed(entry, self._copied(entry))
+            if entry.gguf:
+                return _typed(entry, self._mapped_bytes(path)[entry.begin : entry.end])
             if path not in self._open:
                 self._open[path] = safe_open(path, framework="pt")
             return self._open[path].get_tensor(key)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path}: {key} can't be read ({error}); download the file again") from error
 
-    def _read_gguf(self, entry: Entry, begin: int, end: int) -> Tensor:
-        if entry.path not in self._open:
-            size = entry.path.stat().st_size
-            self._open[entry.path] = torch.from_file(str(entry.path), shared=False, size=size, dtype=torch.uint8)
-        raw = self._open[entry.path][begin:end]
-        dtype = gguf_types.PLAIN.get(entry.dtype)
-        if dtype is None:
-            return raw
-        return (raw if begin % dtype.itemsize == 0 else raw.clone()).view(dtype).reshape(entry.shape)
+    def _mapped_bytes(self, path: Path) -> Tensor:
+        if path not in self._open:
+            self._open[path] = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+        return self._open[path]
+
+    def _copied(self, entry: Entry) -> Tensor:
+        """Its bytes in memory of their own, which nothing that happens to the file reaches."""
+        raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+        into: Any = raw.numpy()
+        with open(entry.path, "rb") as file:
+            if _state(file.fileno()) != self._states[entry.path]:
+                raise OSError("the file has changed since it was opened")
+            file.seek(entry.begin)
+            if file.readinto(into) != len(raw):
+                raise OSError("the file ends before it")
+        return raw
 
     def dtype(self, keys: Iterable[str] | None = None) -> torch.dtype:
         """The dtype of most of the values of these tensors (None: all), from the headers alone."""
@@ -116,6 +141,46 @@ class TensorFiles:
                 )
             counts[entry.dtype] = counts.get(entry.dtype, 0) + math.prod(entry.shape)
         return DTYPES[max(counts, key=lambda name: counts[name])]
+
+
+def _state(file: Path | int) -> tuple[int, ...]:
+    """What tells a file from what is written over it; of a file that isn't there, nothing."""
+    try:
+        state = os.stat(file)
+        return (state.st_size, state.st_mtime_ns, state.st_ino)
+    except OSError:
+        return ()
+
+
+def _is_utf8(path: Path) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in str(path))
+
+
+def _typed(entry: Entry, raw: Tensor) -> Tensor:
+    """Bytes [n] as what they are; quantised ones of GGUF stay bytes."""
+    dtype = gguf_types.PLAIN.get(entry.dtype) if entry.gguf else {**DTYPES, **OTHERS}[entry.dtype]
+    if dtype is None:
+        return raw
+    return (raw if raw.data_ptr() % dtype.itemsize == 0 else raw.clone()).view(dtype).reshape(entry.shape)
+
+
+def _take_out_attention(path: Path, entries: dict[str, Entry]) -> None:
+    """They are no weights; said once for a file."""
+    keys = [key for key in entries if f".{key}".endswith(ATTENTION)]
+    for key in keys:
+        del entries[key]
+    if keys and path not in _told:
+        _told.add(path)
+        logger.info(
+            "%s names an attention kernel for %d of its layers (*%s); these keys are left out, and the attention is "
+            "the one that is chosen where the model runs.",
+            path,
+            len(keys),
+            ATTENTION,
+        )
+
+
+_told: set[Path] = set()
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -134,20 +199,20 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
                 raw = file.read(length)
             else:
                 raw = b""
+        if start.startswith(gguf_files.MAGIC):
+            return _gguf_header(path)
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read ({error.strerror}); check name and permissions") from error
     if size == 0:
         raise CheckpointError(f"{path}: the file is empty; download it again")
-    if start.startswith(gguf_files.MAGIC):
-        return _gguf_header(path)
     if not raw.startswith(b"{"):
         raise CheckpointError(f"{path}: {_what_else(start)}")
-    return _entries(path, _json_object(path, raw), size - 8 - length)
+    return _entries(path, _json_object(path, raw), size, 8 + length)
 
 
 def _gguf_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     places, metadata = gguf_files.read_header(path)
-    entries = {key: Entry(path, at.dtype, at.shape, (at.begin, at.end)) for key, at in places.items()}
+    entries = {key: Entry(path, at.dtype, at.shape, at.begin, at.end, gguf=True) for key, at in places.items()}
     return entries, {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
 
 
@@ -178,7 +243,8 @@ def _json_object(path: Path, raw: bytes) -> dict[str, Any]:
 AGAIN = "download the file again"
 
 
-def _entries(path: Path, header: dict[str, Any], data: int) -> tuple[dict[str, Entry], dict[str, str]]:
+def _entries(path: Path, header: dict[str, Any], size: int, start: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    """size: bytes of the file, of which the header takes `start`."""
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: the metadata in the header is damaged; {AGAIN}")
@@ -194,14 +260,14 @@ def _entries(path: Path, header: dict[str, Any], data: int) -> tuple[dict[str, E
         begin, end = offsets
         if (end - begin) * 8 != math.prod(shape) * BITS[dtype]:
             raise CheckpointError(f"{path}: {key} has {end - begin} bytes, but {dtype} {shape} needs others; {AGAIN}")
-        entries[key] = Entry(path, dtype, tuple(shape))
+        entries[key] = Entry(path, dtype, tuple(shape), start + begin, start + end)
         places.append((begin, end, key))
     reached = 0
     for begin, end, key in sorted(places):
         if begin != reached:
             raise CheckpointError(f"{path}: {key} lies at byte {begin}, expected {reached}; {AGAIN}")
         reached = end
-    if reached != data:
+    if reached != (data := size - start):
         what = "truncated" if data < reached else "too long"
         raise CheckpointError(f"{path}: {what}, {data} bytes of weights where its header says {reached}; {AGAIN}")
     if not entries:
