@@ -118,7 +118,7 @@ def with_lora(pack, patcher, strength: float = 1.0):
 
 def test_weights_stay_quantised_and_give_the_exact_result(pack, path, form):
     patcher = pack.host_model.load_model(path)
-    assert type(patcher).__name__ == "PackedPatcher"
+    assert type(patcher).__name__ == "PackedModelPatcher"
     packed = [m for m in patcher.model.modules() if type(getattr(m, "weight", None)).__name__ == "QuantizedTensor"]
     assert len(packed) >= 30
     for layer in packed:
@@ -181,20 +181,26 @@ def _bytes(model) -> list[bytes]:
 # Text encoders
 
 
+def encoder_of(folder: Path, form: str) -> Path:
+    """The nano text encoder in a quantised file."""
+    plain = load_file(NANO / "text_encoder" / "model.safetensors")
+    path = folder / ("q.gguf" if form == "gguf" else "q.safetensors")
+    if form == "gguf":
+        gguf_writing.write(path, plain, gguf_writing.linear_weights("Q8_0"), strings=CONFIGS, architecture="qwen3")
+        return path
+    stored = dict(plain)
+    for name in [name for name in plain if name.endswith("proj.weight")]:
+        scale = plain[name].float().abs().max() / 448
+        stored[name] = (plain[name].float() / scale.clamp(min=1e-9)).to(torch.float8_e4m3fn)
+        stored[name.replace(".weight", ".scale_weight")] = scale
+    save_file(stored, path, CONFIGS)
+    return path
+
+
 @pytest.mark.parametrize("form", ["old", "gguf"])
 def test_text_encoders_stay_quantised(pack, tmp_path, form):
     with torch.inference_mode(False):
-        plain = load_file(NANO / "text_encoder" / "model.safetensors")
-        path = tmp_path / ("q.gguf" if form == "gguf" else "q.safetensors")
-        if form == "gguf":
-            gguf_writing.write(path, plain, gguf_writing.linear_weights("Q8_0"), strings=CONFIGS, architecture="qwen3")
-        else:
-            stored = dict(plain)
-            for name in [name for name in plain if name.endswith("proj.weight")]:
-                scale = plain[name].float().abs().max() / 448
-                stored[name] = (plain[name].float() / scale.clamp(min=1e-9)).to(torch.float8_e4m3fn)
-                stored[name.replace(".weight", ".scale_weight")] = scale
-            save_file(stored, path, CONFIGS)
+        path = encoder_of(tmp_path, form)
     component = open_component(path, "text_encoder")
     expanded = Snapshot(NANO).text_encoder(dtype=torch.float32)
     expanded.load_state_dict(component.state_dict(torch.float32))
