@@ -87,7 +87,8 @@ def _kept(component: Component, name: str, shape: tuple[int, ...]) -> list[Packe
         return parts
     known = parts[0].format in comfy.quant_ops.QUANT_ALGOS and "embed_tokens" not in name
     by_rows = parts[0].format.startswith("float8") and parts[0].tensors["weight_scale"].numel() > 1
-    return parts if known and len(parts) == 1 and not by_rows else []
+    unread = by_rows or "weight_correction" in parts[0].tensors  # some hosts have these, and leave them out
+    return parts if known and len(parts) == 1 and not unread else []
 
 
 # GGUF as a layout of the host's quantised tensors
