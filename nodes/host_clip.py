@@ -31,7 +31,7 @@ from ..zimage_core.checkpoint import (
 from ..zimage_core.prompt_cache import Stamp, stamps
 from ..zimage_core.text_encoder import LAYER, TextEncoder
 from ..zimage_core.tokenizer import Tokenizer
-from . import host, host_operations, host_packed, host_prompts
+from . import host, host_operations, host_packed, host_packed_patcher, host_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -192,8 +192,7 @@ def load_clip(
         disable_dynamic=disable_dynamic,
     )
     if quantised:
-        plain = clip.patcher
-        clip.patcher = host_packed.PackedPatcher(plain.model, plain.load_device, plain.offload_device)
+        host_packed_patcher.keep_packed(clip.patcher)
     if disable_dynamic:  # this one is taken apart, its model put into a patcher of the host's own kind
         model.fill()
     elif left:

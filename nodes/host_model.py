@@ -27,7 +27,7 @@ from ..zimage_core.checkpoint import Component, Snapshot, open_component, schedu
 from ..zimage_core.config import SchedulerConfig, TransformerConfig
 from ..zimage_core.sampling import model_time, velocity
 from ..zimage_core.transformer import Block, Captions, JointAttention, ZImageTransformer, norm_and_rotate
-from . import host, host_operations, host_packed
+from . import host, host_operations, host_packed, host_packed_patcher
 
 try:  # the host's kernel package; older ones lack these two
     from comfy_kitchen import rms_rope, rms_rope1
@@ -298,8 +298,9 @@ def load_model(
 
     # The host rebinds CoreModelPatcher when it starts; it must be looked up at the time of the call.
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    kind = host_packed.PackedPatcher if quantised else kind
     patcher = kind(model, load_device=device, offload_device=offload_device)
+    if quantised:
+        host_packed_patcher.keep_packed(patcher)
     captions = model.diffusion_model.run_captions
     patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, captions.begin)
     patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_CLEANUP, captions.end)

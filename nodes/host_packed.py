@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import comfy.lora
-import comfy.model_patcher
 import comfy.ops
 import comfy.quant_ops
 import torch
@@ -89,7 +87,8 @@ def _kept(component: Component, name: str, shape: tuple[int, ...]) -> list[Packe
         return parts
     known = parts[0].format in comfy.quant_ops.QUANT_ALGOS and "embed_tokens" not in name
     by_rows = parts[0].format.startswith("float8") and parts[0].tensors["weight_scale"].numel() > 1
-    return parts if known and len(parts) == 1 and not by_rows else []
+    unread = by_rows or "weight_correction" in parts[0].tensors  # some hosts have these, and leave them out
+    return parts if known and len(parts) == 1 and not unread else []
 
 
 # GGUF as a layout of the host's quantised tensors
@@ -169,52 +168,3 @@ class GGUFOperations(comfy.ops.manual_cast):
                 raw = weight._qdata.view(count, -1)[input.flatten().to(weight._qdata.device)].to(input.device)
                 rows = gguf_types.expand(name, raw, (*input.shape, width), weight.dtype)
             return rows if out_dtype is None else rows.to(out_dtype)
-
-
-# LoRA on quantised weights
-
-
-class PackedPatcher(comfy.model_patcher.ModelPatcher):
-    """Adds patches to quantised weights whenever these are expanded, as the host does with offloaded ones.
-
-    Merging would have to quantise the sum again: not exact, not to be taken back, and impossible for GGUF.
-    """
-
-    def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, force_cast=False):
-        weight = comfy.model_patcher.get_key_weight(self.model, key)[0]
-        if isinstance(weight, QuantizedTensor) and not return_weight:
-            return None
-        return super().patch_weight_to_device(
-            key,
-            device_to=device_to,
-            inplace_update=inplace_update,
-            **({"return_weight": True} if return_weight else {}),
-            **({"force_cast": True} if force_cast else {}),
-        )
-
-    def load(self, *arguments, **settings):
-        result = super().load(*arguments, **settings)
-        self._attach()
-        return result
-
-    def partially_unload(self, *arguments, **settings):
-        result = super().partially_unload(*arguments, **settings)
-        self._attach()
-        return result
-
-    def unpatch_model(self, device_to=None, unpatch_weights=True):
-        if unpatch_weights:
-            for _, layer in self._quantised_layers():
-                layer.weight_function = []
-        return super().unpatch_model(device_to, unpatch_weights)
-
-    def _attach(self) -> None:
-        for key, layer in self._quantised_layers():
-            others = [f for f in layer.weight_function if not isinstance(f, comfy.model_patcher.LowVramPatch)]
-            patched = [comfy.model_patcher.LowVramPatch(key, self.patches)] if key in self.patches else []
-            layer.weight_function = patched + others
-
-    def _quantised_layers(self):
-        for name, module in self.model.named_modules():
-            if isinstance(getattr(module, "weight", None), QuantizedTensor):
-                yield f"{name}.weight", module

@@ -14,6 +14,7 @@ from torch import Tensor
 from zimage_core.checkpoint import CheckpointError, Snapshot, open_component
 from zimage_core.config import TransformerConfig
 from zimage_core.pipeline import ZImagePipeline
+from zimage_core.quantised import Packed
 from zimage_core.transformer import ZImageTransformer
 
 from .quantising import BLOCKS, block_quantise, quantise, with_markers
@@ -103,6 +104,41 @@ def test_block_formats_mean_what_the_host_says(tmp_path, plain, name, where):
         torch.testing.assert_close(value, meant[key], rtol=1e-6, atol=1e-7, msg=key)
     changed = sum(not torch.equal(value, plain[key].float()) for key, value in found.items())
     assert changed >= len(markers) - 1  # the files are not the plain weights
+
+
+@pytest.mark.parametrize("codebook", [True, False])
+@pytest.mark.parametrize("stored_scale", [torch.uint8, torch.float8_e4m3fn])
+def test_w4a8_means_codes_by_group_and_row(codebook, stored_scale):
+    """[2, 32] in groups of 16, number by number; the rotation is that of the other ConvRot formats."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (2, 32), generator=generator)
+    book = 20 * torch.randn(16, generator=generator)
+    scale = (6 * torch.rand(2, 2, generator=generator)).to(torch.float8_e4m3fn)  # the larger ones are cut off at 127
+    channel, correction = torch.rand(2, generator=generator), torch.randn(2, 2, generator=generator)
+    parts = {
+        "weight": (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8).view(torch.int8),
+        "weight_s_rel": scale.view(stored_scale),
+        "weight_s_channel": channel,
+        "weight_correction": correction,
+        **({"weight_codebook": book} if codebook else {}),
+    }
+    meant = torch.empty(2, 32)
+    for row in range(2):
+        for column in range(32):
+            value = book[codes[row, column]].item() if codebook else codes[row, column].item() - 8
+            whole = max(-127, min(127, round(value * scale[row, column // 16].item())))
+            meant[row, column] = whole * channel[row] + correction[column // 16, row]
+    settings = {"group_size": 16, "convrot_groupsize": 16}
+    found = Packed("asym_w4a8_int8", (2, 32), parts, settings).expand()
+    turned = Packed(
+        "int8_tensorwise",
+        (2, 32),
+        {"weight": torch.eye(16).to(torch.int8), "weight_scale": torch.ones(1)},
+        {"convrot": True, "convrot_groupsize": 16},
+    ).expand()
+    torch.testing.assert_close(found, (meant.unflatten(1, (2, 16)) @ turned).flatten(1))
+    with pytest.raises(ValueError, match="weight_s_rel has shape"):
+        Packed("asym_w4a8_int8", (2, 32), parts, {**settings, "group_size": 32}).expand()
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp8"])

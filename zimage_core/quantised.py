@@ -26,7 +26,16 @@ HEADER = "_quantization_metadata"  # of the file: {"layers": {layer: {"format": 
 OLD_MARKER = "scaled_fp8"
 OLD_NAMES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}  # of the older fp8 files
 # tensors that may lie beside a quantised weight; input_scale is for matrix products in fp8, our own are exact
-PARTS = ("weight_scale", "weight_scale_2", "pre_quant_scale", "input_scale")
+PARTS = (
+    "weight_scale",
+    "weight_scale_2",
+    "weight_s_rel",
+    "weight_s_channel",
+    "weight_codebook",
+    "weight_correction",
+    "pre_quant_scale",
+    "input_scale",
+)
 DEQUANTISED = torch.bfloat16  # where no dtype is asked for
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # 4-bit floats without their sign, as of the OCP MX formats
 HADAMARD = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))  # regular: all rows have the same sum
@@ -39,14 +48,14 @@ Parts = Mapping[str, Tensor]  # "weight" and what lies beside it
 class Packed:
     """A quantised weight as its file has it."""
 
-    format: str  # one of FORMATS or of gguf_types.TYPES
+    format: str  # one of FORMATS, of gguf_types.TYPES, or one that only a newer host knows
     shape: tuple[int, ...]  # of the numbers; some formats pad it to whole tiles
     tensors: Parts
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_gguf(self) -> bool:
-        return self.format not in FORMATS
+        return self.format in gguf_types.TYPES
 
     def expand(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The numbers [*shape], rounded only where float32 is and then to the dtype."""
@@ -90,6 +99,32 @@ def _convrot_w4a4(parts: Parts, settings: Mapping[str, Any]) -> Tensor:
     packed = parts["weight"].to(torch.int8)
     pairs = torch.stack((packed << 4 >> 4, packed >> 4), -1)  # [N, K/2, 2]
     return _rotated_back(_scaled({**parts, "weight": pairs.flatten(1)}, settings), settings)
+
+
+def _w4a8(parts: Parts, settings: Mapping[str, Any]) -> Tensor:
+    """Codes of four bits, the even column in the lower half; what a group's scale makes of them is rounded to int8."""
+    packed, channel = parts["weight"].view(torch.uint8), parts["weight_s_channel"].float()
+    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(1)  # [N, K]
+    book, correction = parts.get("weight_codebook"), parts.get("weight_correction")
+    values = codes.float() - 8 if book is None else book.float()[codes.int()]
+    group = settings.get("group_size", 16)
+    if not isinstance(group, int) or group < 1 or codes.shape[1] % group:
+        raise ValueError(f"group_size is {group!r}, expected a number that divides {codes.shape[1]}")
+    scale = parts["weight_s_rel"]
+    scale = scale.view(torch.float8_e4m3fn) if scale.element_size() == 1 else scale  # some files say U8
+    for name, found, expected in (
+        ("weight_s_rel", scale, (len(codes), codes.shape[1] // group)),
+        ("weight_s_channel", channel, (len(codes),)),
+        ("weight_correction", correction, (codes.shape[1] // group, len(codes))),
+        ("weight_codebook", book, (16,)),
+    ):
+        if found is not None and tuple(found.shape) != expected:
+            raise ValueError(f"{name} has shape {list(found.shape)}, expected {list(expected)}")
+    whole = (values.unflatten(1, (-1, group)) * scale.float().unsqueeze(-1)).round().clamp(-127, 127)
+    weight = whole * channel[:, None, None]
+    if correction is not None:
+        weight = weight + correction.float().T.unsqueeze(-1)
+    return _rotated_back(weight.flatten(1), settings)
 
 
 def _mxfp8(parts: Parts, _settings: Mapping[str, Any]) -> Tensor:
@@ -137,6 +172,7 @@ FORMATS = {
     "nvfp4": Format(("U8",), ("weight_scale", "weight_scale_2"), 2, _nvfp4),
     "int8_tensorwise": Format(("I8",), ("weight_scale",), 1, _int8),
     "convrot_w4a4": Format(("I8",), ("weight_scale",), 2, _convrot_w4a4),
+    "asym_w4a8_int8": Format(("I8",), ("weight_s_rel", "weight_s_channel"), 2, _w4a8),
 }
 PADDED = {"mxfp8": 32, "nvfp4": 16}  # format -> the tile to whose size its weights are padded
 BY_DTYPE = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # of weights with a scale and no marker
@@ -149,7 +185,10 @@ class Weights:
     """The weights among the tensors of a file, plain or quantised, by their keys."""
 
     def __init__(self, files: TensorFiles, keys: Iterable[str]):
-        """Reads headers and markers. Raises CheckpointError for other formats and for missing scales."""
+        """Reads headers and markers. Raises CheckpointError for missing scales.
+
+        Other formats than FORMATS are refused when their numbers are asked for: a host may know them.
+        """
         self.files = files
         keys = list(keys)
         self._layers: dict[str, tuple[str, Mapping[str, Any], dict[str, str]]] = {}  # key -> format, settings, parts
@@ -158,8 +197,8 @@ class Weights:
         old_marker = next((key for key in keys if key.rpartition(".")[2] == OLD_MARKER), None)
         exact = old_marker is not None and files.entries[old_marker].shape == (2,)
         old = {"full_precision_matrix_mult": True} if exact else {}
-        for key, (settings, where) in marked.items():
-            self._layers[key] = (self._format(key, settings, where), settings, beside.pop(key, {}))
+        for key, (settings, _where) in marked.items():
+            self._layers[key] = (str(settings.get("format")), settings, beside.pop(key, {}))
         for key, parts in beside.items():
             dtype = files.entries[key].dtype
             if "weight_scale" in parts:
@@ -199,6 +238,12 @@ class Weights:
         packed = self.packed(key)
         if packed is None:
             return self.files.read(key)
+        if key in self._layers and packed.format not in FORMATS:
+            raise CheckpointError(
+                f"{self.files.entries[key].path}: {key.removesuffix('.weight')} is quantised as {packed.format!r}, "
+                f"expected one of {', '.join(FORMATS)}, or a newer ComfyUI that knows it; load a bf16, fp16 or fp8 "
+                "version of the model instead"
+            )
         try:
             weight = packed.expand(dtype or DEQUANTISED)
             tile = PADDED.get(packed.format, 1)
@@ -216,9 +261,8 @@ class Weights:
 
     def _shape(self, key: str) -> tuple[int, ...]:
         shape = self.files.entries[key].shape
-        if key in self._layers and (values := FORMATS[self._layers[key][0]].values) > 1:
-            return (*shape[:-1], shape[-1] * values)
-        return shape
+        kind = FORMATS.get(self._layers[key][0]) if key in self._layers else None
+        return shape if kind is None else (*shape[:-1], shape[-1] * kind.values)
 
     def _marks(self, keys: list[str]) -> tuple[dict[str, tuple[Mapping[str, Any], str]], dict[str, dict[str, str]]]:
         """(weight -> its settings and where they are noted, weight -> part -> key of what lies beside it)."""
@@ -245,20 +289,18 @@ class Weights:
         for key, (settings, where) in marked.items():
             nested = settings.get("params")
             marked[key] = ({**(nested if isinstance(nested, dict) else {}), **settings}, where)
+        unknown = {key for key, (settings, _) in marked.items() if settings.get("format") not in FORMATS}
+        for key in keys if unknown else ():  # whatever lies beside such a weight belongs to it
+            layer, _, last = key.rpartition(".")
+            if f"{layer}.weight" in unknown and last not in ("weight", "bias", MARKER):
+                beside.setdefault(f"{layer}.weight", {})[last] = key
         return marked, beside
-
-    def _format(self, key: str, settings: Mapping[str, Any], where: str) -> str:
-        name = settings.get("format")
-        if name not in FORMATS:
-            raise CheckpointError(
-                f"{self.files.paths[0]}: {key.removesuffix('.weight')} is quantised as {name!r} by {where}, expected "
-                f"one of {', '.join(FORMATS)}; load a bf16, fp16 or fp8 version of the model instead"
-            )
-        return str(name)
 
     def _check_layers(self) -> None:
         for key, (name, _, parts) in self._layers.items():
-            entry, kind = self.files.entries[key], FORMATS[name]
+            entry, kind = self.files.entries[key], FORMATS.get(name)
+            if kind is None:
+                continue
             if missing := [part for part in kind.scales if part not in parts]:
                 raise CheckpointError(
                     f"{entry.path}: {key} is quantised as {name}, but its {' and '.join(missing)} is missing; {AGAIN}"

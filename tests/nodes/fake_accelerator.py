@@ -57,7 +57,7 @@ _WHOLE = ("repeat", "constant_pad_nd", "_pad_circular", "stack", "roll", "flip",
 # views that torch would work out from strides
 _STRIDED = (
     "slice.Tensor select.int transpose.int permute t expand unsqueeze squeeze squeeze.dim squeeze.dims split.Tensor "
-    "split_with_sizes unbind.int unfold diagonal"
+    "split_with_sizes unbind.int unfold diagonal view.dtype"
 ).split()
 _VALUES = (
     "equal",
@@ -124,7 +124,7 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
     if name in _VALUES or name.startswith("index") and any(t.dtype == torch.bool for t in tensors[1:]):
         waits["values"] += 1
     args_behind, kwargs_behind = tree_map(_unwrap, args), tree_map(_unwrap, kwargs)
-    if name in _RESHAPES:
+    if name in _RESHAPES and not isinstance(args_behind[1], torch.dtype):
         out = args_behind[0].reshape(args_behind[1])
     else:
         out = op(*args_behind, **kwargs_behind)

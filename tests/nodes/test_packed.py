@@ -118,7 +118,7 @@ def with_lora(pack, patcher, strength: float = 1.0):
 
 def test_weights_stay_quantised_and_give_the_exact_result(pack, path, form):
     patcher = pack.host_model.load_model(path)
-    assert type(patcher).__name__ == "PackedPatcher"
+    assert type(patcher).__name__ == "PackedModelPatcher"
     packed = [m for m in patcher.model.modules() if type(getattr(m, "weight", None)).__name__ == "QuantizedTensor"]
     assert len(packed) >= 30
     for layer in packed:
@@ -178,23 +178,58 @@ def _bytes(model) -> list[bytes]:
     return [weight._qdata.view(torch.uint8).numpy().tobytes() for weight in weights]
 
 
+def test_formats_that_only_the_host_knows_are_left_to_it(pack, tmp_path, monkeypatch):
+    """A newer ComfyUI, played by this one: it has a format of which the core knows nothing."""
+    ops, quant_ops = importlib.import_module("comfy.ops"), importlib.import_module("comfy.quant_ops")
+    if not hasattr(ops, "_load_quantized_module") or "int8_tensorwise" not in quant_ops.QUANT_ALGOS:
+        pytest.skip("this ComfyUI reads its formats elsewhere")
+    with torch.inference_mode(False):
+        known = file_of(tmp_path, "int8_tensorwise")
+        stored = load_file(known)
+        for name in [name for name in stored if name.endswith("comfy_quant")]:
+            stored[name] = torch.tensor(list(b'{"format": "int8_next"}'), dtype=torch.uint8)
+            scale = name.replace("comfy_quant", "weight_scale")
+            stored[scale.replace("scale", "steps")] = stored.pop(scale)
+        save_file(stored, tmp_path / "next.safetensors", CONFIGS)
+    with pytest.raises(Exception, match="is quantised as 'int8_next', expected one of"):
+        pack.host_model.load_model(tmp_path / "next.safetensors")
+
+    def read(module, otherwise, state, prefix, *rest, **settings):
+        if state.get(f"{prefix}weight_steps") is not None:
+            state[f"{prefix}weight_scale"] = state.pop(f"{prefix}weight_steps")
+            state[f"{prefix}comfy_quant"] = torch.tensor(list(b'{"format": "int8_tensorwise"}'), dtype=torch.uint8)
+        return load(module, otherwise, state, prefix, *rest, **settings)
+
+    load = ops._load_quantized_module
+    monkeypatch.setattr(ops, "_load_quantized_module", read)
+    monkeypatch.setitem(quant_ops.QUANT_ALGOS, "int8_next", quant_ops.QUANT_ALGOS["int8_tensorwise"])
+    ours, theirs = (pack.host_model.load_model(file) for file in (tmp_path / "next.safetensors", known))
+    assert torch.equal(predict(loaded(ours)), predict(loaded(theirs)))
+
+
 # Text encoders
+
+
+def encoder_of(folder: Path, form: str) -> Path:
+    """The nano text encoder in a quantised file."""
+    plain = load_file(NANO / "text_encoder" / "model.safetensors")
+    path = folder / ("q.gguf" if form == "gguf" else "q.safetensors")
+    if form == "gguf":
+        gguf_writing.write(path, plain, gguf_writing.linear_weights("Q8_0"), strings=CONFIGS, architecture="qwen3")
+        return path
+    stored = dict(plain)
+    for name in [name for name in plain if name.endswith("proj.weight")]:
+        scale = plain[name].float().abs().max() / 448
+        stored[name] = (plain[name].float() / scale.clamp(min=1e-9)).to(torch.float8_e4m3fn)
+        stored[name.replace(".weight", ".scale_weight")] = scale
+    save_file(stored, path, CONFIGS)
+    return path
 
 
 @pytest.mark.parametrize("form", ["old", "gguf"])
 def test_text_encoders_stay_quantised(pack, tmp_path, form):
     with torch.inference_mode(False):
-        plain = load_file(NANO / "text_encoder" / "model.safetensors")
-        path = tmp_path / ("q.gguf" if form == "gguf" else "q.safetensors")
-        if form == "gguf":
-            gguf_writing.write(path, plain, gguf_writing.linear_weights("Q8_0"), strings=CONFIGS, architecture="qwen3")
-        else:
-            stored = dict(plain)
-            for name in [name for name in plain if name.endswith("proj.weight")]:
-                scale = plain[name].float().abs().max() / 448
-                stored[name] = (plain[name].float() / scale.clamp(min=1e-9)).to(torch.float8_e4m3fn)
-                stored[name.replace(".weight", ".scale_weight")] = scale
-            save_file(stored, path, CONFIGS)
+        path = encoder_of(tmp_path, form)
     component = open_component(path, "text_encoder")
     expanded = Snapshot(NANO).text_encoder(dtype=torch.float32)
     expanded.load_state_dict(component.state_dict(torch.float32))

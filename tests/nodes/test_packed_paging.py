@@ -1,0 +1,34 @@
+"""Quantized models where the host pages weights: they are paged as they are stored, as the host's own are."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from .test_memory import run
+
+
+@pytest.fixture(scope="module")
+def report(pack) -> dict:
+    if not hasattr(importlib.import_module("comfy.memory_management"), "read_tensor_file_slice_into"):
+        pytest.skip("this ComfyUI's dynamic patcher is another")
+    return run("paged.py")
+
+
+@pytest.mark.parametrize("form", ["marked", "gguf"])
+def test_models_are_paged_and_patched_exactly(report, form):
+    for room in ("resident", "sent"):
+        found = report[f"{form}, {room}"]
+        assert found["dynamic"]
+        assert max(found["differences"]) <= 1e-5  # plain, patched, plain again
+        assert found["without paging"] == "PackedModelPatcher"
+    resident, sent = report[f"{form}, resident"], report[f"{form}, sent"]
+    assert resident["paged"] >= 0.95 * resident["size"]
+    assert resident["moved"] < 0.01 * resident["size"]  # a step's inputs
+    assert 0.95 * sent["size"] <= sent["moved"] <= 1.05 * sent["size"]  # bytes of the file, not expanded
+
+
+def test_text_encoders_are_paged(report):
+    assert report["encoder"]["dynamic"]
+    assert report["encoder"]["difference"] <= 1e-5
