@@ -75,8 +75,9 @@ class HostAutoencoder(AutoencoderKL):
         if device.type == "cpu":
             short = self._free_memory(device) < shape[0] * self._host_memory(call, shape, dtype)
             return short or vae_bands.faster(self, shape[2], shape[3], device, dtype)
-        # The host has made room for its figure, twice of what is needed: with less, trying costs nothing.
-        return self._free_memory(device) < shape[0] * vae_bands.plain_bytes(self, shape[2], shape[3], dtype)
+        # The host has tried to make room for its figure, which is twice of what maps take.
+        maps = vae_bands.PLAIN_MAPS if call == "decode" else vae_bands.PLAIN_ENCODING_MAPS
+        return self._free_memory(device) < shape[0] * vae_bands.plain_bytes(self, shape[2], shape[3], dtype, maps)
 
     def memory(self, call: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> float:
         """Bytes that the host shall have free before one picture of [B, 3, H, W] is decoded or encoded."""

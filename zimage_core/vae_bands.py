@@ -75,9 +75,9 @@ def _widest_bytes(vae: AutoencoderKL, height: int, width: int, dtype: torch.dtyp
     return max(vae.config.block_out_channels[:2]) * height * width * dtype.itemsize
 
 
-def plain_bytes(vae: AutoencoderKL, height: int, width: int, dtype: torch.dtype) -> float:
-    """What decoding a picture as a whole takes at its peak beside the weights; encoding takes less."""
-    return PLAIN_MAPS * _widest_bytes(vae, height, width, dtype)
+def plain_bytes(vae: AutoencoderKL, height: int, width: int, dtype: torch.dtype, maps: float | None = None) -> float:
+    """What decoding a picture as a whole takes at its peak beside the weights; encoding takes PLAIN_ENCODING_MAPS."""
+    return (maps or PLAIN_MAPS) * _widest_bytes(vae, height, width, dtype)
 
 
 def bands_bytes(vae: AutoencoderKL, height: int, width: int, itemsize: int) -> int:
@@ -97,6 +97,7 @@ def _kept_bytes(vae: AutoencoderKL, height: int, width: int, itemsize: int) -> i
 
 
 PLAIN_MAPS = 4.5  # of the widest at the picture's size: 3.8 were measured, the rest is for what else happens
+PLAIN_ENCODING_MAPS = 3.2  # tensors take 2.1, in decoding 3
 BAND_MAPS = 8  # of the widest band: 3 to 3.5 were measured on a CPU; a GPU, which is unmeasured, may want more
 
 
