@@ -19,7 +19,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent)]
 import fake_accelerator  # noqa: E402
 import two_devices  # noqa: E402
-from fake_accelerator import live, peak, reset_peak  # noqa: E402
+from fake_accelerator import live, peak, reset_peak, waits  # noqa: E402
 from inside import load_pack  # noqa: E402
 
 NANO = two_devices.NANO
@@ -127,7 +127,10 @@ class Seen:
 
             def run(module: Any, x: torch.Tensor, rows: int | None, **settings: Any) -> torch.Tensor:
                 found["in bands"].append(name)
-                return real(module, x, rows, **settings)
+                before = sum(waits.values())
+                out = real(module, x, rows, **settings)
+                found["waits"] = found.get("waits", 0) + sum(waits.values()) - before
+                return out
 
             return run
 
