@@ -1,22 +1,26 @@
 """VAE: the autoencoder inside ComfyUI's own VAE class, which brings tiling, batching and the out-of-memory fallback.
 
 Where memory is short, ours runs in bands of rows: the same picture, before the host would have to cut it into tiles. On
-a CPU it does so anyway, as that is faster.
+a CPU it does so anyway, as that is faster. On other devices the host is asked for what its own VAE would want, so that
+it makes room; bands are for what does not fit then.
 """
 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 import torch
+from comfy.ldm.modules.diffusionmodules.model import vae_attention
 from torch import Tensor
 
 from ..zimage_core import vae_bands
@@ -27,44 +31,95 @@ from . import host
 LOW_MEMORY = ("auto", "on", "off")
 _low_memory: ContextVar[str] = ContextVar("low_memory", default="auto")  # of the call that is running
 
+Memory = Callable[[tuple[int, ...], torch.dtype], float]  # of (shape, dtype): bytes for one picture, as the host says
+
 
 class HostAutoencoder(AutoencoderKL):
     """The autoencoder behind the calls that the host's VAE makes of it."""
 
-    # (shape of latents, dtype) -> bytes: the host's figure for one picture, which leaves room for what a GPU's
-    # convolutions want; set by the VAE
-    host_memory: Callable[[tuple[int, ...], torch.dtype], float]
+    # set by the VAE
+    host_memory: dict[str, Memory]  # for "decode" by latents, for "encode" by pictures
+    patcher: Callable[[], comfy.model_patcher.ModelPatcher | None] = staticmethod(lambda: None)  # that loads it
 
     def decode(self, raw_latents: Tensor) -> Tensor:
         cell = self.config.downscale
         shape = (len(raw_latents), 3, *(side * cell for side in raw_latents.shape[-2:]))
-        if self.runs_in_bands(shape, raw_latents.dtype, raw_latents.device):
-            return vae_bands.decode(self, raw_latents, tick=mm.throw_exception_if_processing_interrupted)
-        return super().decode(raw_latents)
+        return self._run("decode", raw_latents, shape)
 
     def encode(self, image: Tensor) -> Tensor:
-        if self.runs_in_bands(tuple(image.shape), image.dtype, image.device):
-            return vae_bands.encode(self, image, tick=mm.throw_exception_if_processing_interrupted)
-        return super().encode(image)
+        return self._run("encode", image, tuple(image.shape))
 
-    def runs_in_bands(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+    def _run(self, call: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """decode or encode, as a whole or in bands; shape: of the pictures."""
+        rows = None
+        if self.runs_in_bands(call, shape, x.dtype, x.device):
+            rows = self._rows(shape, x)
+        else:
+            try:
+                return getattr(super(), call)(x)
+            except Exception as error:
+                if not out_of_memory(error) or not self._may_run_in_bands():
+                    raise
+            # not in the handler: the exception holds on to the maps
+            mm.soft_empty_cache()
+            logging.warning(f"Out of memory while the VAE should {call}: it does so in bands, with the same result.")
+        in_bands = getattr(vae_bands, call)
+        return in_bands(self, x, rows, tick=mm.throw_exception_if_processing_interrupted)
+
+    def _may_run_in_bands(self) -> bool:
+        return _low_memory.get() != "off" and vae_bands.possible(self)
+
+    def runs_in_bands(self, call: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
         """Whether pictures [B, 3, H, W] do, at this moment."""
-        if _low_memory.get() == "off" or not vae_bands.possible(self):
-            return False
-        if _low_memory.get() == "on":
-            return True
-        short = mm.get_free_memory(device) < shape[0] * self._plain_memory(shape, dtype)
-        return short or vae_bands.faster(self, shape[2], shape[3], device, dtype)
+        if not self._may_run_in_bands() or _low_memory.get() == "on":
+            return self._may_run_in_bands()
+        if device.type == "cpu":
+            short = self._free_memory(device) < shape[0] * self._host_memory(call, shape, dtype)
+            return short or vae_bands.faster(self, shape[2], shape[3], device, dtype)
+        # The host has tried to make room for its figure, which is twice of what maps take.
+        maps = vae_bands.PLAIN_MAPS if call == "decode" else vae_bands.PLAIN_ENCODING_MAPS
+        return self._free_memory(device) < shape[0] * vae_bands.plain_bytes(self, shape[2], shape[3], dtype, maps)
 
-    def memory(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> float:
+    def memory(self, call: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> float:
         """Bytes that the host shall have free before one picture of [B, 3, H, W] is decoded or encoded."""
-        if self.runs_in_bands((1, *shape[1:]), dtype, device):
+        asked = _low_memory.get() == "on" or device.type == "cpu"  # else it would not even try to make room for a whole
+        if asked and self.runs_in_bands(call, (1, *shape[1:]), dtype, device):
             return vae_bands.bands_bytes(self, shape[2], shape[3], dtype.itemsize)
-        return self._plain_memory(shape, dtype)
+        return self._host_memory(call, shape, dtype)
 
-    def _plain_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> float:
+    def gain_and_bias(self, norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        plain = not norm.weight_function and not norm.bias_function and norm.weight.device == x.device
+        if plain and not hasattr(norm, "_v"):  # where the host pages weights, it knows where they are
+            return super().gain_and_bias(norm, x)
+        weight, bias, stream = comfy.ops.cast_bias_weight(norm, x, offloadable=True)
+        copies = weight.clone(), bias.clone()
+        comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
+        return copies
+
+    def _host_memory(self, call: str, shape: tuple[int, ...], dtype: torch.dtype) -> float:
         cell = self.config.downscale
-        return self.host_memory((1, self.config.latent_channels, shape[2] // cell, shape[3] // cell), dtype)
+        of_one = (1, *shape[1:])
+        if call == "decode":
+            of_one = (1, self.config.latent_channels, shape[2] // cell, shape[3] // cell)
+        return self.host_memory[call](of_one, dtype)
+
+    def _free_memory(self, device: torch.device) -> int:
+        # a patcher that pages weights counts what it can give back as free
+        patcher = None if device.type == "cpu" else self.patcher()
+        return (mm if patcher is None else patcher).get_free_memory(device)
+
+    def _rows(self, shape: tuple[int, ...], x: Tensor) -> int | None:
+        if x.device.type == "cpu" or _low_memory.get() == "on":
+            return None
+        free = self._free_memory(x.device)
+        return vae_bands.rows_that_fit(self, shape[2], shape[3], x.element_size(), free)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device had too little memory. Not every backend has a type for it."""
+    is_oom = getattr(mm, "is_oom", None)  # hosts before 0.30 have the type alone
+    known = is_oom(error) if is_oom else isinstance(error, mm.OOM_EXCEPTION)
+    return known or isinstance(error, RuntimeError) and "out of memory" in str(error)
 
 
 class ZImageVAE(comfy.sd.VAE):
@@ -82,22 +137,32 @@ class ZImageVAE(comfy.sd.VAE):
         self.output_device = mm.intermediate_device()
 
         weights = component.state_dict(self.vae_dtype)
-        module = HostAutoencoder(config, ops=comfy.ops.disable_weight_init, device="meta", dtype=self.vae_dtype)
+        module = HostAutoencoder(
+            config,
+            ops=comfy.ops.disable_weight_init,
+            attention=vae_attention(),
+            device="meta",
+            dtype=self.vae_dtype,
+        )
         mm.archive_model_dtypes(module)
         module.load_state_dict(weights, strict=True, assign=True)
         self.first_stage_model = module.requires_grad_(False).eval()
-        cell, device = config.downscale, self.device
-        module.host_memory = self.memory_used_decode
-        self.memory_used_encode = lambda shape, dtype: module.memory(shape, dtype, device)
-        self.memory_used_decode = lambda shape, dtype: module.memory(
-            (shape[0], 3, shape[2] * cell, shape[3] * cell), dtype, device
-        )
+        module.host_memory = {"decode": self.memory_used_decode, "encode": self.memory_used_encode}
+        del self.memory_used_decode, self.memory_used_encode  # for the methods below, which a copy's device matters to
 
         # The host rebinds CoreModelPatcher when it starts; it must be looked up at the time of the call.
         kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
         self.patcher = kind(module, load_device=self.device, offload_device=mm.vae_offload_device())
         self.patcher.cached_patcher_init = (load_vae_patcher, (str(path),))
+        module.patcher = weakref.ref(self.patcher)
         self.model_size()
+
+    def memory_used_decode(self, shape: tuple[int, ...], dtype: torch.dtype) -> float:
+        pictures = (shape[0], 3, *(side * self.upscale_ratio for side in shape[-2:]))
+        return self.first_stage_model.memory("decode", pictures, dtype, self.device)
+
+    def memory_used_encode(self, shape: tuple[int, ...], dtype: torch.dtype) -> float:
+        return self.first_stage_model.memory("encode", tuple(shape), dtype, self.device)
 
 
 def decode(vae: comfy.sd.VAE, latents: Tensor, low_memory: str = "auto") -> Tensor:

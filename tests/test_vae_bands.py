@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from zimage_core import vae_bands
 from zimage_core.checkpoint import open_component
@@ -219,3 +222,102 @@ def test_free_memory_is_what_the_system_tells():
         assert free is None
     else:
         assert 2**20 < free < 2**50
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The operations that CUDA tensors go through, on the CPU."""
+    monkeypatch.setattr(vae_bands, "_casts_within_kernels", lambda device: True)
+    monkeypatch.setattr(vae_bands, "_laid_out", lambda x: x)
+    made = vae_bands._Bands.__init__
+
+    def on_a_device(self, *arguments):
+        made(self, *arguments)
+        self._in_main_memory = False
+
+    monkeypatch.setattr(vae_bands._Bands, "__init__", on_a_device)
+
+
+@pytest.mark.parametrize("rows", [6, 20, 64])
+def test_what_a_gpu_computes_equals_the_plain_one(vae, as_on_a_gpu, rows):
+    latents = torch.randn(1, 16, 9, 7, generator=torch.Generator().manual_seed(1)) * 2
+    image = torch.rand(1, 3, 72, 56, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    assert (vae_bands.decode(vae, latents, rows) - vae.decode(latents)).abs().max() <= 2e-5
+    assert (vae_bands.encode(vae, image, rows) - vae.encode(image)).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bits_on_a_gpu_are_no_further_from_float32_than_plain(vae, as_on_a_gpu, dtype):
+    latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    half = copy.deepcopy(vae).to(dtype)
+    exact = copy.deepcopy(half).float().decode(latents)
+    ours = (vae_bands.decode(half, latents.to(dtype), 20).float() - exact).norm()
+    assert 0 < ours <= 1.1 * (half.decode(latents.to(dtype)).float() - exact).norm()
+
+
+def test_statistics_on_a_gpu_keep_their_digits(as_on_a_gpu):
+    x = 1000 + 0.01 * torch.randn(1, 16, 64, 8, generator=torch.Generator().manual_seed(0))
+    bands = vae_bands._Bands(10, None, CPU)
+    mean, variance = bands.statistics(torch.nn.GroupNorm(4, 16), vae_bands.Stored(list(x.split(10, dim=2))))
+    groups = x.double().view(4, -1)
+    assert mean.dtype == variance.dtype == torch.float32
+    assert torch.allclose(mean.double(), groups.mean(1), rtol=2e-7, atol=0)
+    assert torch.allclose(variance.double(), groups.var(1, correction=0), rtol=2e-2, atol=0)  # 0.01 is 160 spacings
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that kernels read and write, and the calls for which a CPU waits or which cross the bus."""
+
+    VIEWS = frozenset(
+        "flatten unflatten view _unsafe_view alias as_strided slice select narrow transpose permute t expand unsqueeze "
+        "squeeze split split_with_sizes unbind chunk detach empty empty_like empty_strided new_empty lift_fresh "
+        "device".split()
+    )
+    WAITS = frozenset("_local_scalar_dense item is_nonzero nonzero equal".split())
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.waits = 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function._schema.name.split("::")[1]
+        written = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if {tensor.device.type for tensor in written + read} - {"cuda"} or name in self.WAITS:
+            self.waits.append(name)
+        if "out" in (kwargs or {}):
+            read = [tensor for tensor in read if tensor is not kwargs["out"]]
+        if name not in self.VIEWS:
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in written + read)
+        return out
+
+
+@pytest.mark.parametrize("call", ["decode", "encode"])
+def test_bands_on_a_gpu_wait_for_nothing_and_move_little_more_than_plain(call):
+    """At 1024x1024 and the published size, on tensors that say they are a GPU's and hold nothing."""
+    with torch.no_grad(), FakeTensorMode():
+        vae = AutoencoderKL(VAEConfig.from_dict(PUBLISHED, "here"), device="cuda", dtype=torch.bfloat16)
+        shape = (1, 16, 128, 128) if call == "decode" else (1, 3, 1024, 1024)
+        x = torch.empty(shape, device="cuda", dtype=torch.bfloat16)
+        with Traffic() as plain:
+            getattr(vae, call)(x)
+        with Traffic() as in_bands:
+            out = getattr(vae_bands, call)(vae, x)
+        with Traffic() as seen:
+            x.cpu()
+            torch.ones(1).to("cuda")  # a value that is asked for is an error of the mode itself
+    assert out.device.type == "cuda"
+    assert plain.waits == in_bands.waits == []
+    assert len(seen.waits) >= 2
+    assert plain.bytes < in_bands.bytes <= 1.35 * plain.bytes
+
+
+def test_bands_are_as_high_as_memory_allows():
+    vae = random_vae(TINY)
+    row, maps = 16 * 1024 * 4, 2 * 8 * 1024 * 1024 * 4  # of the widest, and what is kept
+    for rows in (8, 96, 512):
+        free = maps + rows * row * vae_bands.BAND_MAPS
+        assert vae_bands.rows_that_fit(vae, 1024, 1024, 4, free) == rows
+        assert vae_bands.rows_that_fit(vae, 1024, 1024, 4, free - 1) == max(8, rows - 1)
+    assert vae_bands.rows_that_fit(vae, 1024, 1024, 4, 0) == vae_bands.LEAST_ROWS

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,11 +20,14 @@ from .config import VAEConfig
 
 NORM_EPS = 1e-6  # every GroupNorm of the FLUX autoencoder
 
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of maps q, k and v, each [B, C, h, w], as is what it returns
+
 
 class AutoencoderKL(nn.Module):
     """The autoencoder of FLUX and Z-Image.
 
-    `ops` supplies Conv2d and GroupNorm (`torch.nn`, or a host's namespace of the same names).
+    `ops` supplies Conv2d and GroupNorm (`torch.nn`, or a host's namespace of the same names), `attention` what is used
+    in place of torch's on other devices than a CPU.
     """
 
     def __init__(
@@ -31,12 +35,13 @@ class AutoencoderKL(nn.Module):
         config: VAEConfig,
         *,
         ops: Any = nn,
+        attention: Attention | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.config = config
-        make = _Factory(config, ops, device, dtype)
+        make = _Factory(config, ops, attention, device, dtype)
         self.encoder = Encoder(config, make)
         self.decoder = Decoder(config, make)
 
@@ -62,6 +67,10 @@ class AutoencoderKL(nn.Module):
     def decode(self, raw_latents: Tensor) -> Tensor:
         """Raw latents [B, 16, h, w] to a picture [B, 3, H, W] in about -1..1 (not clamped)."""
         return self.decoder(raw_latents)
+
+    def gain_and_bias(self, norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a group norm, each [C], as a map x would meet them; a host may keep them on another device, or patched."""
+        return norm.weight, norm.bias
 
     def scale(self, raw_latents: Tensor) -> Tensor:
         """What the encoder gives to what the transformer is trained on: (raw - shift_factor) * scaling_factor."""
@@ -184,9 +193,17 @@ class AttentionBlock(nn.Module):
         self.k = make.conv(width, width, kernel=1, padding=0)
         self.v = make.conv(width, width, kernel=1, padding=0)
         self.proj_out = make.conv(width, width, kernel=1, padding=0)
+        self.given = make.attention
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.joined(x, F.scaled_dot_product_attention(*self.heads(x)))
+        if not self.uses_given(x):
+            return self.joined(x, F.scaled_dot_product_attention(*self.heads(x)))
+        h = self.norm(x)
+        return x + self.proj_out(self.given(self.q(h), self.k(h), self.v(h)))  # type: ignore[misc]
+
+    def uses_given(self, x: Tensor) -> bool:
+        """Whether the host's attention runs, which bounds its memory itself. On a CPU torch's stores no scores."""
+        return self.given is not None and x.device.type != "cpu"
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of a map [B, C, h, w], each [B, 1, h*w, C]."""
@@ -265,11 +282,19 @@ def _of_even_and_odd(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 class _Factory:
-    """Makes the leaf layers of one autoencoder, all from the same operations, device and dtype."""
+    """Makes the leaf layers of one autoencoder, all from the same operations, attention, device and dtype."""
 
-    def __init__(self, config: VAEConfig, ops: Any, device: torch.device | str | None, dtype: torch.dtype | None):
+    def __init__(
+        self,
+        config: VAEConfig,
+        ops: Any,
+        attention: Attention | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ):
         self.groups = config.norm_num_groups
         self.ops = ops
+        self.attention = attention
         self.kwargs = {"device": device, "dtype": dtype}
 
     def conv(self, width_in: int, width_out: int, *, kernel: int = 3, stride: int = 1, padding: int = 1) -> nn.Module:

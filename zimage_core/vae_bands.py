@@ -27,6 +27,8 @@ LEAST_ROWS = 8  # each band repeats up to two rows of its neighbours, upsampling
 SCORES = 256 * 2**20  # bytes of attention scores at a time, where a kernel materializes them
 
 Tick = Callable[[], None]  # called before each band; may raise to stop
+_Pair = tuple[Tensor, Tensor]
+_Weights = Callable[[Any, Tensor], _Pair]  # a norm's gain and bias for a map
 
 
 @torch.no_grad()
@@ -35,10 +37,9 @@ def decode(vae: AutoencoderKL, raw_latents: Tensor, rows: int | None = None, tic
 
     rows: height of a band of the picture; None fits WORKSPACE. tick: called before each band.
     """
-    widest = max(vae.config.block_out_channels[:2])
-    bands = _Bands(
-        rows or _rows(widest, raw_latents.shape[-1] * vae.config.downscale, raw_latents), tick, raw_latents.device
-    )
+    widest, width = max(vae.config.block_out_channels[:2]), raw_latents.shape[-1] * vae.config.downscale
+    rows = rows or _rows(widest, width, raw_latents)
+    bands = _Bands(rows, tick, raw_latents.device, vae.gain_and_bias)
     return torch.cat([_decode(vae.decoder, item, bands) for item in _laid_out(raw_latents).split(1)]).contiguous()
 
 
@@ -46,7 +47,8 @@ def decode(vae: AutoencoderKL, raw_latents: Tensor, rows: int | None = None, tic
 def encode(vae: AutoencoderKL, image: Tensor, rows: int | None = None, tick: Tick | None = None) -> Tensor:
     """`vae.encode` in bands: pictures [B, 3, H, W] in -1..1 to raw latents [B, 16, H/8, W/8], item by item."""
     vae.check_size(image)
-    bands = _Bands(rows or _rows(vae.config.block_out_channels[0], image.shape[-1], image), tick, image.device)
+    rows = rows or _rows(vae.config.block_out_channels[0], image.shape[-1], image)
+    bands = _Bands(rows, tick, image.device, vae.gain_and_bias)
     moments = torch.cat([_encode(vae.encoder, item, bands) for item in _laid_out(image).split(1)])
     return moments.chunk(2, dim=1)[0].contiguous()
 
@@ -54,7 +56,7 @@ def encode(vae: AutoencoderKL, image: Tensor, rows: int | None = None, tick: Tic
 def advised(vae: AutoencoderKL, height: int, width: int, like: Tensor) -> bool:
     """Whether to decode a picture on the device of `like` in bands: to save time, or memory that is not free now."""
     free = _free_bytes(like.device)
-    short = free is not None and free < PLAIN_MAPS * _widest_bytes(vae, height, width, like.dtype)
+    short = free is not None and free < plain_bytes(vae, height, width, like.dtype)
     return possible(vae) and (short or faster(vae, height, width, like.device, like.dtype))
 
 
@@ -73,13 +75,29 @@ def _widest_bytes(vae: AutoencoderKL, height: int, width: int, dtype: torch.dtyp
     return max(vae.config.block_out_channels[:2]) * height * width * dtype.itemsize
 
 
+def plain_bytes(vae: AutoencoderKL, height: int, width: int, dtype: torch.dtype, maps: float | None = None) -> float:
+    """What decoding a picture as a whole takes at its peak beside the weights; encoding takes PLAIN_ENCODING_MAPS."""
+    return (maps or PLAIN_MAPS) * _widest_bytes(vae, height, width, dtype)
+
+
 def bands_bytes(vae: AutoencoderKL, height: int, width: int, itemsize: int) -> int:
     """What decoding or encoding in bands takes at its peak beside the weights."""
-    channels = vae.config.block_out_channels[0]
-    return 2 * channels * height * width * itemsize + BAND_MAPS * WORKSPACE
+    return _kept_bytes(vae, height, width, itemsize) + BAND_MAPS * WORKSPACE
+
+
+def rows_that_fit(vae: AutoencoderKL, height: int, width: int, itemsize: int, free: int) -> int:
+    """How high bands of a picture may be where `free` bytes are all there is: higher ones repeat fewer rows."""
+    row = max(vae.config.block_out_channels[:2]) * width * itemsize
+    return max(LEAST_ROWS, int(free - _kept_bytes(vae, height, width, itemsize)) // (BAND_MAPS * row))
+
+
+def _kept_bytes(vae: AutoencoderKL, height: int, width: int, itemsize: int) -> int:
+    """The maps of the picture's size."""
+    return 2 * vae.config.block_out_channels[0] * height * width * itemsize
 
 
 PLAIN_MAPS = 4.5  # of the widest at the picture's size: 3.8 were measured, the rest is for what else happens
+PLAIN_ENCODING_MAPS = 3.2  # tensors take 2.1, in decoding 3
 BAND_MAPS = 8  # of the widest band: 3 to 3.5 were measured on a CPU; a GPU, which is unmeasured, may want more
 
 
@@ -144,14 +162,12 @@ def _encode(encoder: Any, image: Tensor, bands: _Bands) -> Tensor:
 
 def _out(half: Any, x: Map, bands: _Bands) -> Tensor:
     """The last norm and convolution of a decoder or encoder."""
-    normed = Normed(half.norm_out, x, bands.statistics(half.norm_out, x))
-    return torch.cat(bands.stored(Convolved(half.conv_out, normed)).bands, dim=2)
+    return torch.cat(bands.stored(Convolved(half.conv_out, bands.normed(half.norm_out, x))).bands, dim=2)
 
 
 def _resnet(block: ResnetBlock, x: Map, bands: _Bands) -> Stored:
     """A residual block; x is spent. Its own map and the inner one are all that is held."""
-    normed = Normed(block.norm1, x, bands.statistics(block.norm1, x))
-    first = Convolved(block.conv1, normed)
+    first = Convolved(block.conv1, bands.normed(block.norm1, x))
     hidden, kept = Stored([]), Stored([])
     shortcut = block.nin_shortcut
     for top, bottom in bands.of(x.height):
@@ -160,8 +176,7 @@ def _resnet(block: ResnetBlock, x: Map, bands: _Bands) -> Stored:
             kept.bands.append(shortcut(x.rows(top, bottom)))
             x.free(bottom - 1)  # the next band's convolution reaches one row up
     residual = kept if kept.bands else x
-    normed = Normed(block.norm2, hidden, bands.statistics(block.norm2, hidden))
-    second = Convolved(block.conv2, normed)
+    second = Convolved(block.conv2, bands.normed(block.norm2, hidden))
     out = Stored([])
     for top, bottom in bands.of(hidden.height):
         out.bands.append(second.rows(top, bottom) + residual.rows(top, bottom))
@@ -179,6 +194,8 @@ def _mid(mid: Mid, x: Tensor, bands: _Bands) -> Tensor:
 
 
 def _attention(layer: AttentionBlock, x: Tensor, bands: _Bands) -> Tensor:
+    if layer.uses_given(x):
+        return layer(x)
     q, k, v = layer.heads(x)  # each (1, 1, h*w, C)
     step = max(1, SCORES // (k.shape[2] * k.element_size()))
     found = []
@@ -200,6 +217,10 @@ class Map:
         """[1, C, bottom - top, W]; not to be written to."""
         raise NotImplementedError
 
+    def parts(self, top: int, bottom: int) -> list[Tensor]:
+        """The same rows as they lie in memory, one below the other."""
+        return [self.rows(top, bottom)]
+
     def free(self, bottom: int) -> None:
         """Rows above `bottom` are not needed any more."""
 
@@ -218,13 +239,16 @@ class Stored(Map):
         return [band if isinstance(band, int) else band.shape[2] for band in self.bands]
 
     def rows(self, top: int, bottom: int) -> Tensor:
+        return _joined(self.parts(top, bottom))
+
+    def parts(self, top: int, bottom: int) -> list[Tensor]:
         parts, start = [], 0
         for band, height in zip(self.bands, self._heights(), strict=True):
             first, last = max(top - start, 0), min(bottom - start, height)
             if first < last:
                 parts.append(band[:, :, first:last])
             start += height
-        return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+        return parts
 
     def free(self, bottom: int) -> None:
         start = 0
@@ -232,6 +256,10 @@ class Stored(Map):
             start += height
             if start <= bottom:
                 self.bands[index] = height  # of a freed band only its height is known
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 class Convolved(Map):
@@ -279,30 +307,56 @@ class Downsampled(Map):
 
 
 class Normed(Map):
-    """silu(group norm) of a map, with the whole map's statistics."""
+    """silu(group norm) of a map, with the whole map's statistics (see `_Bands.statistics`)."""
 
-    def __init__(self, norm: Any, source: Map, statistics: tuple[Tensor, Tensor]):
+    def __init__(self, norm: Any, source: Map, statistics: _Pair, gain_and_bias: _Pair | None = None):
         self.source, self.height = source, source.height
-        mean, variance = (value.repeat_interleave(norm.num_channels // norm.num_groups) for value in statistics)
-        self.scale = (norm.weight.to(mean) * torch.rsqrt(variance + norm.eps)).view(1, -1, 1, 1)  # float64, on the CPU
-        self.shift = norm.bias.to(mean).view(1, -1, 1, 1) - mean.view(1, -1, 1, 1) * self.scale
+        of_a_group = norm.num_channels // norm.num_groups
+        # repeat_interleave would tell the device how often, which is a copy
+        mean, variance = (value[:, None].expand(-1, of_a_group).flatten() for value in statistics)
+        gain, bias = gain_and_bias or (norm.weight, norm.bias)
+        scale = gain.to(mean) * torch.rsqrt(variance + norm.eps)
+        shift = bias.to(mean) - mean * scale
+        self.scale, self.shift = (value.float().view(1, -1, 1, 1) for value in (scale, shift))
 
     def rows(self, top: int, bottom: int) -> Tensor:
-        band = self.source.rows(top, bottom)
-        scale, shift = (value.to(band.device, torch.float32) for value in (self.scale, self.shift))
-        normed = torch.addcmul(shift, band.float(), scale)
-        return F.silu(normed.to(band.dtype), inplace=True)
+        parts = self.source.parts(top, bottom)
+        if not _casts_within_kernels(parts[0].device):
+            band = _joined(parts)
+            normed = torch.addcmul(self.shift, band.float(), self.scale)
+            return F.silu(normed.to(band.dtype), inplace=True)
+        out = parts[0].new_empty((1, parts[0].shape[1], bottom - top, parts[0].shape[3]))
+        for part, place in zip(parts, out.split([part.shape[2] for part in parts], dim=2), strict=True):
+            torch.addcmul(self.shift, part, self.scale, out=place)
+        return F.silu(out, inplace=True)
 
     def free(self, bottom: int) -> None:
         self.source.free(bottom)
 
 
+def _casts_within_kernels(device: torch.device) -> bool:
+    """Whether a kernel may read 16 bits, compute in 32 and write 16. Elsewhere such operands are copied first."""
+    return device.type == "cuda"
+
+
+def _moments(band: Tensor) -> _Pair:
+    """Mean and variance of each channel of a band [1, C, rows, W], [C] float32, of the mean first, to keep digits."""
+    # of a channel, not of a group, as that reads memory in order in any layout
+    if _casts_within_kernels(band.device):
+        variance = torch.empty(band.shape[1], dtype=torch.float32, device=band.device)
+        torch.var(band, (0, 2, 3), correction=0, out=variance)
+        return band.mean((0, 2, 3), dtype=torch.float32), variance
+    band = band.float()
+    center = band.mean((0, 2, 3), keepdim=True)
+    return center.flatten(), (band - center).square_().mean((0, 2, 3))
+
+
 class _Bands:
     """The height of bands and what goes over all of them."""
 
-    def __init__(self, rows: int, tick: Tick | None, device: torch.device):
+    def __init__(self, rows: int, tick: Tick | None, device: torch.device, weights: _Weights | None = None):
         self.height = max(2, rows + rows % 2)
-        self._tick = tick
+        self._tick, self._weights = tick, weights
         self._in_main_memory = device.type == "cpu"
 
     def tick(self) -> None:
@@ -325,22 +379,22 @@ class _Bands:
             lazy.free(bottom)
         return result
 
-    def statistics(self, norm: Any, x: Map) -> tuple[Tensor, Tensor]:
-        """Mean and variance of each group over the whole map, [G] float64, combined from those of the bands."""
-        count = 0
-        mean = deviations = torch.zeros(())
-        for top, bottom in self.of(x.height):
-            band = x.rows(top, bottom).float()
-            center = band.mean((0, 2, 3), keepdim=True)  # of a channel, as that reads memory in order in any layout
-            variance = (band - center).square_().mean((0, 2, 3))
-            added = band.shape[2] * band.shape[3]
-            # float64 for few numbers, which not every device has
-            difference = center.flatten().cpu().double() - mean
-            # Chan, Golub, LeVeque 1979: sums of squared deviations of two parts, to that of both
-            total = count + added
-            mean = mean + difference * (added / total)
-            deviations = deviations + variance.cpu().double() * added + difference.square() * (count * added / total)
-            count = total
+    def normed(self, norm: Any, x: Map) -> Normed:
+        weights = self._weights(norm, x.rows(0, 1)) if self._weights else None
+        return Normed(norm, x, self.statistics(norm, x), weights)
+
+    def statistics(self, norm: Any, x: Map) -> _Pair:
+        """Mean and variance of each group over the whole map, [G], from those of the bands, on the map's device.
+
+        float64 on a CPU; elsewhere float32, as not every device has more and none is to be waited for.
+        """
+        bands = [_moments(x.rows(top, bottom)) for top, bottom in self.of(x.height)]
+        exact = torch.float64 if self._in_main_memory else torch.float32
+        means, variances = (torch.stack(values).to(exact) for values in zip(*bands, strict=True))  # (bands, C)
+        share = means.new_full((len(bands), 1), self.height / x.height)  # of all rows
+        share[-1].fill_(1 - (len(bands) - 1) * self.height / x.height)
+        mean = (share * means).sum(0)
+        variance = (share * (variances + (means - mean).square())).sum(0)
         # from channels to groups: the variance within, and of the means
-        means, variances = (value.unflatten(0, (norm.num_groups, -1)) for value in (mean, deviations / count))
+        means, variances = (value.unflatten(0, (norm.num_groups, -1)) for value in (mean, variance))
         return means.mean(1), variances.mean(1) + torch.var(means, dim=1, correction=0)

@@ -30,6 +30,8 @@ waits = {"to device": 0, "from device": 0, "values": 0}  # copies so far, and va
 
 _bytes = {"live": 0, "peak": 0}
 
+capacity: int | None = None  # bytes; an allocation beyond them is torch.OutOfMemoryError, as on a GPU
+
 
 class _Block:
     """Memory of the device; free again when the last tensor in it is gone."""
@@ -96,6 +98,8 @@ def _wrap(cpu: torch.Tensor, view_of: torch.Tensor | None = None) -> torch.Tenso
     tensor = torch._C._acc.create_empty_tensor(tuple(cpu.shape), cpu.dtype)
     tensor._behind = cpu
     storage = tensor.untyped_storage()
+    if view_of is None and capacity is not None and _bytes["live"] + cpu.nbytes > capacity:
+        raise torch.OutOfMemoryError(f"{NAME}: no room for {cpu.nbytes} bytes beside {_bytes['live']}")
     _hidden[storage._cdata] = _Hidden(cpu, _Block(cpu.nbytes) if view_of is None else _hidden_of(view_of).block)
     weakref.finalize(storage, _hidden.pop, storage._cdata).atexit = False
     return tensor

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
+from .test_memory import run
+
+ROOT = Path(__file__).resolve().parents[2]
+NANO = ROOT / "nano" / "snapshot"
+PUBLISHED = json.loads((ROOT / "tests" / "published_configs.json").read_text())["vae"]
 
 
 @pytest.fixture
@@ -98,7 +104,7 @@ def test_short_memory_is_seen_by_stock_nodes_too(pack, comfy, vae, samples, in_b
 
 def test_the_host_is_asked_for_less_memory(pack, vae, monkeypatch):
     shape = (1, 16, 512, 512)  # of a picture of 4096x4096
-    monkeypatch.setattr(pack.host_vae.vae_bands, "faster", lambda *_: False)  # as on a GPU
+    monkeypatch.setattr(pack.host_vae.vae_bands, "faster", lambda *_: False)  # so that memory alone decides
     monkeypatch.setattr(pack.host_vae.mm, "get_free_memory", lambda *_: 2**40)
     plain = vae.memory_used_decode(shape, torch.float32)
     monkeypatch.setattr(pack.host_vae.mm, "get_free_memory", lambda *_: 2**20)
@@ -146,3 +152,107 @@ def test_interrupting_stops_between_bands(pack, comfy, vae, samples):
     with pytest.raises(management.InterruptProcessingException):
         decode(pack, vae, samples, low_memory="on")
     management.interrupt_current_processing(False)
+
+
+@pytest.fixture(scope="module")
+def on_device() -> dict:
+    """What a fake accelerator saw of one decode and one encode, by how much memory there was."""
+    return run("vae_on_device.py")
+
+
+def exact(*runs: dict) -> bool:
+    return all(run["tiles"] == 0 and max(run["differences"]) <= 2e-5 for run in runs)
+
+
+def test_on_a_gpu_the_host_is_asked_for_what_its_own_vae_wants(on_device):
+    """With much and little memory: with less it would not make room."""
+    for name in ("room", "little", "enough", "room after eviction", "pages that can be given back", "batch"):
+        assert on_device[name]["asked"] == on_device["figures"], name
+        assert exact(on_device[name])
+    assert max(on_device["on, room"]["asked"]) < min(on_device["figures"]) / 4  # its user wants no room made
+
+
+def test_on_a_gpu_bands_are_for_what_does_not_fit_after_eviction(on_device):
+    for name in ("room", "enough", "room after eviction", "pages that can be given back", "batch"):
+        assert on_device[name]["in bands"] == [], name
+    moved_out = on_device["room after eviction"]
+    assert moved_out["before"] > 0 == moved_out["left"]
+    for name in ("little", "on, room", "few weights"):
+        assert on_device[name]["in bands"] == ["decode", "encode"], name
+        assert exact(on_device[name])
+        both = zip(on_device[name]["peaks"], on_device["room"]["peaks"], strict=True)
+        assert all(ours < 0.8 * plain for ours, plain in both)
+    assert on_device["few weights"]["loaded"] < 0.1 and on_device["few weights"]["waits"] > 0
+    assert on_device["little"]["waits"] == on_device["on, room"]["waits"] == 0
+
+
+@pytest.mark.parametrize("name", ["out of memory", "batch out of memory"])
+def test_on_a_gpu_that_runs_out_of_memory_bands_come_before_tiles(on_device, name):
+    assert on_device[name]["in bands"] == ["decode", "encode"]
+    assert exact(on_device[name])
+
+
+def test_with_bands_off_the_host_falls_back_to_its_tiles(on_device):
+    assert on_device["off, out of memory"]["in bands"] == []
+    assert on_device["off, out of memory"]["tiles"] == 2
+
+
+@pytest.mark.parametrize("name", ["split attention", "slices attention"])
+def test_on_a_gpu_attention_is_what_the_host_uses_in_its_vae(on_device, name):
+    """Not torch's where the host avoids it, and slices of it where memory runs out in it."""
+    found = on_device[name]
+    assert found["torch"] == 0 and found["slices"] == 4
+    assert exact(found["plain"], found["bands"])
+    assert found["plain"]["in bands"] == [] and found["bands"]["in bands"] == ["decode", "encode"]
+
+
+def test_the_figure_is_that_of_the_device_which_a_copy_was_moved_to(vae, monkeypatch, comfy):
+    """As the host's node for choosing a VAE's device makes it."""
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 2**20)
+    moved = copy.copy(vae)
+    moved.device = torch.device("cuda", 1)
+    shape = (1, 16, 512, 512)
+    assert moved.memory_used_decode(shape, torch.bfloat16) == 2178 * 4096 * 4096 * 2
+    assert moved.memory_used_encode((1, 3, 4096, 4096), torch.bfloat16) == 1767 * 4096 * 4096 * 2
+    assert vae.memory_used_decode(shape, torch.bfloat16) < 2178 * 4096 * 4096
+
+
+@pytest.fixture(scope="module")
+def native(pack, comfy):
+    """The host's own VAE for the published autoencoder; its weights don't matter here."""
+    config = importlib.import_module("zimage_pack.zimage_core.config").VAEConfig.from_dict(PUBLISHED, "here")
+    shapes = pack.host_vae.AutoencoderKL(config, device="meta").state_dict()
+    return comfy.sd.VAE(sd={name: torch.zeros(()).expand(value.shape) for name, value in shapes.items()})
+
+
+@pytest.mark.parametrize("flag", [None, "fp16_vae", "bf16_vae", "fp32_vae"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_precision_is_what_the_host_gives_its_own_vae(pack, comfy, native, monkeypatch, flag, bf16):
+    management = comfy.model_management
+    monkeypatch.setattr(management, "should_use_fp16", lambda *_, **__: True)
+    monkeypatch.setattr(management, "should_use_bf16", lambda *_, **__: bf16)
+    if flag:
+        monkeypatch.setattr(management.args, flag, True)
+    ours = pack.host_vae.ZImageVAE(NANO)
+    assert ours.vae_dtype == management.vae_dtype(native.device, native.working_dtypes)
+    assert ours.vae_dtype == ours.first_stage_model.decoder.conv_in.weight.dtype
+    assert (ours.vae_dtype == torch.float16) == (flag == "fp16_vae")
+
+
+def test_a_gpu_is_asked_for_as_much_as_by_the_hosts_own_vae(native, vae):
+    vae.device = torch.device("cuda")
+    for dtype in (torch.float32, torch.bfloat16):
+        for call, shape in (("decode", (1, 16, 128, 96)), ("encode", (1, 3, 1024, 768))):
+            asked = getattr(vae, f"memory_used_{call}")(shape, dtype)
+            assert asked == getattr(native, f"memory_used_{call}")(shape, dtype) > 0
+
+
+def test_what_the_host_adds_to_a_norms_weights_is_in_bands_too(pack, vae, samples, in_bands):
+    plain = decode(pack, vae, samples, low_memory="off")
+    norm = vae.first_stage_model.decoder.up[0].block[0].norm1
+    norm.weight_function = [lambda weight: 1.5 * weight]
+    norm.bias_function = [lambda bias: bias + 0.5]
+    patched = decode(pack, vae, samples, low_memory="off")
+    assert (patched - plain).abs().max() > 1e-2
+    assert (decode(pack, vae, samples, low_memory="on") - patched).abs().max() <= 1e-5
+    assert in_bands
