@@ -298,7 +298,7 @@ def waits_in_steps(pack: Any, mm: Any) -> dict[str, Any]:
         ("one", counted, {}),
         ("batch", counted, {"batch": 2, "side": 20}),  # with image padding
         ("guidance", counted, {"guidance_scale": 2.0, "negative": other}),
-        ("chosen attention", counted, {"attention": "pytorch"}),
+        ("chosen attention", counted, {"attention": "split"}),
         ("one that looks", looking, {}),
     ):
         counts.clear()
