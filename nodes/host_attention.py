@@ -367,14 +367,15 @@ def _error(name: str, backend: Backend, size: Size) -> str | None:
     q, k, v = _example(size)
     result = backend(q, k, v, size.heads, skip_reshape=True)
     rows = torch.linspace(0, size.queries - 1, ROWS, device=q.device).long()
-    exact = _exact(q[:, :, rows], k, v)
-    error = ((result[:, rows].float() - exact).norm() / exact.norm()).item()
+    exact = _exact(q.index_select(2, rows), k, v)
+    error = ((result.index_select(1, rows).float() - exact).norm() / exact.norm()).item()
     tolerance = QUANTIZED_TOLERANCE
     if name in EXACT:
         tolerance = TOLERANCE.get(size.dtype, TOLERANCE[torch.float32])
     if not error <= tolerance:  # NaN, too
         return f"it errs by {error:.2g}, expected at most {tolerance:.2g} in {size.dtype}"
-    return None if result.isfinite().all() else "not all of its values are finite"
+    finite = math.isfinite(result.sum(dtype=torch.float32).item())  # one value that is not spoils the sum
+    return None if finite else "not all of its values are finite"
 
 
 def _seconds(backend: Backend, size: Size) -> float | None:
