@@ -69,10 +69,7 @@ def make_guider(
         )
     guider = ZImageGuider(model)
     options = comfy.model_patcher.create_model_options_clone(guider.model_options)  # so far the model's own
-    transformer_options = options.setdefault("transformer_options", {})
-    choice = host_attention.choose(attention, model, transformer_options)
-    if choice is not None:
-        transformer_options[host_attention.OVERRIDE] = choice
+    host_attention.choose(attention, model, options.setdefault("transformer_options", {}))
     guider.model_options = options
     guider.inner_set_conds(conds)
     guider.set_guidance(scale, cfg_normalization, cfg_truncation)

@@ -293,12 +293,15 @@ def waits_in_steps(pack: Any, mm: Any) -> dict[str, Any]:
         counts[-1] = {name: waits[name] + counts[-1][name] for name in waits}
         return out
 
+    registry = pack.host_attention.host_attention.REGISTERED_ATTENTION_FUNCTIONS
+    chosen: list[int] = []
+    registry["flash"] = lambda *given, **more: chosen.append(len(counts)) or registry["pytorch"](*given, **more)
     found = {}
     for name, function, settings in (
         ("one", counted, {}),
         ("batch", counted, {"batch": 2, "side": 20}),  # with image padding
         ("guidance", counted, {"guidance_scale": 2.0, "negative": other}),
-        ("chosen attention", counted, {"attention": "pytorch"}),
+        ("chosen attention", counted, {"attention": "flash"}),
         ("one that looks", looking, {}),
     ):
         counts.clear()
@@ -307,6 +310,8 @@ def waits_in_steps(pack: Any, mm: Any) -> dict[str, Any]:
         assert model.loaded_size() == model.model_size()
         found[name] = list(counts)
     network.forward = forward
+    del registry["flash"]
+    found["calls of the chosen attention by step"] = [chosen.count(step) for step in range(STEPS)]
     return found
 
 

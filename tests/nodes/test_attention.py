@@ -72,7 +72,8 @@ def test_choices_are_what_is_installed(pack, registered):
     assert names[0] == "pytorch" and {"sub_quad", "split"} <= set(names) and "sage" not in names
     assert pack.host_attention.choices()[0] == "auto"
     registered("sage", lambda out: out)
-    assert "sage" in pack.host_attention.choices()
+    registered("comfy_kitchen_int8", lambda out: out)  # as newer hosts have it
+    assert pack.host_attention.choices() == ["auto", "pytorch", "sage", "sub_quad", "split", "comfy_kitchen_int8"]
 
 
 @pytest.mark.parametrize("name", ["pytorch", "sub_quad", "split", "auto"])
@@ -80,36 +81,54 @@ def test_every_installed_backend_gives_the_same_picture(sample, name):
     assert relative(sample(name), sample("pytorch")) <= 1e-5
 
 
-def test_exact_backend_is_checked_once_per_size_and_then_used(sample, parts, registered):
+def test_a_backend_is_checked_once_per_size_and_before_the_first_step(sample, parts, registered):
     calls = registered("flash", lambda out: out * (1 + 1e-6))
-    checked = sample("flash", 16)
     config = parts.model.model.diffusion_model.config
     uses = 3 * (config.n_refiner_layers + config.n_layers) + config.n_refiner_layers  # three steps; captions once
-    assert len(calls) == uses
-    used = sample("flash", 16)
-    assert len(calls) == 2 * uses
-    assert not torch.equal(checked, used)  # a checked call gives plain attention's result
-    assert relative(checked, used) <= 1e-5
+    before = {}
+
+    def first(apply_model, given):
+        before.setdefault("the first step", len(calls))
+        return apply_model(given["input"], given["timestep"], **given["c"])
+
+    model = parts.model.clone()
+    model.set_model_unet_function_wrapper(first)
+    for checks in (4, 0):  # of both together, of the picture's to both, of either alone
+        before.clear()
+        calls.clear()
+        sample("flash", model=model)
+        assert before == {"the first step": checks} and len(calls) == checks + uses
+    assert relative(sample("flash"), sample("pytorch")) <= 1e-5
 
 
-def test_wrong_backend_is_refused_with_its_error(sample, registered, caplog):
-    calls = registered("sage", lambda out: out * 1.01)
+def test_a_wrong_backend_is_refused_with_its_error(sample, registered, caplog):
+    calls = registered("flash", lambda out: out * 1.01)
     expected = sample("pytorch")
-    with caplog.at_level(logging.WARNING):
-        assert torch.equal(sample("sage"), expected)
-    messages = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
-    assert messages and all("'sage' is refused" in message for message in messages)
-    assert all("errs by 0.01, expected at most 1e-05 in torch.float32" in message for message in messages)
-    assert len(messages) == len(set(messages)) == len(calls)  # one for each size, and never asked again
-    caplog.clear()
-    sample("sage")
-    assert len(calls) == len(messages)
-    sample("sage", 24)
-    assert len(calls) > len(messages)  # another size is checked anew
+    for _ in range(2):  # never asked again, but told again
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert torch.equal(sample("flash"), expected)
+        (message,) = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
+        assert message == (
+            "attention 'flash' is refused for 96 queries to 96 keys in torch.float32: it errs by 0.01, expected at "
+            "most 1e-05 in torch.float32. 'pytorch' is used."
+        )
+        assert len(calls) == 1
+    sample("flash", 24)
+    assert len(calls) == 2  # another size is checked anew
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no kernel image"), ValueError("head size"), AssertionError("dtype")])
-def test_failing_backend_is_refused(sample, registered, caplog, error):
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("no kernel image"), "it failed with RuntimeError: no kernel image"),
+        (ValueError("head size"), "it failed with ValueError: head size"),
+        (AssertionError("dtype"), "it failed with AssertionError: dtype"),
+        (torch.OutOfMemoryError("tried to allocate"), "there is not enough memory for it"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "there is not enough memory for it"),
+    ],
+)
+def test_failing_backend_is_refused(sample, registered, caplog, error, words):
     def fail(_out):
         raise error
 
@@ -117,37 +136,212 @@ def test_failing_backend_is_refused(sample, registered, caplog, error):
     expected = sample("pytorch")
     with caplog.at_level(logging.WARNING):
         assert torch.equal(sample("xformers"), expected)
-    assert f"it failed with {type(error).__name__}: {error}" in caplog.text
+    assert f"'xformers' is refused for 96 queries to 96 keys in torch.float32: {words}. 'pytorch' is" in caplog.text
 
 
 def test_nan_is_refused(sample, registered, caplog):
     registered("sage", lambda out: out * float("nan"))
-    assert sample("sage").isfinite().all()
-    assert "errs by nan" in caplog.text
+    registered("flash", lambda out: out.index_fill(1, torch.tensor([2]), float("inf")))  # no row that is compared
+    assert sample("sage").isfinite().all() and sample("flash").isfinite().all()
+    assert "errs by nan" in caplog.text and "not all of its values are finite" in caplog.text
 
 
-def test_among_several_the_fastest_that_passes_is_taken(pack, parts):
-    """The choice that `auto` makes on CUDA, among backends of this machine."""
+@pytest.mark.parametrize("name", ["sage", "comfy_kitchen_int8"])
+def test_a_quantizing_backend_has_its_own_tolerance(sample, registered, caplog, name):
+    calls = registered(name, lambda out: out * 1.03)
+    sample(name)
+    assert len(calls) > 20 and "refused" not in caplog.text
+    registered(name, lambda out: out * 1.3)
+    assert torch.equal(sample(name), sample("pytorch"))
+    assert f"{name!r} is refused" in caplog.text and "it errs by 0.3, expected at most 0.12" in caplog.text
+
+
+@pytest.mark.parametrize("case", ["guidance", "batch", "area", "uneven"])
+def test_no_size_of_a_run_is_left_to_plain_attention(pack, parts, registered, monkeypatch, case):
+    """Guidance with prompts of other lengths, batches, areas and sizes that have to be padded are all foreseen."""
+    longer = parts.positive[0][0].repeat(1, 3, 1)
+    given = {"positive": parts.positive, "negative": [[longer, {}]]}
+    shape = [1, 16, 16, 16]
+    if case == "batch":
+        shape[0] = 2
+    elif case == "uneven":
+        shape[2:] = [18, 22]
+    elif case == "area":
+        given["positive"] = [[parts.positive[0][0], {"area": (8, 10, 4, 10)}], [longer, {}]]
+    calls = registered("flash", lambda out: out)
+
+    def plain(*_arguments, **_settings):
+        raise AssertionError("plain attention")
+
+    monkeypatch.setattr(pack.host_attention, "_plain", lambda _device: plain)
+    settings = {"scale": 2.0, "cfg_normalization": 0.0, "cfg_truncation": 1.0, "attention": "flash"}
+    guider = pack.host_sampler.make_guider(parts.model, **given, **settings)
+    pack.host_sampler.run(guider, torch.zeros(shape), torch.tensor([1.0, 0.5]), 3, {})
+    assert len(calls) > 10
+
+
+def test_what_was_not_foreseen_takes_plain_attention(pack, sample, parts, registered, caplog):
+    calls = registered("flash", lambda out: out)
+    seen = []
+
+    def cropping(apply_model, given):
+        seen.append(len(calls))
+        half = apply_model(given["input"][:, :, :12], given["timestep"], **given["c"])
+        return torch.cat((half, half), dim=2)
+
+    model = parts.model.clone()
+    model.set_model_unet_function_wrapper(cropping)
+    sample("flash", 24, model=model)
+    foreseen = parts.model.model.diffusion_model.config.n_refiner_layers  # of the captions, which are refined once
+    assert len(calls) == seen[0] + foreseen and caplog.text == ""
+    model.set_model_unet_function_wrapper(lambda _apply_model, given: given["input"])
+    sample("flash", 24, model=model)
+    assert "attention 'flash' was asked for nothing that it was checked for" in caplog.text
+    choice = pack.host_attention.choose("flash", model, {})
+    q = torch.randn(1, 2, 8, 4)
+    mask = torch.zeros(1, 1, 1, 8, dtype=torch.bool)
+    for settings in ({"mask": mask}, {"skip_output_reshape": True}):
+        choice(None, q, q, q, 2, skip_reshape=True, **settings)
+    assert len(calls) == seen[0] + foreseen
+
+
+# auto
+
+
+@pytest.fixture
+def on(pack, monkeypatch):
+    """Has the pack's choice of attention believe that it is on another device."""
+
+    def simulate(cpu: bool, **answers: bool) -> None:
+        mm = SimpleNamespace(**vars(pack.host_attention.mm))
+        mm.is_device_cpu = lambda _device: cpu
+        for name, answer in answers.items():
+            setattr(mm, name, lambda *_, answer=answer: answer)
+        monkeypatch.setattr(pack.host_attention, "mm", mm)
+
+    return simulate
+
+
+def test_torchs_attention_is_not_forced_where_the_host_avoids_it(pack, sample, on, monkeypatch, registered):
+    """As on a Mac and most AMD cards: the host's own there is sub_quad, as it is here, and torch's is never called."""
+    ops = pack.host_attention.host_attention.comfy.ops
+    calls, torchs = [], ops.scaled_dot_product_attention
+    monkeypatch.setattr(ops, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or torchs(*a, **k))
+    expected = sample("pytorch")
+    assert calls
+    on(cpu=False)
+    calls.clear()
+    assert relative(sample("auto"), expected) <= 1e-5 and not calls
+    assert relative(sample("split"), expected) <= 1e-5 and not calls  # nor as what another is held against
+
+
+@pytest.mark.parametrize(
+    ("nvidia", "cuda", "torchs", "tried"),
+    [
+        (True, True, True, ("pytorch", "pytorch cudnn", "flash")),
+        (True, True, False, ()),  # started with --use-split-cross-attention
+        (False, True, True, ()),  # AMD
+        (False, False, True, ()),  # XPU
+        (False, False, False, ()),  # MPS
+    ],
+)
+def test_where_auto_tries_others(pack, on, registered, nvidia, cuda, torchs, tried):
+    registered("flash", lambda out: out)
+    registered("comfy_kitchen_int8", lambda out: out)
+    on(cpu=False, is_nvidia=nvidia, is_device_cuda=cuda, pytorch_attention_enabled=torchs)
+    assert pack.host_attention._tried(torch.device("cpu")) == tried
+
+
+def test_auto_takes_the_fastest_that_passes(pack, parts, sample, registered, monkeypatch):
     plain = pack.host_attention.host_attention.get_attention_function("pytorch")
-    q = torch.randn(1, 2, 64, 16)
-    used: list[str] = []
 
-    def backend(name, times, factor=1.0):
-        def call(*arguments, **settings):
-            used.append(name)
-            for _ in range(times):
-                out = plain(*arguments, **settings)
-            return out * factor
+    def slow(*arguments, **settings):
+        for _ in range(30):
+            out = plain(*arguments, **settings)
+        return out
 
-        return call
+    quick = registered("flash", lambda out: out)
+    wrong = registered("xformers", lambda out: out * 1.1)
+    monkeypatch.setattr(pack.host_attention, "_tried", lambda _device: ("flash", "xformers"))
+    monkeypatch.setattr(pack.host_attention, "_plain", lambda _device: slow)
+    sample("auto")
+    assert not quick and not wrong  # so short a run is not worth a trial
+    monkeypatch.setattr(pack.host_attention, "WORTH_SECONDS", 0.0)
+    sample("auto")
+    trial = 1 + 1 + pack.host_attention.TIMED_CALLS
+    assert len(wrong) == 1 and len(quick) == trial + 3 * (parts.model.model.diffusion_model.config.n_layers - 1)
+    assert {shape[-2] for shape in quick} == {96}  # what the others gain is not worth a plan for each
+    monkeypatch.setattr(pack.host_attention, "WORTH_SHARE", 1.0)
+    quick.clear()
+    sample("auto")
+    assert not quick  # what gains too little is left alone
 
-    candidates = {"slow": backend("slow", 300), "quick": backend("quick", 1), "wrong": backend("wrong", 1, 1.1)}
-    choice = pack.host_attention.Choice(candidates, {})
-    choice(None, q, q, q, 2, skip_reshape=True)
-    assert set(used) == {"slow", "quick", "wrong"}
-    used.clear()
-    result = choice(None, q, q, q, 2, skip_reshape=True)
-    assert used == ["quick"] and torch.equal(result, plain(q, q, q, 2, skip_reshape=True))
+
+@pytest.mark.parametrize("gone", ["before", "in the trial"])
+def test_auto_survives_without_memory_for_a_trial(pack, sample, registered, monkeypatch, gone):
+    def fail(*_):
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    expected = sample("auto")
+    registered("flash", fail)
+    monkeypatch.setattr(pack.host_attention, "_tried", lambda _device: ("flash",))
+    monkeypatch.setattr(pack.host_attention, "WORTH_SECONDS", 0.0)
+    if gone == "before":
+        monkeypatch.setattr(pack.host_attention, "_example", fail)
+        monkeypatch.setattr(pack.host_attention, "_times", {})
+    assert torch.equal(sample("auto"), expected)
+
+
+@pytest.mark.parametrize("given", ["heads apart", "heads together"])
+@pytest.mark.parametrize("settings", [{}, {"scale": 0.5}, {"skip_output_reshape": True}, {"mask": 2}, {"mask": 3}])
+def test_torchs_kernels_are_called_as_the_hosts_are(pack, monkeypatch, given, settings):
+    """And by themselves: on a GPU the host's own call of torch sets its own list of kernels."""
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
+
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 24, 8, generator=generator)
+    k, v = torch.randn(2, 2, 2, 40, 8, generator=generator)
+    call: dict[str, Any] = {"skip_reshape": True, "enable_gqa": True, **settings}
+    if given == "heads together":
+        q, k, v = (tensor.transpose(1, 2).flatten(2) for tensor in (q, k, v))
+        call["skip_reshape"] = False
+    if "mask" in settings:
+        call["mask"] = torch.randn(24, 40, generator=generator).expand((2, 24, 40)[-settings["mask"] :])
+    expected = pack.host_attention.host_attention.get_attention_function("pytorch")(q, k, v, 4, **call)
+    seen, torchs = [], F.scaled_dot_product_attention
+
+    def recorded(*arguments, **more):
+        seen.append(_cur_sdpa_kernel_backends())
+        return torchs(*arguments, **more)
+
+    def as_on_a_gpu(*arguments, **more):
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            return F.scaled_dot_product_attention(*arguments, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    monkeypatch.setattr(pack.host_attention.host_attention.comfy.ops, "scaled_dot_product_attention", as_on_a_gpu)
+    result = pack.host_attention._torch_kernel(SDPBackend.MATH, q, k, v, 4, **call)
+    assert seen == [[SDPBackend.MATH]]
+    assert result.shape == expected.shape and relative(result, expected) <= 1e-5
+
+
+def test_what_ran_can_be_asked_and_plain_attention_forced(pack, parts, registered):
+    calls = registered("flash", lambda out: out)
+    settings = {"scale": 0.0, "cfg_normalization": 0.0, "cfg_truncation": 1.0, "attention": "flash"}
+    guider = pack.host_sampler.make_guider(parts.model, parts.positive, None, **settings)
+    options = guider.model_options["transformer_options"]
+    start = torch.zeros(1, 16, 16, 16), torch.tensor([1.0, 0.5]), 3, {}
+    pack.host_sampler.run(guider, *start)
+    assert pack.host_attention.ran(options) == "attention 'flash'"
+    assert pack.host_attention.force_plain(options)
+    calls.clear()
+    pack.host_sampler.run(guider, *start)
+    assert not calls and pack.host_attention.ran(options) == "attention 'pytorch'"
+    assert not pack.host_attention.force_plain(options)
+    others = {"the host's attention": {}, "another node's attention": {"optimized_attention_override": print}}
+    for words, given in others.items():
+        assert pack.host_attention.ran(given) == words and not pack.host_attention.force_plain(given)
 
 
 def test_what_is_not_installed_is_refused(sample):
@@ -257,6 +451,74 @@ def test_compiled_model_agrees_also_with_a_lora_and_is_compiled_once(pack, parts
     assert relative(changed, sample()) > 1e-2
     assert relative(sample(model=model, size=24), sample(size=24)) <= 1e-5
     assert graphs > 0 and _graphs() == graphs
+
+
+@pytest.fixture
+def compiled(parts):
+    """Our model behind the host's own compile node, and the counter of what dynamo made of it."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+    from torch._dynamo.testing import CompileCounter
+    from torch._dynamo.utils import counters
+
+    def compile_(*keys: str) -> tuple[Any, Any]:
+        torch._dynamo.reset()
+        counters.clear()
+        model, counter = parts.model.clone(), CompileCounter()
+        options = {"guard_filter_fn": skip_torch_compile_dict}
+        set_torch_compile_wrapper(model=model, backend=counter, keys=list(keys), options=options)
+        return model, counter
+
+    yield compile_
+    torch._dynamo.reset()
+
+
+def unseen(out: torch.Tensor) -> torch.Tensor:
+    """What dynamo can't look into, as most packages' kernels."""
+    torch._dynamo.graph_break()
+    return out * 1.0
+
+
+BLOCKS = ["diffusion_model.layers.0", "diffusion_model.layers.1"]
+
+
+@pytest.mark.parametrize(
+    ("attention", "keys"),
+    [
+        *((name, BLOCKS) for name in ("pytorch", "sub_quad", "split", "flash", "auto")),
+        ("auto", ["diffusion_model"]),
+    ],
+)
+def test_no_choice_breaks_a_compiled_graph(pack, sample, compiled, registered, monkeypatch, attention, keys):
+    """auto as on CUDA, where it chooses among several."""
+    used = registered("flash", unseen)
+    monkeypatch.setattr(pack.host_attention, "_tried", lambda _device: ("flash", "split"))
+    monkeypatch.setattr(pack.host_attention, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(pack.host_attention, "WORTH_SHARE", -1e9)
+    model, counter = compiled(*keys)
+    monkeypatch.setattr(
+        pack.host_attention, "_seconds", lambda backend, _size: float("backend" not in backend.__name__)
+    )
+    frames = []
+    for _ in range(2):  # a further run needs no further graph
+        used.clear()
+        assert relative(sample(attention, model=model), sample("pytorch")) <= 1e-5
+        assert torch._dynamo.utils.counters["graph_break"] == {}
+        assert bool(used) == (attention in ("flash", "auto"))
+        frames.append(counter.frame_count)
+    assert frames == [1, 1]  # of all blocks together
+
+
+def test_another_choice_counts_for_a_compiled_model(sample, compiled, parts, registered):
+    """Though the host's node has torch.compile ignore changes of the transformer options."""
+    used = registered("flash", unseen)
+    model, _counter = compiled(BLOCKS[0])
+    config = parts.model.model.diffusion_model.config
+    uses = 3 * (config.n_refiner_layers + config.n_layers) + config.n_refiner_layers
+    for attention, expected in (("pytorch", 0), ("flash", 4 + uses), ("pytorch", 0), ("flash", uses)):
+        used.clear()
+        sample(attention, model=model)
+        assert len(used) == expected
 
 
 def test_the_host_builds_a_compiled_model_anew_as_compiled(pack):

@@ -87,6 +87,7 @@ def test_nothing_stays_on_the_device_when_models_are_unloaded(peaks):
 @pytest.mark.parametrize(("run", "batch"), [("one", 1), ("batch", 2), ("guidance", 2), ("chosen attention", 1)])
 def test_the_host_waits_for_nothing_inside_a_step(peaks, run, batch):
     assert peaks["waits"][run] == 2 * [{"to device": 0, "from device": 0, "values": 0, "batch": batch}]
+    assert min(peaks["waits"]["calls of the chosen attention by step"]) > 5
 
 
 def test_a_step_that_makes_the_host_wait_is_noticed(peaks):
