@@ -9,6 +9,11 @@ from ..zimage_core.config import SchedulerConfig
 from ..zimage_core.scheduler import sigmas
 from . import convert, host_attention, host_sampler
 
+SAFE_RETRY_TOOLTIP = (
+    "Numbers too large for the precision would end as a black picture. On: all steps are run once more, from the same "
+    "noise, in a precision with more room and with plain attention; the log says so. Off: an error."
+)
+
 
 class ZImageSampler(io.ComfyNode):
     @classmethod
@@ -96,6 +101,7 @@ class ZImageSampler(io.ComfyNode):
                         "first; where it errs by more than the precision explains, the log says so and pytorch is used."
                     ),
                 ),
+                io.Boolean.Input("safe_retry", default=True, optional=True, tooltip=SAFE_RETRY_TOOLTIP),
             ],
             outputs=[io.Latent.Output(tooltip="The picture's latents, for ZImageVAEDecode.")],
         )
@@ -119,6 +125,7 @@ class ZImageSampler(io.ComfyNode):
         denoise,
         negative=None,
         attention=host_attention.AUTO,
+        safe_retry=True,
     ) -> io.NodeOutput:
         if guidance_scale > 0 and negative is None:
             raise ValueError(
@@ -139,7 +146,7 @@ class ZImageSampler(io.ComfyNode):
             attention=attention,
         )
         levels = noise_levels(steps, denoise, config, latents)
-        samples = host_sampler.run(guider, latents, levels, seed, latent_image)
+        samples = host_sampler.run(guider, latents, levels, seed, latent_image, safe_retry)
         return io.NodeOutput(convert.latent_with(latent_image, samples))
 
 

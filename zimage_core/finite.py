@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 WHAT = "values that are not finite (NaN or infinite)"
+ADVICE = (
+    "There is no safer way to compute it: try without LoRA and without what other programs or nodes change in the model"
+)
 
 
 class NotFinite(ArithmeticError):
@@ -61,23 +64,30 @@ def again(
 
     Raises CheckpointError, naming the first weight that is not finite, as then no way helps; or saying what was tried.
     """
-    fault = f"{stage} gave {WHAT} in {ran}"
+    if safe is None or damaged(**networks) is not None:
+        raise not_finite(stage, ran, **networks)
+    fault = f"{stage} gave {WHAT} in {ran}, though all weights are finite"
+    if not allowed:
+        raise CheckpointError(f"{fault}. Computing it again in {safe} may help, but safe_retry is off: switch it on")
+    logger.warning("%s, so it is computed again, in %s. Choose that from the start to save the time.", fault, safe)
+    try:
+        return compute()
+    except NotFinite as error:
+        second = str(error)
+    raise CheckpointError(f"{fault}; computed again in {safe}, {second} gave such values, too. {ADVICE}")
+
+
+def not_finite(stage: str = "", ran: str = "", **networks: nn.Module) -> CheckpointError:
+    """Why networks, by kind, put out numbers that are not finite, where there is no safer way to compute them.
+
+    Names the first weight that is not finite, if one is. stage, ran: as for `again`.
+    """
+    kinds = " and ".join(kind.replace("_", " ") for kind in networks)
+    fault = f"{stage or f'the {kinds}'} gave {WHAT}" + (f" in {ran}" if ran else "")
     found = damaged(**networks)
     if found is not None:
-        raise CheckpointError(f"{fault}: {found}")
-    fault += ", though all weights are finite"
-    if safe is not None and not allowed:
-        raise CheckpointError(f"{fault}. Computing it again in {safe} may help, but safe_retry is off: switch it on")
-    if safe is not None:
-        logger.warning("%s, so it is computed again, in %s. Choose that from the start to save the time.", fault, safe)
-        try:
-            return compute()
-        except NotFinite as error:
-            fault += f"; computed again in {safe}, {error} gave such values, too"
-    raise CheckpointError(
-        f"{fault}. There is no safer way, so the precision is not the reason: try without LoRA and without what "
-        "other programs or nodes change in the model"
-    )
+        return CheckpointError(f"{fault}: {found}")
+    return CheckpointError(f"{fault}, though all weights are finite. {ADVICE}")
 
 
 def damaged(**networks: nn.Module) -> CheckpointError | None:
@@ -101,16 +111,6 @@ def _weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, layer in network.named_modules():
         if hasattr(layer, "expanded"):  # a packed one, whose weight is no parameter
             yield f"{name}.weight", layer.expanded()
-
-
-def not_finite(**networks: nn.Module) -> CheckpointError:
-    """Why networks, by kind, put out numbers that are not finite: the first such weight's name, or their precision."""
-    found = damaged(**networks)
-    kinds = " and ".join(kind.replace("_", " ") for kind in networks)
-    return found or CheckpointError(
-        f"the {kinds} gave {WHAT}, though all weights are: their precision is too low for such values, "
-        "choose bf16 or fp32"
-    )
 
 
 def named(dtype: torch.dtype) -> str:
