@@ -66,7 +66,7 @@ def test_the_first_bad_step_is_found_at_the_end_and_on_a_cpu_at_once(monkeypatch
             watched.saw(torch.tensor([1.0, value]))
     watched = finite.Steps(5)
     watched.check()
-    watched._largest = [value.amax() for value in (good, good, bad, bad)]  # as a GPU would have left them
+    watched._largest = [value.max() for value in (good, good, bad, bad)]  # as a GPU would have left them
     with pytest.raises(finite.NotFinite, match="^step 3 of 5$"):
         watched.check()
 
@@ -85,8 +85,8 @@ def test_watching_reads_nothing_back_and_takes_two_calls_a_step():
         with Calls() as calls:
             for _ in range(8):
                 watched.saw(latents)
-        assert calls.names == ["aten::abs", "aten::amax"] * 8
-        with pytest.raises(Exception, match="_local_scalar_dense|data-dependent|equal"):
+        assert calls.names == ["aten::abs", "aten::max"] * 8
+        with pytest.raises(Exception, match="_local_scalar_dense|data-dependent|data dependent"):
             watched.check()
 
 

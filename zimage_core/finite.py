@@ -7,6 +7,7 @@ reason among the weights and else computes the stage once more in a way that has
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -42,15 +43,16 @@ class Steps:
 
     def saw(self, values: Tensor) -> None:
         """To be called after each step with what it gave, of any shape. Raises NotFinite on a CPU."""
-        self._largest.append(values.abs().amax())
+        self._largest.append(values.abs().max())
         if values.device.type == "cpu":
             self.check()
 
     def check(self) -> None:
         """Raises NotFinite if one of the steps so far gave numbers that are not finite. Waits for the device."""
-        finite = torch.stack(self._largest).isfinite().tolist() if self._largest else []
-        if not all(finite):
-            raise NotFinite(f"step {finite.index(False) + 1} of {self.count}")
+        largest: list[float] = torch.stack(self._largest).tolist() if self._largest else []
+        for step, value in enumerate(largest, 1):
+            if not math.isfinite(value):
+                raise NotFinite(f"step {step} of {self.count}")
 
 
 def again(
