@@ -279,7 +279,8 @@ def encode(clip: comfy.sd.CLIP, text: str, cached: bool = True) -> list[Any]:
         return _conditioning(known)
     conditioning = clip.encode_from_tokens_scheduled(tokens)
     if any(isinstance(cond, torch.Tensor) and not cond.isfinite().all() for cond, _ in conditioning):
-        raise not_finite(text_encoder=clip.cond_stage_model)
+        # as the host computes every text encoder, so there is no safer way
+        raise not_finite("the text encoder", "float32 with plain attention", text_encoder=clip.cond_stage_model)
     if key is None or not _is_plain(conditioning):
         return conditioning
     features = conditioning[0][0].to(host_prompts.kept_dtype())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import comfy.model_base
@@ -11,10 +12,13 @@ import comfy.sample
 import comfy.samplers
 import comfy.utils
 import latent_preview
+import torch
+from comfy.ldm.modules.attention import get_attention_function, optimized_attention
 from torch import Tensor
 
-from ..zimage_core.checkpoint import not_finite
+from ..zimage_core import finite
 from ..zimage_core.config import SchedulerConfig
+from ..zimage_core.finite import NotFinite
 from ..zimage_core.sampling import guided_velocity, guides_at
 from . import host_attention
 
@@ -46,6 +50,45 @@ class ZImageGuider(comfy.samplers.CFGGuider):
     def _normalized(self, args: dict[str, Any]) -> Tensor:
         # The host hands over and takes back sigma * velocity; the formula commutes with that factor.
         return guided_velocity(args["cond"], args["uncond"], self.scale, self.cfg_normalization)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That the model computes in."""
+        return self.model_patcher.get_model_object("manual_cast_dtype") or self.model_patcher.model.get_dtype()
+
+    @property
+    def attention(self) -> str:
+        """Which one runs, in words."""
+        override = self.model_options["transformer_options"].get(host_attention.OVERRIDE)
+        if override is None and optimized_attention is get_attention_function(host_attention.PLAIN, None):
+            return f"attention {host_attention.PLAIN!r}"
+        if override is None:
+            return f"the host's attention ({optimized_attention.__name__})"
+        if isinstance(override, host_attention.Choice):
+            return f"attention {' or '.join(map(repr, override.candidates))}"
+        name = getattr(override, "__qualname__", type(override).__qualname__)
+        return f"the attention of another node ({getattr(override, '__module__', '')}.{name}), which has to stay"
+
+    def safe(self) -> ZImageGuider | None:
+        """The same guidance in a dtype with more room and with plain attention; None where this is it.
+
+        The weights are shared, and so are LoRA and patches: the host casts each weight where it is used.
+        """
+        guider = copy.copy(self)
+        guider.model_options = comfy.model_patcher.create_model_options_clone(self.model_options)
+        options = guider.model_options["transformer_options"]
+        if isinstance(options.get(host_attention.OVERRIDE, None), host_attention.Choice | None):
+            options.pop(host_attention.OVERRIDE, None)
+            plain = host_attention.choose(host_attention.PLAIN, self.model_patcher, options)
+            if plain is not None:
+                options[host_attention.OVERRIDE] = plain
+        wider = finite.safer(self.dtype, self.model_patcher.load_device)
+        if self.dtype == torch.float16 and mm.should_use_bf16(self.model_patcher.load_device):
+            wider = torch.bfloat16
+        if wider is not None and (self.dtype == torch.float16 or guider.attention == self.attention):
+            guider.model_patcher = self.model_patcher.clone()
+            guider.model_patcher.set_model_compute_dtype(wider)
+        return None if (guider.dtype, guider.attention) == (self.dtype, self.attention) else guider
 
 
 def make_guider(
@@ -119,10 +162,51 @@ def latent_channels(model) -> int:
     return model.get_model_object("latent_format").latent_channels
 
 
-def run(guider: ZImageGuider, latents: Tensor, sigmas: Tensor, seed: int, latent: dict[str, Any]) -> Tensor:
+def run(
+    guider: ZImageGuider,
+    latents: Tensor,
+    sigmas: Tensor,
+    seed: int,
+    latent: dict[str, Any],
+    safe_retry: bool = True,
+) -> Tensor:
     """Euler from sigmas[0] to sigmas[-1]: raw latents [B, 16, h, w] in and out. `latent` may hold batch_index and
     noise_mask. Interruption, previews and progress are the host's.
+
+    safe_retry: where a step gives numbers that are not finite, all steps are run once more from the same noise, with
+    plain attention and in a dtype with more room; the log says so. Without it, or if that fails too, CheckpointError.
     """
+    try:
+        return _run(guider, latents, sigmas, seed, latent)
+    except NotFinite as error:
+        stage = str(error)
+    _check_finite(guider, latents)
+    safe = guider.safe()
+
+    def compute() -> Tensor:
+        # to be loaded before the host asks how much memory a step takes: that follows from the dtype in use
+        mm.load_models_gpu([safe.model_patcher])
+        return _run(safe, latents, sigmas, seed, latent)
+
+    return finite.again(
+        stage,
+        _words(guider),
+        None if safe is None else _words(safe),
+        compute,
+        allowed=safe_retry,
+        transformer=guider.model_patcher.model.diffusion_model,
+    )
+
+
+def _run(guider: ZImageGuider, latents: Tensor, sigmas: Tensor, seed: int, latent: dict[str, Any]) -> Tensor:
+    steps = finite.Steps(len(sigmas) - 1)
+    show = latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1)
+
+    def after_step(step: int, denoised: Tensor, *others: Any) -> None:
+        steps.saw(denoised)
+        show(step, denoised, *others)
+
+    _check_captions(guider)
     noise = comfy.sample.prepare_noise(latents, seed, latent.get("batch_index"))
     samples = guider.sample(
         noise,
@@ -130,12 +214,40 @@ def run(guider: ZImageGuider, latents: Tensor, sigmas: Tensor, seed: int, latent
         comfy.samplers.ksampler("euler"),
         sigmas,
         denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1),
+        callback=after_step,
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
     dtype = mm.intermediate_dtype() if hasattr(mm, "intermediate_dtype") else samples.dtype  # newer hosts
     samples = samples.to(device=mm.intermediate_device(), dtype=dtype)
     if not samples.isfinite().all():
-        raise not_finite(transformer=guider.model_patcher.model.diffusion_model)
+        steps.check()
+        raise NotFinite("the end of the run")
     return samples
+
+
+def _words(guider: ZImageGuider) -> str:
+    return f"{finite.named(guider.dtype)} with {guider.attention}"
+
+
+def _check_captions(guider: ZImageGuider) -> None:
+    """Raises NotFinite for text features that the model's dtype can't hold, where looking waits for no GPU."""
+    if guider.dtype != torch.float16:
+        return
+    most = torch.finfo(torch.float16).max
+    for conds in guider.original_conds.values():
+        for features in (cond.get("cross_attn") for cond in conds):
+            if features is not None and features.device.type == "cpu" and not features.abs().amax() <= most:
+                raise NotFinite("text features for step 1")
+
+
+def _check_finite(guider: ZImageGuider, latents: Tensor) -> None:
+    """Raises ValueError if what came in is at fault."""
+    given = [("latent_image", latents)]
+    given += [(name, cond.get("cross_attn")) for name, conds in guider.original_conds.items() for cond in conds]
+    for name, values in given:
+        if values is not None and not values.isfinite().all():
+            raise ValueError(
+                f"`{name}` holds {finite.WHAT}: what is connected to it is at fault, not the sampling. Make it with "
+                "the nodes of this pack, which look for the reason."
+            )

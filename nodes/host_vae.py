@@ -7,6 +7,7 @@ it makes room; bands are for what does not fit then.
 
 from __future__ import annotations
 
+import copy
 import logging
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,8 +24,9 @@ import torch
 from comfy.ldm.modules.diffusionmodules.model import vae_attention
 from torch import Tensor
 
-from ..zimage_core import vae_bands
-from ..zimage_core.checkpoint import not_finite, open_component
+from ..zimage_core import finite, vae_bands
+from ..zimage_core.checkpoint import open_component
+from ..zimage_core.finite import NotFinite
 from ..zimage_core.vae import AutoencoderKL
 from . import host
 
@@ -165,9 +167,10 @@ class ZImageVAE(comfy.sd.VAE):
         return self.first_stage_model.memory("encode", tuple(shape), dtype, self.device)
 
 
-def decode(vae: comfy.sd.VAE, latents: Tensor, low_memory: str = "auto") -> Tensor:
+def decode(vae: comfy.sd.VAE, latents: Tensor, low_memory: str = "auto", safe_retry: bool = True) -> Tensor:
     """Raw latents [B, 16, h, w] to pictures [B, H, W, 3], checked: a damaged weight is named.
 
+    safe_retry: where 16 bits are too few for its values, a VAE runs once more in float32, and the log says so.
     low_memory: in bands of rows "on", "off", or "auto": where that is faster or memory is short. Another VAE than ours
     can't, nor one that other nodes changed to make pictures tile: ValueError.
     """
@@ -181,14 +184,62 @@ def decode(vae: comfy.sd.VAE, latents: Tensor, low_memory: str = "auto") -> Tens
             'low_memory is "on", but another node has changed how this VAE pads, as those for pictures that tile do: '
             'bands would not join. Use "auto" or "off", or decode with a VAE that was not changed.'
         )
-    token = _low_memory.set(low_memory)
+
+    def compute(vae: comfy.sd.VAE) -> Tensor:
+        token = _low_memory.set(low_memory)
+        try:
+            return _checked(_watched(vae).decode(latents), "decoding (VAE)")
+        finally:
+            _low_memory.reset(token)
+
+    return _finite(vae, latents, compute, safe_retry)
+
+
+def encode(vae: comfy.sd.VAE, pixels: Tensor, safe_retry: bool = True) -> Tensor:
+    """Pictures [B, H, W, 3] to raw latents [B, 16, H/8, W/8], checked as `decode` does."""
+    return _finite(vae, pixels, lambda vae: _checked(vae.encode(pixels), "encoding (VAE)"), safe_retry)
+
+
+def _finite(vae: comfy.sd.VAE, given: Tensor, compute: Callable[[comfy.sd.VAE], Tensor], safe_retry: bool) -> Tensor:
     try:
-        pictures = vae.decode(latents)
-    finally:
-        _low_memory.reset(token)
-    if not pictures.isfinite().all():
-        raise not_finite(vae=vae.first_stage_model)
-    return pictures
+        return compute(vae)
+    except NotFinite as error:
+        stage = str(error)
+    if not given.isfinite().all():
+        what = "latents" if "decoding" in stage else "pictures"
+        raise ValueError(f"The {what} that came in hold {finite.WHAT}: what made them is at fault, not the VAE.")
+    dtype = getattr(vae, "vae_dtype", torch.float32)
+    return finite.again(
+        stage,
+        finite.named(dtype),
+        "float32" if dtype.itemsize < torch.float32.itemsize else None,
+        lambda: compute(_exact(vae)),
+        allowed=safe_retry,
+        vae=vae.first_stage_model,
+    )
+
+
+def _checked(values: Tensor, stage: str) -> Tensor:
+    if not values.isfinite().all():
+        raise NotFinite(stage)
+    return values
+
+
+def _watched(vae: comfy.sd.VAE) -> comfy.sd.VAE:
+    """The same VAE, whose pictures are checked before they are clamped, which makes white of infinite."""
+    if not isinstance(vae, comfy.sd.VAE):
+        return vae
+    watched = copy.copy(vae)
+    watched.process_output = lambda pictures: vae.process_output(_checked(pictures, "decoding (VAE)"))
+    return watched
+
+
+def _exact(vae: comfy.sd.VAE) -> comfy.sd.VAE:
+    """The same VAE in float32: the weights are shared, the host casts each where it is used."""
+    exact = copy.copy(vae)
+    exact.patcher, exact.vae_dtype = vae.patcher.clone(), torch.float32
+    exact.patcher.set_model_compute_dtype(torch.float32)
+    return exact
 
 
 def load_vae_patcher(path: str, disable_dynamic: bool = False):

@@ -9,6 +9,11 @@ from ..zimage_core.config import SchedulerConfig
 from ..zimage_core.scheduler import sigmas
 from . import convert, host_attention, host_sampler
 
+SAFE_RETRY_TOOLTIP = (
+    "Numbers too large for the precision would end as a black picture. On: all steps are run once more, from the same "
+    "noise, in a precision with more room and with plain attention; the log says so. Off: an error."
+)
+
 
 class ZImageSampler(io.ComfyNode):
     @classmethod
@@ -97,6 +102,7 @@ class ZImageSampler(io.ComfyNode):
                         "errs by more than its kind explains, is not used, and the log says so."
                     ),
                 ),
+                io.Boolean.Input("safe_retry", default=True, optional=True, tooltip=SAFE_RETRY_TOOLTIP),
             ],
             outputs=[io.Latent.Output(tooltip="The picture's latents, for ZImageVAEDecode.")],
         )
@@ -120,6 +126,7 @@ class ZImageSampler(io.ComfyNode):
         denoise,
         negative=None,
         attention=host_attention.AUTO,
+        safe_retry=True,
     ) -> io.NodeOutput:
         if guidance_scale > 0 and negative is None:
             raise ValueError(
@@ -140,7 +147,7 @@ class ZImageSampler(io.ComfyNode):
             attention=attention,
         )
         levels = noise_levels(steps, denoise, config, latents)
-        samples = host_sampler.run(guider, latents, levels, seed, latent_image)
+        samples = host_sampler.run(guider, latents, levels, seed, latent_image, safe_retry)
         return io.NodeOutput(convert.latent_with(latent_image, samples))
 
 

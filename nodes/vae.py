@@ -6,6 +6,11 @@ from comfy_api.latest import io
 
 from . import convert, host_vae
 
+SAFE_RETRY_TOOLTIP = (
+    "Numbers too large for the autoencoder's precision would end as a black picture. On: it runs once more in float32; "
+    "the log says so. Off: an error."
+)
+
 
 class ZImageVAEDecode(io.ComfyNode):
     @classmethod
@@ -32,15 +37,16 @@ class ZImageVAEDecode(io.ComfyNode):
                         "auto: on a CPU, where that is faster as well, and where memory is short."
                     ),
                 ),
+                io.Boolean.Input("safe_retry", default=True, optional=True, tooltip=SAFE_RETRY_TOOLTIP),
             ],
             outputs=[io.Image.Output(tooltip="The pictures.")],
         )
 
     @classmethod
-    def execute(cls, vae, samples, low_memory="auto") -> io.NodeOutput:
+    def execute(cls, vae, samples, low_memory="auto", safe_retry=True) -> io.NodeOutput:
         _check_vae(vae)
         latents = convert.checked_latents(samples["samples"], vae.latent_channels)
-        return io.NodeOutput(host_vae.decode(vae, latents, low_memory))
+        return io.NodeOutput(host_vae.decode(vae, latents, low_memory, safe_retry))
 
 
 class ZImageVAEEncode(io.ComfyNode):
@@ -55,14 +61,15 @@ class ZImageVAEEncode(io.ComfyNode):
             inputs=[
                 io.Vae.Input("vae", tooltip="Z-Image's autoencoder (FLUX's is the same)."),
                 io.Image.Input("pixels", tooltip="Pictures whose width and height are divisible by 16."),
+                io.Boolean.Input("safe_retry", default=True, optional=True, tooltip=SAFE_RETRY_TOOLTIP),
             ],
             outputs=[io.Latent.Output(tooltip="Their latents, for the latent_image input of a sampler.")],
         )
 
     @classmethod
-    def execute(cls, vae, pixels) -> io.NodeOutput:
+    def execute(cls, vae, pixels, safe_retry=True) -> io.NodeOutput:
         _check_vae(vae)
-        return io.NodeOutput({"samples": vae.encode(convert.checked_pixels(pixels))})
+        return io.NodeOutput({"samples": host_vae.encode(vae, convert.checked_pixels(pixels), safe_retry)})
 
 
 def _check_vae(vae) -> None:

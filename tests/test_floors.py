@@ -20,7 +20,7 @@ FLOORS = [
     | {"zimage_core/tensor_files", "zimage_core/detect", "zimage_core/adapters", "zimage_core/prompt_cache"},
     {"zimage_core/transformer", "zimage_core/text_encoder", "zimage_core/tokenizer", "zimage_core/vae"}
     | {"zimage_core/quantised"},
-    {"zimage_core/packed", "zimage_core/vae_bands"},
+    {"zimage_core/packed", "zimage_core/vae_bands", "zimage_core/finite"},
     {"zimage_core/checkpoint", "zimage_core/sampling", "zimage_core/lora"},
     {"zimage_core/pipeline", "zimage_core/download_worker"},
     {"zimage_core/download", "nodes/host_attention", "nodes/host_operations"},

@@ -73,14 +73,20 @@ def generate(args: argparse.Namespace) -> int:
 
     cache = None if args.prompt_cache is None else PromptCache(args.prompt_cache)
     pipe = ZImagePipeline.from_pretrained(
-        folder, device=device, dtype=dtype, **parts, tokenizer=args.tokenizer, prompt_cache=cache
+        folder,
+        device=device,
+        dtype=dtype,
+        **parts,
+        tokenizer=args.tokenizer,
+        prompt_cache=cache,
+        safe_retry=not args.no_safe_retry,
     )
     for (_, strength), file in zip(args.lora, pipe.set_loras(*args.lora), strict=True):
         print("\n  ".join([f"LoRA      strength {strength:g}", *file.report().splitlines()]))
     with _bar(total=args.steps, desc="Sampling", unit="step") as bar:
 
-        def advance(*_: object) -> None:
-            bar.update()
+        def advance(step: int, *_: object) -> None:
+            bar.update(step - bar.n)  # backwards, where sampling starts over
 
         image = pipe.generate(
             args.prompt,
@@ -235,6 +241,11 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FOLDER",
         help="keep encoded prompts there (512 MB at most): for a known one the text encoder is not read",
+    )
+    add(
+        "--no-safe-retry",
+        action="store_true",
+        help="fail where values are not finite (a black picture), instead of computing that stage again with more room",
     )
     add("--cpu", action="store_true", help="use the processor even if there is a GPU")
     return parser

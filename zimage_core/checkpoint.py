@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import detect, half, key_maps, packed, quantised
 from .config import CheckpointError, SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from .finite import not_finite
 from .key_maps import KeyMap
 from .tensor_files import TensorFiles, read_header
 from .text_encoder import TextEncoder
@@ -96,27 +97,6 @@ def snapshot_folder(path: str | Path) -> Path | None:
     if os.path.isdir(path / "snapshots"):
         return _revision(path)
     return path.parent if path.name in NETWORKS and os.path.isfile(path / "config.json") else path
-
-
-def not_finite(**models: nn.Module) -> CheckpointError:
-    """Why a network of a kind (`transformer=...`) puts out numbers that are not finite: the first such weight's name.
-
-    Weights are only looked through once a result is bad, so that loading need not read them all.
-    """
-    for kind, model in models.items():
-        layers = packed.layers(model)
-        for name in [*(name for name, _ in model.named_parameters()), *layers]:
-            values = layers[name].expanded() if name in layers else model.get_parameter(name)
-            if not values.float().isfinite().all():
-                return CheckpointError(
-                    f"{name} of the {kind.replace('_', ' ')} has values that are not finite (NaN or infinite): "
-                    "the file is damaged, download it again"
-                )
-    kinds = " and ".join(kind.replace("_", " ") for kind in models)
-    return CheckpointError(
-        f"the {kinds} gave values that are not finite (NaN or infinite), though all weights are: their precision "
-        "is too low for such values, choose bf16 or fp32"
-    )
 
 
 class Component:

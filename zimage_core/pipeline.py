@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from . import lora, sampling, vae_bands
-from .checkpoint import CheckpointError, Component, not_finite, open_component, open_tokenizer, schedule_of
+from . import finite, lora, sampling, vae_bands
+from .checkpoint import CheckpointError, Component, open_component, open_tokenizer, schedule_of
 from .config import SchedulerConfig
+from .finite import NotFinite, named
 from .prompt_cache import PromptCache, key_of, stamps
 from .scheduler import sigmas
 from .text_encoder import TextEncoder
 from .tokenizer import MAX_LENGTH, Tokenizer
 from .transformer import ZImageTransformer
 from .vae import AutoencoderKL
+
+Result = TypeVar("Result")
 
 
 class ZImagePipeline:
@@ -43,9 +47,12 @@ class ZImagePipeline:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         prompt_cache: PromptCache | None = None,
+        safe_retry: bool = True,
     ):
         """prompt_cache: keeps the features of prompts that an `UnreadEncoder` has encoded. What another network holds
         can't be known, so its features are not kept.
+        safe_retry: a stage that gives numbers which are not finite (they would end as a black picture) is computed once
+        more in a dtype with more room, and the log says so; without it, and where that doesn't help, `CheckpointError`.
         """
         self.tokenizer = tokenizer
         self.transformer = transformer
@@ -54,6 +61,7 @@ class ZImagePipeline:
         self.device = torch.device(device)
         self.dtype = dtype
         self.prompt_cache = prompt_cache
+        self.safe_retry = safe_retry
         self._plain: dict[str, dict[str, Tensor]] = {}  # component -> the weights that LoRA changed, as they were
         self._loras: list[tuple[lora.Lora, float]] = []
         self._encoder_loras: list[Any] = []  # those that change the text encoder, as they count for `prompt_cache`
@@ -72,6 +80,7 @@ class ZImagePipeline:
         vae: str | Path | None = None,
         tokenizer: str | Path | None = None,
         prompt_cache: PromptCache | None = None,
+        safe_retry: bool = True,
     ) -> ZImagePipeline:
         """Loads a snapshot folder or an all-in-one file. The VAE runs in float32 unless asked otherwise, as officially.
 
@@ -81,6 +90,7 @@ class ZImagePipeline:
         prompt_cache: where features of prompts are looked up, and kept. The text encoder is read when a prompt is not
         in it, so a known one costs nothing. What is changed in its weights by hand, other than by `set_loras`, goes
         unnoticed.
+        safe_retry: see `__init__`.
 
         Raises `CheckpointError`, naming the file, when something is missing, damaged or of another model.
         """
@@ -99,6 +109,7 @@ class ZImagePipeline:
             device=device,
             dtype=dtype,
             prompt_cache=prompt_cache,
+            safe_retry=safe_retry,
         )
 
     @property
@@ -174,7 +185,7 @@ class ZImagePipeline:
         cfg_truncation: guidance stops once 1 - sigma exceeds it; 1 never stops it.
         seed: an int seeds one generator for the whole batch, a list of B seeds each picture on its own.
         callback: (steps done, steps, latents, estimated picture latents) after each step; False cancels by raising
-            `sampling.Cancelled`.
+            `sampling.Cancelled`. It starts over where sampling has to (see `safe_retry` of `__init__`).
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         _check(prompts, width, height, batch_size, output)
@@ -185,27 +196,62 @@ class ZImagePipeline:
         latents = noise(seed, (batch, self.transformer.config.in_channels, height // cell, width // cell))
 
         cap_feats = _repeat(self.encode_prompts(prompts, max_prompt_tokens), batch_size)  # B x [L_i, 2560]
-        negative_cap_feats = None
+        negative_cap_feats: list[Tensor] = []
         if guidance_scale > 0:
             negative_cap_feats = _repeat(self.encode_prompts(negatives, max_prompt_tokens), batch_size)
 
         patch = cell * self.transformer.config.patch_size
-        latents = sampling.denoise(
-            self.transformer,
-            latents.to(self.device),
-            sigmas(steps, self.scheduler, (height // patch) * (width // patch)),
-            cap_feats,
-            negative_cap_feats,
-            guidance_scale=guidance_scale,
-            cfg_normalization=float(cfg_normalization),
-            cfg_truncation=cfg_truncation,
-            dtype=self.dtype,
-            refine=partial(self.transformer.refine_captions, dtype=self.dtype),
-            callback=callback,
-        )  # [B, 16, h, w] float32
-        if not latents.isfinite().all():
-            raise not_finite(**self._networks())
-        return latents if output == "latents" else self.decode(latents)
+        levels = sigmas(steps, self.scheduler, (height // patch) * (width // patch))
+
+        def sample(dtype: torch.dtype) -> Tensor:
+            watched = finite.Steps(steps)
+            if dtype == torch.float16 and any(item.dtype != dtype for item in [*cap_feats, *negative_cap_feats]):
+                raise NotFinite("text features for step 1")  # which are wider where they don't fit
+
+            def after_step(step: int, steps: int, latents: Tensor, estimate: Tensor) -> bool | None:
+                watched.saw(estimate)
+                return None if callback is None else callback(step, steps, latents, estimate)
+
+            sampled = sampling.denoise(
+                self.transformer,
+                latents.to(self.device),
+                levels,
+                cap_feats,
+                negative_cap_feats or None,
+                guidance_scale=guidance_scale,
+                cfg_normalization=float(cfg_normalization),
+                cfg_truncation=cfg_truncation,
+                dtype=dtype,
+                refine=partial(self.transformer.refine_captions, dtype=dtype),
+                callback=after_step,
+            )  # [B, 16, h, w] float32
+            watched.check()
+            return sampled
+
+        safe = finite.safer(self.dtype, self.device)
+        sampled = self._finite(sample, self.dtype, safe, transformer=self.transformer)
+        return sampled if output == "latents" else self.decode(sampled)
+
+    def _finite(
+        self,
+        compute: Callable[[torch.dtype], Result],
+        dtype: torch.dtype,
+        safe: torch.dtype | None,
+        **networks: nn.Module,
+    ) -> Result:
+        """compute(dtype), or compute(safe) where that raises `NotFinite`."""
+        try:
+            return compute(dtype)
+        except NotFinite as error:
+            stage = str(error)
+        return finite.again(
+            stage,
+            named(dtype),
+            None if safe is None else named(safe),
+            lambda: compute(safe or dtype),
+            allowed=self.safe_retry,
+            **networks,
+        )
 
     @torch.inference_mode()
     def encode_prompts(self, prompts: Sequence[str], max_tokens: int = MAX_LENGTH) -> list[Tensor]:
@@ -218,12 +264,27 @@ class ZImagePipeline:
         if missing := [ids for ids in dict.fromkeys(prompts_ids) if ids not in features]:
             longest = max(map(len, missing))
             rows = [[*ids, *[self.tokenizer.pad_id] * (longest - len(ids))] for ids in missing]
-            encoded = self.text_encoder(torch.tensor(rows, device=self.device), self.dtype)  # (B, L, 2560)
-            for ids, feats in zip(missing, encoded, strict=True):
-                features[ids] = feats[: len(ids)]
+            for ids, feats in zip(missing, self._encoded(rows, [len(ids) for ids in missing]), strict=True):
+                features[ids] = feats
                 if self.prompt_cache is not None and self._unread is not None:
                     self.prompt_cache.put(self._key(ids), features[ids])
         return [features[ids] for ids in prompts_ids]
+
+    def _encoded(self, rows: list[list[int]], lengths: list[int]) -> list[Tensor]:
+        """Features [L_i, 2560] of rows of token ids, padded to one length; float32 where they don't fit our dtype."""
+        ids = torch.tensor(rows, device=self.device)
+
+        def encode(dtype: torch.dtype) -> list[Tensor]:
+            encoded = self.text_encoder(ids, dtype)  # (B, L, 2560)
+            features = [item[:length] for item, length in zip(encoded, lengths, strict=True)]
+            if not torch.cat(features).isfinite().all():
+                raise NotFinite("the text encoder")
+            return features
+
+        safe = torch.float32 if self.dtype.itemsize < torch.float32.itemsize else None
+        features = self._finite(encode, self.dtype, safe, text_encoder=self.text_encoder)
+        fitting = [item.to(self.dtype) for item in features]
+        return fitting if torch.cat(fitting).isfinite().all() else features
 
     def _known(self, ids: tuple[int, ...]) -> Tensor | None:
         if self.prompt_cache is None or self._unread is None:
@@ -244,16 +305,25 @@ class ZImagePipeline:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, 16, h, w] to pictures [B, 3, H, W] float32 in 0..1."""
-        raw = self.vae.unscale(latents).to(next(self.vae.parameters()).dtype)
-        pictures = torch.cat([self._decode_one(item) for item in raw.split(1)])  # one by one bounds the memory
-        if not pictures.isfinite().all():
-            raise not_finite(vae=self.vae)
-        return (pictures.float() / 2 + 0.5).clamp(0, 1)
 
-    def _decode_one(self, raw: Tensor) -> Tensor:
-        height, width = (side * self.vae.config.downscale for side in raw.shape[-2:])
-        in_bands = vae_bands.advised(self.vae, height, width, raw)
-        return vae_bands.decode(self.vae, raw) if in_bands else self.vae.decode(raw)
+        def decode(dtype: torch.dtype) -> Tensor:
+            vae = self.vae if dtype == own else copy.deepcopy(self.vae).to(dtype)
+            raw = vae.unscale(latents).to(dtype)
+            pictures = torch.cat([_decode_one(vae, item) for item in raw.split(1)])  # one by one bounds the memory
+            if not pictures.isfinite().all():
+                if not latents.isfinite().all():
+                    raise ValueError(f"the latents to decode hold {finite.WHAT}: they are at fault, not the VAE")
+                raise NotFinite("decoding (VAE)")
+            return (pictures.float() / 2 + 0.5).clamp(0, 1)
+
+        own = next(self.vae.parameters()).dtype
+        return self._finite(decode, own, torch.float32 if own.itemsize < torch.float32.itemsize else None, vae=self.vae)
+
+
+def _decode_one(vae: AutoencoderKL, raw: Tensor) -> Tensor:
+    height, width = (side * vae.config.downscale for side in raw.shape[-2:])
+    in_bands = vae_bands.advised(vae, height, width, raw)
+    return vae_bands.decode(vae, raw) if in_bands else vae.decode(raw)
 
 
 class UnreadEncoder:

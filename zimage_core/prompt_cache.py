@@ -152,6 +152,8 @@ class PromptCache:
             features = safetensors.torch.load(raw)[NAME].clone()
             if metadata != _metadata(name, features):
                 raise ValueError("its content is not what its metadata says")
+            if not features.isfinite().all():
+                raise ValueError("it holds values that are not finite")
         except FileNotFoundError:
             return None
         except Exception as error:  # whatever a damaged file makes of itself, it is no entry

@@ -28,11 +28,11 @@ SCHEMAS = {
     "ZImageTextEncode": (["clip", "text"], ["cache"], ["CONDITIONING"]),
     "ZImageSampler": (
         "model positive latent_image seed steps guidance_scale cfg_normalization cfg_truncation denoise".split(),
-        ["negative", "attention"],
+        ["negative", "attention", "safe_retry"],
         ["LATENT"],
     ),
-    "ZImageVAEDecode": (["vae", "samples"], ["low_memory"], ["IMAGE"]),
-    "ZImageVAEEncode": (["vae", "pixels"], [], ["LATENT"]),
+    "ZImageVAEDecode": (["vae", "samples"], ["low_memory", "safe_retry"], ["IMAGE"]),
+    "ZImageVAEEncode": (["vae", "pixels"], ["safe_retry"], ["LATENT"]),
 }
 DEFAULTS = {
     "seed": 0,

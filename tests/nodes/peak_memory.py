@@ -312,6 +312,17 @@ def waits_in_steps(pack: Any, mm: Any) -> dict[str, Any]:
     network.forward = forward
     del registry["flash"]
     found["calls of the chosen attention by step"] = [chosen.count(step) for step in range(STEPS)]
+    # from the first call's beginning to the end of the last: what lies between steps, watching for overflow included
+    at: list[dict[str, int]] = []
+
+    def noting(*arguments: Any, **settings: Any) -> torch.Tensor:
+        at.append(dict(waits))
+        return forward(*arguments, **settings)
+
+    network.forward = noting
+    sample_ours(pack, model, cond, side=16)
+    network.forward = forward
+    found["between steps"] = [{name: at[-1][name] - at[0][name] for name in waits}]
     return found
 
 

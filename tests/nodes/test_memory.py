@@ -92,3 +92,8 @@ def test_the_host_waits_for_nothing_inside_a_step(peaks, run, batch):
 
 def test_a_step_that_makes_the_host_wait_is_noticed(peaks):
     assert peaks["waits"]["one that looks"] == 2 * [{"to device": 1, "from device": 1, "values": 1}]
+
+
+def test_the_host_waits_for_nothing_between_steps(peaks):
+    """Numbers that are not finite are looked for on the device, and asked for when the run is over."""
+    assert peaks["waits"]["between steps"] == [{"to device": 0, "from device": 0, "values": 0}]

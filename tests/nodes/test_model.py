@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .. import process_memory
+from . import native_model
 
 NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
 # parameters of a module that is no leaf are moved in the forward; everything else must be castable
@@ -186,47 +187,7 @@ def test_loading_tells_how_float16_is_used(pack, comfy, monkeypatch, caplog):
 
 @pytest.fixture
 def native(comfy, patcher):
-    """The host's own Z-Image model at the nano model's size, with the nano model's weights."""
-    ours = patcher.model.diffusion_model
-    config = ours.config
-    model_config = comfy.supported_models.ZImage(
-        {
-            "image_model": "lumina2",
-            "patch_size": config.patch_size,
-            "in_channels": config.in_channels,
-            "dim": config.dim,
-            "cap_feat_dim": config.cap_feat_dim,
-            "n_layers": config.n_layers,
-            "n_refiner_layers": config.n_refiner_layers,
-            "qk_norm": True,
-            "n_heads": config.n_heads,
-            "n_kv_heads": config.n_heads,
-            "axes_dims": list(config.axes_dims),
-            "axes_lens": list(config.axes_lens),
-            "rope_theta": config.rope_theta,
-            "ffn_dim_multiplier": config.ffn_dim / config.dim,
-            "z_image_modulation": True,
-            "time_scale": config.t_scale,
-            "pad_tokens_multiple": 32,
-        }
-    )
-    model_config.set_inference_dtype(torch.float32, None)
-    model = model_config.get_model({}, "")
-    model.latent_format = patcher.model.latent_format
-    net = model.diffusion_model
-
-    def linear(width_in: int, width_out: int, bias: bool):
-        return comfy.ops.disable_weight_init.Linear(width_in, width_out, bias=bias, dtype=torch.float32)
-
-    # The native class derives two widths from dim, which Z-Image fixes; at the published size they are the same.
-    net.t_embedder.mlp[0], net.t_embedder.mlp[2] = linear(256, 1024, True), linear(1024, config.adaln_dim, True)
-    for block in [*net.layers, *net.noise_refiner, *net.context_refiner]:
-        block.feed_forward.w1 = linear(config.dim, config.ffn_dim, False)
-        block.feed_forward.w3 = linear(config.dim, config.ffn_dim, False)
-        block.feed_forward.w2 = linear(config.ffn_dim, config.dim, False)
-        block.attention.q_norm.eps = block.attention.k_norm.eps = config.norm_eps  # left unset natively
-    net.load_state_dict(ours.state_dict(), strict=True)
-    return comfy.model_patcher.ModelPatcher(model, CPU, CPU)
+    return native_model.like(comfy, patcher)
 
 
 def conditioning(pack, text: str):

@@ -1,0 +1,51 @@
+"""The host's own Z-Image at the size of the nano model, which its loader can't make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def like(comfy: Any, patcher: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A ModelPatcher of it, with the weights of ours."""
+    ours = patcher.model.diffusion_model
+    config = ours.config
+    model_config = comfy.supported_models.ZImage(
+        {
+            "image_model": "lumina2",
+            "patch_size": config.patch_size,
+            "in_channels": config.in_channels,
+            "dim": config.dim,
+            "cap_feat_dim": config.cap_feat_dim,
+            "n_layers": config.n_layers,
+            "n_refiner_layers": config.n_refiner_layers,
+            "qk_norm": True,
+            "n_heads": config.n_heads,
+            "n_kv_heads": config.n_heads,
+            "axes_dims": list(config.axes_dims),
+            "axes_lens": list(config.axes_lens),
+            "rope_theta": config.rope_theta,
+            "ffn_dim_multiplier": config.ffn_dim / config.dim,
+            "z_image_modulation": True,
+            "time_scale": config.t_scale,
+            "pad_tokens_multiple": 32,
+        }
+    )
+    model_config.set_inference_dtype(dtype, None)
+    model = model_config.get_model({}, "")
+    model.latent_format = patcher.model.latent_format
+    net = model.diffusion_model
+
+    def linear(width_in: int, width_out: int, bias: bool):
+        return comfy.ops.disable_weight_init.Linear(width_in, width_out, bias=bias, dtype=dtype)
+
+    # The native class derives two widths from dim, which Z-Image fixes; at the published size they are the same.
+    net.t_embedder.mlp[0], net.t_embedder.mlp[2] = linear(256, 1024, True), linear(1024, config.adaln_dim, True)
+    for block in [*net.layers, *net.noise_refiner, *net.context_refiner]:
+        block.feed_forward.w1 = linear(config.dim, config.ffn_dim, False)
+        block.feed_forward.w3 = linear(config.dim, config.ffn_dim, False)
+        block.feed_forward.w2 = linear(config.ffn_dim, config.dim, False)
+        block.attention.q_norm.eps = block.attention.k_norm.eps = config.norm_eps  # left unset natively
+    net.load_state_dict(ours.state_dict(), strict=True)
+    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
