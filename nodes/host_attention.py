@@ -81,19 +81,27 @@ def choose(name: str, model: Any, options: dict[str, Any]) -> Choice | None:
             f"attention {name!r} can't be combined with a node that replaces the attention of the model. Remove that "
             f"node or set attention to {AUTO!r}."
         )
-    choice = Choice(name, _tried(model.load_device) if name == AUTO else (name,), model.load_device)
+    tried = _tried(model.load_device) if name == AUTO else (name,)
+    return _install(Choice(name, tried, model.load_device), options)
+
+
+def _install(choice: Choice, options: dict[str, Any]) -> Choice:
     options[OVERRIDE] = choice
     kind = comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE
+    options.setdefault("wrappers", {}).setdefault(kind, {}).pop(KEY, None)
     comfy.patcher_extension.add_wrapper_with_key(kind, KEY, choice.around_run, options)
     return choice
 
 
 def ran(options: dict[str, Any]) -> str:
-    """In words, which attention the last run with these transformer options took."""
+    """In words, which attention the last run with these transformer options took, or the next one is to take."""
     override = options.get(OVERRIDE)
     if isinstance(override, Choice):
         return f"attention {override.ran!r}"
-    return "the host's attention" if override is None else "another node's attention"
+    if override is None:
+        return f"attention {_name(host_attention.optimized_attention)!r}"
+    name = getattr(override, "__qualname__", type(override).__qualname__)
+    return f"the attention of another node ({getattr(override, '__module__', '')}.{name}), which has to stay"
 
 
 def force_plain(options: dict[str, Any]) -> bool:
@@ -101,7 +109,7 @@ def force_plain(options: dict[str, Any]) -> bool:
     override = options.get(OVERRIDE)
     if not isinstance(override, Choice) or override.ran == override.plain:
         return False
-    override.tried = ()
+    _install(Choice(override.name, (), override.device), options)
     return True
 
 
@@ -113,8 +121,10 @@ class Choice:
     def __init__(self, name: str, tried: tuple[str, ...], device: torch.device):
         self.name = name  # as the user chose
         self.tried = tried  # backends that may take the place of plain attention
+        self.device = device
         self.backend = _plain(device)
-        self.plain = self.ran = _name(self.backend)  # `ran`: by the last run
+        self.plain = _name(self.backend)
+        self.ran = name if tried == (name,) else self.plain  # by the last run, or to be by the first
 
     def __call__(self, _replaced: Backend, q: Tensor, k: Tensor, v: Tensor, heads: int, mask=None, *rest, **more):
         usual = mask is None and not rest and more.get("skip_reshape") and all(key in USUAL for key in more)

@@ -13,7 +13,6 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-from comfy.ldm.modules.attention import get_attention_function, optimized_attention
 from torch import Tensor
 
 from ..zimage_core import finite
@@ -59,15 +58,7 @@ class ZImageGuider(comfy.samplers.CFGGuider):
     @property
     def attention(self) -> str:
         """Which one runs, in words."""
-        override = self.model_options["transformer_options"].get(host_attention.OVERRIDE)
-        if override is None and optimized_attention is get_attention_function(host_attention.PLAIN, None):
-            return f"attention {host_attention.PLAIN!r}"
-        if override is None:
-            return f"the host's attention ({optimized_attention.__name__})"
-        if isinstance(override, host_attention.Choice):
-            return f"attention {' or '.join(map(repr, override.candidates))}"
-        name = getattr(override, "__qualname__", type(override).__qualname__)
-        return f"the attention of another node ({getattr(override, '__module__', '')}.{name}), which has to stay"
+        return host_attention.ran(self.model_options["transformer_options"])
 
     def safe(self) -> ZImageGuider | None:
         """The same guidance in a dtype with more room and with plain attention; None where this is it.
@@ -76,19 +67,14 @@ class ZImageGuider(comfy.samplers.CFGGuider):
         """
         guider = copy.copy(self)
         guider.model_options = comfy.model_patcher.create_model_options_clone(self.model_options)
-        options = guider.model_options["transformer_options"]
-        if isinstance(options.get(host_attention.OVERRIDE, None), host_attention.Choice | None):
-            options.pop(host_attention.OVERRIDE, None)
-            plain = host_attention.choose(host_attention.PLAIN, self.model_patcher, options)
-            if plain is not None:
-                options[host_attention.OVERRIDE] = plain
+        replaced = host_attention.force_plain(guider.model_options["transformer_options"])
         wider = finite.safer(self.dtype, self.model_patcher.load_device)
         if self.dtype == torch.float16 and mm.should_use_bf16(self.model_patcher.load_device):
             wider = torch.bfloat16
-        if wider is not None and (self.dtype == torch.float16 or guider.attention == self.attention):
+        if wider is not None and (self.dtype == torch.float16 or not replaced):
             guider.model_patcher = self.model_patcher.clone()
             guider.model_patcher.set_model_compute_dtype(wider)
-        return None if (guider.dtype, guider.attention) == (self.dtype, self.attention) else guider
+        return guider if replaced or guider.dtype != self.dtype else None
 
 
 def make_guider(

@@ -3,8 +3,8 @@
 python tests/nodes/flags.py [FLAG ...]
 
 Each row of flags is read by the host's own modules anew, in a process forked for it: most of them read flags when they
-are imported. "gpu" is a simulated Ampere card whose memory is the fake accelerator's. Stock models are of the host's own
-classes and as small as these can be; ours are the nano model's, stored in the same dtypes.
+are imported. "gpu" is a simulated Ampere card whose memory is the fake accelerator's. Stock models are of the host's
+own classes and as small as can be; ours are the nano model's, stored in the same dtypes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ROWS: list[list[str]] = [
     ["--force-fp16"],
     *([f"--{name}-unet"] for name in UNET),
     ["--force-fp32", "--bf16-unet"],
-    *([f"--{name}-vae", f"--{encoder}-text-enc"] for name, encoder in zip(("fp16", "fp32", "bf16"), ENCODER[:3])),
+    *([f"--{v}-vae", f"--{te}-text-enc"] for v, te in zip(("fp16", "fp32", "bf16"), ENCODER[:3], strict=True)),
     *([f"--{encoder}-text-enc"] for encoder in ENCODER[3:]),
     ["--cpu-vae", "--force-channels-last"],
     ["--deterministic", "--disable-mmap"],
