@@ -147,7 +147,7 @@ def gpu_run(tmp_path_factory) -> Path:
 
 def test_gpu_phases_compare_everybody(gpu_run):
     found = report.load(gpu_run)
-    assert set(found) == {"machine", "nano", "step", "host", "autoencoder and encoder", "profile", "exact"}
+    assert set(found) == {"machine", "nano", "step", "host", "autoencoder and encoder", "exact"}
     steps = found["step"]["tables"]["milliseconds"]
     assert [name.strip(">") for name in steps["columns"][1:]] == [
         "core",

@@ -33,7 +33,6 @@ PHASES: dict[str, tuple[str, dict[str, Any]]] = {
     "host": ("host", {"dynamic": False}),
     "host, dynamic": ("host", {"dynamic": True}),
     "autoencoder and encoder": ("parts", {}),
-    "profile": ("profile", {}),
     "exact": ("exact", {}),
     "host, crowded": ("host", {"dynamic": False, "crowded": True}),
     "host, dynamic, crowded": ("host", {"dynamic": True, "crowded": True}),

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ FILE = "bench.safetensors"
 STEPS = 8
 SIZE = 1024
 LEFT = 9  # GiB that a crowded device has left
+CUDNN = "pytorch cudnn"  # a choice of our sampler's, where there is CUDA
 ROUNDS, RUNS = 2, 3  # loads of each, and pictures of each load after its first
 
 
@@ -84,9 +86,9 @@ def _users(pack: Any, prompt: Any, latent: dict[str, Any]) -> dict[str, Use]:
         names = pack.host.model_choices("transformer")
         return pack.loaders.ZImageTransformerLoader.execute(path if path in names else FILE, "default").args[0]
 
-    def sample_ours(model: Any, seed: int) -> torch.Tensor:
+    def sample_ours(model: Any, seed: int, **more: Any) -> torch.Tensor:
         settings = (prompt, latent, seed, STEPS, 0.0, 0.0, 1.0, 1.0)
-        return pack.sampling.ZImageSampler.execute(model, *settings).args[0]["samples"]
+        return pack.sampling.ZImageSampler.execute(model, *settings, **more).args[0]["samples"]
 
     def load_stock() -> Any:
         return nodes.UNETLoader().load_unet(FILE, "default")[0]
@@ -95,7 +97,10 @@ def _users(pack: Any, prompt: Any, latent: dict[str, Any]) -> dict[str, Use]:
         arguments = (model, seed, STEPS, 1.0, "euler", "simple", prompt, prompt, latent)
         return nodes.KSampler().sample(*arguments)[0]["samples"]
 
-    return {"ours": (load_ours, sample_ours), "stock": (load_stock, sample_stock)}
+    users: dict[str, Use] = {"ours": (load_ours, sample_ours), "stock": (load_stock, sample_stock)}
+    if CUDNN in pack.host_attention.choices():
+        users[f"ours, {CUDNN}"] = (load_ours, partial(sample_ours, attention=CUDNN))
+    return users
 
 
 def _use(use: Use, number: int, device: torch.device) -> tuple[dict[str, list[float]], torch.Tensor]:

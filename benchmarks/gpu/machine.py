@@ -70,6 +70,7 @@ def _matmuls(report: Report, device: torch.device, toy: bool) -> None:
 def _attention(report: Report, device: torch.device, toy: bool) -> None:
     heads, width = (2, 128) if toy else (30, 128)
     report.table("attention, bf16", ["tokens", *(f">{name}, ms" for name in ("torch's choice", *ATTENTION))])
+    report.table("the first call of a length, bf16", ["tokens", *(f">{name}, ms" for name in ATTENTION)])
     for tokens in (64,) if toy else (1088, 4160, 16448):
         # as a block hands them over: views of one [B, N, 3, heads, head_dim]
         qkv = torch.randn(1, tokens, 3, heads, width, device=device, dtype=torch.bfloat16)
@@ -82,6 +83,17 @@ def _attention(report: Report, device: torch.device, toy: bool) -> None:
             except RuntimeError:
                 cells.append("no kernel")
         report.row("attention, bf16", tokens, *cells)
+    for tokens in (32,) if toy else (4128, 4192):  # some kernels make a plan for each length
+        q, k, v = torch.randn(3, 1, heads, tokens, width, device=device, dtype=torch.bfloat16).unbind(0)
+        cells = []
+        for kernel in ATTENTION.values():
+            try:
+                with sdpa_kernel(kernel):
+                    attend = partial(F.scaled_dot_product_attention, q, k, v)
+                    cells.append(f"{1000 * timing.seconds(attend, device):.1f}")
+            except RuntimeError:
+                cells.append("no kernel")
+        report.row("the first call of a length, bf16", tokens, *cells)
 
 
 def each(call: Callable[[], Any], device: torch.device, count: int = 10) -> float:

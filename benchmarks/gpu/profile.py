@@ -9,19 +9,16 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .. import models, step
+from .. import step
 from .report import Report
-from .steps import everybody
 
 SIZES = (512, 1024)
 MOST = 12  # kernels of a list
 
 
-def run(report: Report, device: torch.device, toy: bool) -> None:
-    config = models.geometry(1 if toy else 30, toy)
-    built = everybody(models.core(config, device, torch.float32 if device.type == "cpu" else torch.bfloat16))
-    for name in ("diffusers", *(["core compiled", "nodes compiled"] if toy else [])):
-        built.pop(name)
+def look(report: Report, built: dict[str, Any], device: torch.device, toy: bool) -> None:
+    """Into one table, a step of each network at two sizes; the longest kernels of some; waits of all."""
+    config = built["core"].config
     columns = ["picture", "", ">kernels", ">busy, ms", ">gaps, ms", ">waits", ">copies from or to the host"]
     report.table("one step", columns)
     for size in (64,) if toy else SIZES:

@@ -1,4 +1,4 @@
-"""One step of the transformer at the published geometry, everybody on the same weights, alternating."""
+"""One step of the transformer at the published geometry: everybody on the same weights, in turn, and then profiled."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from zimage_core.patchify import padded
 
 from .. import models, step, timing
+from . import profile
 from .report import Report
 
 CASES = [step.Case(512, 40), step.Case(1024, 40), step.Case(1024, 400), step.Case(1024, 40, guided=True)]
@@ -40,6 +41,8 @@ def run(report: Report, device: torch.device, toy: bool) -> None:
         report.row("to the faster of native and diffusers", f"{case} ({peer})", *ratios)
         report.row("MB beside the weights", case, *(f"{found.peak[name] / 1e6:,.0f}" for name in built))
         report.row("differs from core, relative", case, *(f"{found.off[name]:.1e}" for name in built))
+    built.pop("diffusers")
+    profile.look(report, built, device, toy)
 
 
 def everybody(ours: Any) -> dict[str, Any]:
