@@ -183,7 +183,7 @@ def test_on_a_gpu_bands_are_for_what_does_not_fit_after_eviction(on_device):
         both = zip(on_device[name]["peaks"], on_device["room"]["peaks"], strict=True)
         assert all(ours < 0.8 * plain for ours, plain in both)
     assert on_device["few weights"]["loaded"] < 0.1 and on_device["few weights"]["waits"] > 0
-    assert on_device["little"]["waits"] == on_device["on, room"]["waits"] == 0
+    assert on_device["on, room"]["waits"] == on_device["out of memory"]["waits"] == 0  # with all weights loaded
 
 
 @pytest.mark.parametrize("name", ["out of memory", "batch out of memory"])
