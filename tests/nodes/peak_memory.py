@@ -312,17 +312,26 @@ def waits_in_steps(pack: Any, mm: Any) -> dict[str, Any]:
     network.forward = forward
     del registry["flash"]
     found["calls of the chosen attention by step"] = [chosen.count(step) for step in range(STEPS)]
-    # from the first call's beginning to the end of the last: what lies between steps, watching for overflow included
-    at: list[dict[str, int]] = []
+    found |= between_steps(pack, model, cond)
+    return found
+
+
+def between_steps(pack: Any, model: Any, cond: Any) -> dict[str, Any]:
+    """Waits from one call of the transformer to the next, that call included; with and without a look for overflow."""
+    network, steps, found = model.model.diffusion_model, pack.host_sampler.finite.Steps, {}
+    forward, saw, at = network.forward, steps.saw, []
 
     def noting(*arguments: Any, **settings: Any) -> torch.Tensor:
         at.append(dict(waits))
         return forward(*arguments, **settings)
 
     network.forward = noting
-    sample_ours(pack, model, cond, side=16)
-    network.forward = forward
-    found["between steps"] = [{name: at[-1][name] - at[0][name] for name in waits}]
+    for name, look in (("between steps", saw), ("unwatched", lambda *_: None)):
+        at.clear()
+        steps.saw = look
+        sample_ours(pack, model, cond, side=16)
+        found[name] = {kind: at[-1][kind] - at[0][kind] for kind in waits}
+    network.forward, steps.saw = forward, saw
     return found
 
 

