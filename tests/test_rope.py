@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import cmath
 
+import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from zimage_core import rope
 from zimage_core.rope import caption_positions, image_positions, rotate, rotations
 
 
@@ -57,3 +61,39 @@ def test_half_precision_is_rotated_in_float32():
     turned = rotate(x, rotation)
     assert turned.dtype == torch.bfloat16
     assert torch.equal(turned, rotate(x.float(), rotation).bfloat16())
+
+
+class NoFloat64(TorchDispatchMode):
+    """Makes the meta device one that has no float64."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if any(x.is_meta and x.dtype == torch.float64 for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
+            raise self.error
+        return out
+
+
+@pytest.mark.parametrize("error", [TypeError("Cannot convert"), RuntimeError("Required aspect fp64 is not supported")])
+def test_devices_without_float64_get_the_same_rotations(error, monkeypatch):
+    """Devices are asked once, whatever their name; angles are computed in float64 all the same."""
+    positions = torch.rand(1, 4, 3) * 1000
+    expected = rotations(positions, (4, 4, 4), 256.0)
+    meta = positions.to("meta")
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: positions)  # what meta does not have
+    rope._computes_in_float64.cache_clear()
+    mode = NoFloat64()
+    mode.error = error
+    with mode:
+        found = [rotations(meta, (4, 4, 4), 256.0) for _ in range(2)]
+    assert rope._computes_in_float64.cache_info().misses == 1
+    rope._computes_in_float64.cache_clear()
+    assert all(turn.is_meta and turn.shape == expected.shape and turn.dtype == torch.float32 for turn in found)
+    assert rotations(meta, (4, 4, 4), 256.0).is_meta  # it has
+
+
+def test_angles_are_those_of_float64():
+    positions = torch.tensor([[[1023.0, 511.0, 77.0]]])
+    found = rotations(positions, (4, 4, 4), 256.0)[0, 0, 0]
+    exact = positions.double()[0, 0, :, None] * 256.0 ** -(torch.arange(0, 4, 2, dtype=torch.float64) / 4)
+    assert torch.equal(found[:, 0, 0], exact.flatten().float().cos())
+    assert torch.equal(found[:, 1, 0], exact.flatten().float().sin())

@@ -61,9 +61,8 @@ def rotations(positions: Tensor, axes_dims: Sequence[int], theta: float) -> Tens
 
 
 def _has_float64(device: torch.device) -> bool:
-    if torch.compiler.is_compiling():  # there nothing can be tried
-        return device.type in ("cpu", "cuda")
-    return _computes_in_float64(device)
+    # the others are asked, but not while this is being compiled, where nothing can be tried
+    return device.type in ("cpu", "cuda") or not torch.compiler.is_compiling() and _computes_in_float64(device)
 
 
 @functools.cache

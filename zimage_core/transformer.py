@@ -429,7 +429,11 @@ def is_as_built(block: Any) -> bool:
 
 def _is_changed(module: nn.Module) -> bool:
     own = vars(module)
-    return bool("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"])
+    if "forward" in own:  # ComfyUI puts a forward back by setting what it had found, the module's own
+        own_forward = getattr(own["forward"], "__func__", None) is type(module).forward
+        if not own_forward or own["forward"].__self__ is not module:
+            return True
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
 
 
 def _mask(counts: list[int], x: Tensor) -> Tensor | None:

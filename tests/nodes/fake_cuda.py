@@ -4,10 +4,13 @@ Under torch's FakeTensorMode every operator tells the shapes, dtypes and devices
 published sizes cost nothing, and tensors of two devices in one operator raise as on a GPU. What can't be seen so: how
 long something takes, which kernel a library picks, and anything that follows from values.
 
-    with FakeTensorMode(), Work() as work:
-        model = build(device="cuda")
-        model(x)
+    with torch.no_grad(), FakeTensorMode():
+        model, x = build(device="cuda"), torch.empty(..., device="cuda")
+        with Work() as work:
+            model(x)
     assert not work.copies and not work.waits
+
+Not in inference mode: there operators come before they are taken apart, and views of several steps count as kernels.
 """
 
 from __future__ import annotations

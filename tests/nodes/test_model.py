@@ -288,6 +288,64 @@ def test_patches_are_called_as_the_native_model_calls_them(comfy, patcher, nativ
     assert relative(native_moved, moved) <= 1e-3
 
 
+PLACES = ["attention", "feed_forward", "attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"]
+PLACES += ["attention.qkv", "attention.out", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_object_patches_inside_blocks_do_what_they_do_natively(comfy, patcher, native, inputs, compiled, monkeypatch):
+    comfy.model_management.load_models_gpu([patcher, native])
+    monkeypatch.setattr(patcher.model.diffusion_model, "compiled", compiled)
+    plain = predict(patcher, inputs)
+    for place in PLACES:
+        found = []
+        for model in (patcher, native):
+            patched = model.clone()
+            for index in range(len(patched.model.diffusion_model.layers)):
+                key = f"diffusion_model.layers.{index}.{place}.forward"
+                forward = patched.get_model_object(key)
+                patched.add_object_patch(key, lambda *given, _as=forward, **more: _as(*given, **more).roll(1, -1))
+            patched.patch_model()
+            found.append(predict(patcher, inputs, patched))
+            patched.unpatch_model()
+        assert relative(found[0], found[1]) <= 1e-4, place
+        assert relative(found[0], plain) > 1e-3, place
+    assert torch.equal(predict(patcher, inputs), plain)
+
+
+def test_weights_that_are_patched_on_the_way_are_the_native_ones(comfy, patcher, native, inputs):
+    """As the host patches those that stay behind when memory is short, and those of norms as well."""
+    comfy.model_management.load_models_gpu([patcher, native])
+    plain = predict(patcher, inputs)
+    for place in (*PLACES[2:], "attention.q_norm", "attention.k_norm"):
+        found = []
+        for model in (patcher, native):
+            layers = [block.get_submodule(place) for block in model.model.diffusion_model.layers]
+            for layer in layers:
+                layer.weight_function = [lambda weight: weight.roll(1, -1)]
+            found.append(predict(patcher, inputs, model))
+            for layer in layers:
+                layer.weight_function = []
+        assert relative(found[0], found[1]) <= 1e-4, place
+        assert relative(found[0], plain) > 1e-3, place
+
+
+def test_what_others_put_into_the_context_refiner_is_called_at_every_step(pack, comfy, patcher):
+    text, calls = conditioning(pack, "a red circle on a blue background"), []
+    patched = patcher.clone()
+    key = "diffusion_model.context_refiner.0.attention_norm1.forward"
+    forward = patched.get_model_object(key)
+
+    def counted(*given):
+        calls.append(given[0].shape)
+        return forward(*given)
+
+    patched.add_object_patch(key, counted)
+    found = sample(pack, patched, text)
+    assert len(calls) == 4
+    assert relative(found, sample(pack, patcher, text)) <= 1e-5
+
+
 def test_attention_of_other_nodes_is_used(comfy, patcher, inputs):
     comfy.model_management.load_models_gpu([patcher])
     seen = []

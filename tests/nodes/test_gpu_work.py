@@ -1,0 +1,148 @@
+"""What a step asks of a GPU, counted on fake CUDA tensors at the published size: ours beside the host's own Z-Image."""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from . import fake_cuda
+
+SIZES = {"dim": 3840, "n_heads": 30, "n_refiner_layers": 2, "cap_feat_dim": 2560, "in_channels": 16, "patch_size": 2}
+TOKENS = 40
+MB = 10**6
+
+
+@contextmanager
+def on_cuda():
+    with torch.inference_mode(False), torch.no_grad(), FakeTensorMode():
+        yield
+
+
+def core(module: str):
+    return importlib.import_module(f"zimage_pack.zimage_core.{module}")
+
+
+def config(layers: int, **settings):
+    return core("config").TransformerConfig(
+        **{**core("detect").PUBLISHED_TRANSFORMER, **SIZES, "n_layers": layers, **settings}
+    )
+
+
+def ours(pack, layers: int, dtype: torch.dtype, compiled: bool = False):
+    operations = importlib.import_module("comfy.ops").disable_weight_init
+    model = pack.host_model.HostTransformer(config(layers), operations=operations, device="cuda", dtype=dtype)
+    model.compiled = compiled
+    return model
+
+
+def native(_pack, layers: int, dtype: torch.dtype):
+    lumina = importlib.import_module("comfy.ldm.lumina.model")
+    return lumina.NextDiT(
+        in_channels=16,
+        dim=SIZES["dim"],
+        n_layers=layers,
+        n_heads=SIZES["n_heads"],
+        n_kv_heads=SIZES["n_heads"],
+        ffn_dim_multiplier=8 / 3,
+        norm_eps=1e-5,
+        qk_norm=True,
+        cap_feat_dim=SIZES["cap_feat_dim"],
+        axes_dims=[32, 48, 48],
+        axes_lens=[1536, 512, 512],
+        rope_theta=256.0,
+        z_image_modulation=True,
+        time_scale=1000.0,
+        pad_tokens_multiple=32,
+        device="cuda",
+        dtype=dtype,
+        operations=importlib.import_module("comfy.ops").disable_weight_init,
+    )
+
+
+def step(model, dtype: torch.dtype, batch: int = 1) -> fake_cuda.Work:
+    """The work of one step at 1024x1024."""
+    x = torch.empty(batch, 16, 128, 128, device="cuda", dtype=dtype)
+    captions = torch.empty(batch, TOKENS, SIZES["cap_feat_dim"], device="cuda", dtype=dtype)
+    options = {"optimized_attention_override": fake_cuda.attention}
+    with fake_cuda.Work() as work, work.whole(core("fused").Compiled):
+        model(x, torch.empty(batch, device="cuda"), captions, num_tokens=TOKENS, transformer_options=options)
+    return work
+
+
+def block(make, dtype: torch.dtype) -> tuple[int, float]:
+    """(launches, bytes moved) of one main block that is not the last."""
+    more, fewer = step(make(3, dtype), dtype), step(make(2, dtype), dtype)
+    for work in (more, fewer):
+        assert not work.copies and not work.waits
+    return more.launches.total() - fewer.launches.total(), more.traffic - fewer.traffic
+
+
+@pytest.mark.parametrize(("dtype", "launches", "traffic"), [(torch.bfloat16, 20, 2170), (torch.float16, 23, 2470)])
+def test_a_block_launches_and_moves_no_more_than_the_hosts(pack, dtype, launches, traffic):
+    with on_cuda():
+        found = block(partial(ours, pack), dtype)
+        theirs = block(partial(native, pack), dtype)
+    assert found[0] <= min(launches, theirs[0])
+    assert found[1] <= min(traffic * MB, theirs[1])
+
+
+@pytest.mark.parametrize(("dtype", "launches", "traffic"), [(torch.bfloat16, 13, 1740), (torch.float16, 15, 1870)])
+def test_a_block_whose_parts_are_compiled(pack, dtype, launches, traffic):
+    with on_cuda():
+        found = block(partial(ours, pack, compiled=True), dtype)
+    assert found[0] <= launches and found[1] <= traffic * MB
+
+
+def test_weights_in_another_dtype_are_cast_on_the_device(pack):
+    """What is stored in float32 or on the way patched costs launches, and still no copies and no waits."""
+    with on_cuda():
+        operations = importlib.import_module("comfy.ops").manual_cast
+        model = pack.host_model.HostTransformer(config(2), operations=operations, device="cuda", dtype=torch.float32)
+        for norm in (model.layers[0].attention.q_norm, model.layers[0].attention_norm1):
+            norm.weight_function = [lambda weight: 2 * weight]
+        for model.compiled in (False, True):
+            work = step(model, torch.bfloat16, batch=2)
+            assert not work.copies and not work.waits
+
+
+def test_a_step_of_the_core_neither_copies_nor_waits(pack):
+    with on_cuda():
+        transformer = core("transformer").ZImageTransformer(config(2), device="cuda", dtype=torch.bfloat16)
+        x = torch.empty(2, 16, 128, 128, device="cuda", dtype=torch.bfloat16)
+        captions = [torch.empty(length, SIZES["cap_feat_dim"], device="cuda") for length in (40, 70)]
+        with fake_cuda.Work() as work:
+            transformer(x, torch.empty(2, device="cuda"), captions)
+    assert not work.copies and not work.waits and work.launches
+
+
+def test_what_others_put_at_the_norms_of_q_and_k_is_called(pack):
+    """There the host's kernel would read their weights past them."""
+    with on_cuda():
+        model = ours(pack, 2, torch.bfloat16)
+        kernels = step(model, torch.bfloat16).launches
+        calls = []
+        model.layers[0].attention.q_norm.register_forward_hook(lambda *given: calls.append(given[0]))
+        hooked = step(model, torch.bfloat16).launches
+        assert len(calls) == 1
+    pairs = "rms_rope"
+    if not kernels[pairs]:
+        pytest.skip("the host's kernel package has no kernel for it")
+    assert hooked[pairs] == kernels[pairs] - 1
+
+
+def test_what_is_counted():
+    with on_cuda(), fake_cuda.Work() as work:
+        x = torch.empty(4, 8, device="cuda")
+        y = x.t() @ x + 1
+        assert work.launches == {"mm": 1, "add": 1} and work.traffic == 4 * (32 + 32 + 64 + 64 + 64)
+        y.cpu()
+        torch.empty(3).to("cuda")
+        assert len(work.copies) == 2 and not work.waits
+        with pytest.raises(DataDependentOutputException):
+            y[0, 0].item()
+        assert work.waits
