@@ -49,10 +49,12 @@ TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-5}
 # of all others, which quantize q and k to 8 or 4 bits: whoever names one wants that, but nothing broken
 QUANTIZED_TOLERANCE = 2**-3
 ROWS = 64  # of the queries that are computed exactly, in float32 and without any backend
-# On a GPU a trial takes tens of calls, and cuDNN builds a plan for every length, which takes longer than any of them:
-# `auto` tries others where attention takes so many seconds of a run, and changes where that much of it is gained.
-WORTH_SECONDS = 2.0
+# On a GPU a trial takes tens of calls, and cuDNN builds a plan for every length (43 ms on an H100, where 8 steps at
+# 1024x1024 then take 0.85 s in place of 0.94): `auto` tries others where attention takes so many seconds of a run, and
+# changes where that much of it is gained.
+WORTH_SECONDS = 0.1
 WORTH_SHARE = 0.05
+CUDNN_FROM = 9  # major compute capability
 TIMED_CALLS = 3
 # of a call of the transformer's own; one with more to it takes plain attention
 USUAL = ("skip_reshape", "transformer_options", "_inside_attn_wrapper")
@@ -241,7 +243,9 @@ def _tried(device: torch.device) -> tuple[str, ...]:
     """What `auto` may prefer to the host's own: nothing where that isn't torch's attention on an NVIDIA GPU."""
     if not mm.is_nvidia() or not mm.is_device_cuda(device) or not mm.pytorch_attention_enabled():
         return ()
-    return tuple(name for name in _backends() if name in CANDIDATES)
+    # the host's own list has cuDNN last; torch prefers it from this generation on (Hopper), where it is the fastest
+    left_out = () if torch.cuda.get_device_capability(device)[0] >= CUDNN_FROM else ("pytorch cudnn",)
+    return tuple(name for name in _backends() if name in CANDIDATES and name not in left_out)
 
 
 def _backends() -> dict[str, Backend]:

@@ -236,16 +236,18 @@ def test_torchs_attention_is_not_forced_where_the_host_avoids_it(pack, sample, o
 
 
 @pytest.mark.parametrize(
-    ("nvidia", "cuda", "torchs", "tried"),
+    ("nvidia", "cuda", "torchs", "capability", "tried"),
     [
-        (True, True, True, ("pytorch", "pytorch cudnn", "flash")),
-        (True, True, False, ()),  # started with --use-split-cross-attention
-        (False, True, True, ()),  # AMD
-        (False, False, True, ()),  # XPU
-        (False, False, False, ()),  # MPS
+        (True, True, True, (9, 0), ("pytorch", "pytorch cudnn", "flash")),  # Hopper
+        (True, True, True, (8, 9), ("pytorch", "flash")),  # Ada, where cuDNN is not the faster one
+        (True, True, False, (9, 0), ()),  # started with --use-split-cross-attention
+        (False, True, True, (9, 0), ()),  # AMD
+        (False, False, True, (9, 0), ()),  # XPU
+        (False, False, False, (9, 0), ()),  # MPS
     ],
 )
-def test_where_auto_tries_others(pack, on, registered, nvidia, cuda, torchs, tried):
+def test_where_auto_tries_others(pack, on, registered, monkeypatch, nvidia, cuda, torchs, capability, tried):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
     registered("flash", lambda out: out)
     registered("comfy_kitchen_int8", lambda out: out)
     on(cpu=False, is_nvidia=nvidia, is_device_cuda=cuda, pytorch_attention_enabled=torchs)
@@ -264,6 +266,7 @@ def test_auto_takes_the_fastest_that_passes(pack, parts, sample, registered, mon
     wrong = registered("xformers", lambda out: out * 1.1)
     monkeypatch.setattr(pack.host_attention, "_tried", lambda _device: ("flash", "xformers"))
     monkeypatch.setattr(pack.host_attention, "_plain", lambda _device: slow)
+    monkeypatch.setattr(pack.host_attention, "WORTH_SECONDS", 1e9)
     sample("auto")
     assert not quick and not wrong  # so short a run is not worth a trial
     monkeypatch.setattr(pack.host_attention, "WORTH_SECONDS", 0.0)
