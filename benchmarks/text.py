@@ -63,9 +63,10 @@ def transformers(ours: TextEncoder) -> nn.Module:
     )
     numbers = {name: getattr(config, name) for name in [*names.split(), "rms_norm_eps", "max_position_embeddings"]}
     qwen = package.Qwen3Config(**numbers, rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta})
-    model = package.Qwen3Model(qwen).to(torch.bfloat16)
+    with ours.model.embed_tokens.weight.device:  # a GPU draws what is replaced at once in no time
+        model = package.Qwen3Model(qwen).to(torch.bfloat16)
     model.load_state_dict(complete(ours, ""), strict=True, assign=True)
-    return model.to(ours.model.embed_tokens.weight.device).requires_grad_(False).eval()
+    return model.requires_grad_(False).eval()
 
 
 def native(ours: TextEncoder) -> nn.Module:

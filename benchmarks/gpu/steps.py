@@ -14,8 +14,7 @@ from .. import models, step, timing
 from . import profile
 from .report import Report
 
-CASES = [step.Case(512, 40), step.Case(1024, 40), step.Case(1024, 400), step.Case(1024, 40, guided=True)]
-CASES += [step.Case(2048, 40)]
+CASES = [step.Case(512, 40), step.Case(1024, 40), step.Case(1024, 400), step.Case(2048, 40)]
 OTHERS = ("native", "diffusers")
 REPEATS = 10
 
