@@ -276,7 +276,9 @@ def load_model(
         model_config.custom_operations, build_device = host_packed.operations(component, compute, device)
         weights = host_packed.state_dict(component, storage, compute)
     else:
-        storage, compute = _dtypes(weight_dtype, component, model_config.supported_inference_dtypes, device)
+        storage, compute = _dtypes(
+            weight_dtype or host.asked_dtype(), component, model_config.supported_inference_dtypes, device
+        )
         model_config.custom_operations = host_operations.for_device(device)  # None: the host picks
         build_device = torch.device("meta")
         weights = _state_dict(component, storage)

@@ -148,15 +148,16 @@ def look(pack: Any, folder: Path, flags: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def detected(kind: str) -> Iterator[None]:
-    """The host knows Z-Image by a width that these files don't have."""
+    """The host knows Z-Image by a width that these files don't have, and Turbo's weights to bear float16."""
     import comfy.model_detection
+    import comfy.supported_models
     import peak_memory
 
     with peak_memory.detected_as_z_image():
         by_width = comfy.model_detection.model_config_from_unet
 
         def with_format(*arguments: Any, **settings: Any) -> Any:
-            config = by_width(*arguments, **settings)
+            config = comfy.supported_models.ZImage({**by_width(*arguments, **settings).unet_config, "allow_fp16": True})
             config.quant_config = {"mixed_ops": True} if kind == "scaled" else None
             return config
 
