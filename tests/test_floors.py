@@ -159,12 +159,12 @@ def planted(root: Path, tmp_path: Path) -> Path:
         ("zimage_core/rope", "import einops", "neither the standard library"),
         ("zimage_core/rope", "def f():\n    from PIL import Image", "neither the standard library"),
         ("zimage_core/__main__", "from PIL import Image", "neither the standard library"),
-        ("nodes/vae", "from . import loaders", "floor 12, and the importing"),
+        ("nodes/vae", "from . import loaders", "floor 14, and the importing"),
         ("nodes/vae", "import comfy.utils", "ComfyUI is met in"),
         ("nodes/vae", "from comfy_api import v0_0_2", "ComfyUI is met in"),
-        ("nodes/host", "from . import loaders", "floor 12, and the importing"),
+        ("nodes/host", "from . import loaders", "floor 14, and the importing"),
         ("nodes/convert", "import folder_paths", "ComfyUI is met in"),
-        ("nodes/__init__", "from .. import anything", "floor 14, and the importing"),
+        ("nodes/__init__", "from .. import anything", "floor 16, and the importing"),
     ],
 )
 def test_planted_violation_is_found(planted: Path, file: str, line: str, reason: str):

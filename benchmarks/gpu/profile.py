@@ -19,7 +19,7 @@ MOST = 12  # kernels of a list
 def look(report: Report, built: dict[str, Any], device: torch.device, toy: bool) -> None:
     """Into one table, a step of each network at two sizes; the longest kernels of some; waits of all."""
     config = built["core"].config
-    columns = ["picture", "", ">kernels", ">busy, ms", ">gaps, ms", ">waits", ">copies from or to the host"]
+    columns = ["picture", "", ">kernels", ">busy, ms", ">gaps, ms", ">values read by Python", ">copies across the bus"]
     report.table("one step", columns)
     for size in (64,) if toy else SIZES:
         given = step.inputs(step.Case(size, 40), config, device, next(built["core"].parameters()).dtype)
@@ -50,13 +50,13 @@ def _profiled(call: Callable[[], Any], device: torch.device) -> tuple[list[str],
     span = (max(e.time_range.end for e in events) - min(e.time_range.start for e in events)) / 1000
     copies = sum(event.name.startswith("Memcpy") and "DtoD" not in event.name for event in events)
     runtime = Counter(event.name for event in found.events())
-    waits = runtime["aten::_local_scalar_dense"] + runtime["cudaStreamSynchronize"]
+    read = runtime["aten::_local_scalar_dense"]  # of a tensor of the device, or of a CPU's, which waits for nothing
     times: Counter[str] = Counter(event.name for event in kernels)
     lasted: Counter[str] = Counter()
     for event in kernels:
         lasted[event.name] += event.time_range.elapsed_us()
     longest = [(name, (times[name], micros / 1000)) for name, micros in lasted.most_common(MOST)]
-    return [str(len(kernels)), f"{busy:.1f}", f"{max(0.0, span - busy):.1f}", str(waits), str(copies)], longest
+    return [str(len(kernels)), f"{busy:.1f}", f"{max(0.0, span - busy):.1f}", str(read), str(copies)], longest
 
 
 def _without_waits(call: Callable[[], Any]) -> str:
