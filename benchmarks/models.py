@@ -24,10 +24,9 @@ TOY = {"dim": 1536, "n_heads": 12, "cap_feat_dim": 64}  # the narrowest that the
 FULL = {"dim": 3840, "n_heads": 30, "cap_feat_dim": 2560}
 
 
-def geometry(layers: int, toy: bool = False, refiners: int | None = None) -> TransformerConfig:
-    """The published widths and 2 + 2 refiner blocks, or toy ones and 1 + 1 unless told, with this many layers."""
-    numbers: dict[str, Any] = {**PUBLISHED_TRANSFORMER, **(TOY if toy else FULL)}
-    numbers["n_refiner_layers"] = refiners or (1 if toy else 2)
+def geometry(layers: int, toy: bool = False) -> TransformerConfig:
+    """The published widths and 2 + 2 refiner blocks, or toy ones and 1 + 1, with this many layers."""
+    numbers: dict[str, Any] = {**PUBLISHED_TRANSFORMER, **(TOY if toy else FULL), "n_refiner_layers": 1 if toy else 2}
     return TransformerConfig(**numbers, n_layers=layers, in_channels=16, patch_size=2)
 
 

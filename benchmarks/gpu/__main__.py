@@ -3,7 +3,7 @@
     make gpu-kit                                  # before, where there are package registries: build/gpu-kit/
     python -m benchmarks.gpu --out FOLDER         # there: about 9 minutes on an H100
     python -m benchmarks.gpu --record FOLDER      # afterwards: the tables of FOLDER into RESULTS.md
-    python -m benchmarks.gpu --toy --device cpu   # tiny, everything in this process: does the command work?
+    python -m benchmarks.gpu --toy --device cpu   # tiny: does the command work?
 
 Each phase runs in a process of its own and is saved as it goes (FOLDER/results.json): a run that is cut short, or a
 phase that fails, loses what was not measured yet and nothing else.
@@ -52,7 +52,8 @@ def main(a: argparse.Namespace) -> int:
         failed = []
         for name in phases:
             started = time.monotonic()
-            succeeded = run(name, a.device, a.toy, out) if a.toy else run_apart(name, a, out)
+            here = a.toy and PHASES[name][0] != "host"  # which sets where ComfyUI looks for models
+            succeeded = run(name, a.device, a.toy, out) if here else run_apart(name, a, out)
             print(f"== {name}: {'done' if succeeded else 'FAILED'} in {time.monotonic() - started:.0f} s", flush=True)
             failed += [] if succeeded else [name]
         print(f"\n{printed(load(out))}")
@@ -63,6 +64,7 @@ def main(a: argparse.Namespace) -> int:
 def run_apart(name: str, a: argparse.Namespace, out: Path) -> bool:
     """A phase in a process of its own, whose memory goes with it."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--here", name, "--device", a.device, "--out", str(out)]
+    command += ["--toy"] if a.toy else []
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     if PHASES[name][0] == "host":  # ComfyUI's own default
         environment["PYTORCH_CUDA_ALLOC_CONF"] = "backend:cudaMallocAsync"
@@ -103,5 +105,5 @@ if __name__ == "__main__":
         parser.error(f"there is no {FILE} in {arguments.record}")
     if arguments.here:
         kit.unpack_if_needed()
-        sys.exit(0 if run(arguments.here, arguments.device, False, arguments.out) else 1)
+        sys.exit(0 if run(arguments.here, arguments.device, arguments.toy, arguments.out) else 1)
     sys.exit(main(arguments))

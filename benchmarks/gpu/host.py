@@ -34,7 +34,7 @@ def run(report: Report, device: torch.device, toy: bool, dynamic: bool, crowded:
     with tempfile.TemporaryDirectory() as base, _taken(crowded) as taken:
         if crowded:
             report.remark(f"another process holds {taken / 2**30:.0f} GiB; {LEFT} are left")
-        config = models.geometry(1 if toy else 30, refiners=1 if toy else 2)  # ComfyUI knows Z-Image by its width
+        config = models.geometry(1 if toy else 30)  # ComfyUI knows Z-Image by its width
         folder = Path(base) / "models" / "diffusion_models"
         folder.mkdir(parents=True)
         started = time.monotonic()
@@ -53,13 +53,14 @@ def run(report: Report, device: torch.device, toy: bool, dynamic: bool, crowded:
         times: dict[str, dict[str, list[float]]] = {}
         peaks: dict[str, int] = {}
         pictures = {}
-        users = _users(pack, prompt, latent)
-        _use(users["ours"], device, 0)  # what is paid once, such as loading kernels, is nobody's
-        mm.unload_all_models()
+        users = _users(pack, prompt, latent, 1 if toy else STEPS)
+        if not toy:
+            _use(users["ours"], device, 0)  # what is paid once, such as loading kernels, is nobody's
+            mm.unload_all_models()
         for name, use in users.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            times[name], pictures[name] = _use(use, device)
+            times[name], pictures[name] = _use(use, device, 1 if toy else RUNS)
             peaks[name] = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
             mm.unload_all_models()
             mm.soft_empty_cache()
@@ -78,7 +79,7 @@ def run(report: Report, device: torch.device, toy: bool, dynamic: bool, crowded:
 Use = tuple[Callable[[], Any], Callable[[Any, int], torch.Tensor]]  # (load, (model, seed) -> latents)
 
 
-def _users(pack: Any, prompt: Any, latent: dict[str, Any]) -> dict[str, Use]:
+def _users(pack: Any, prompt: Any, latent: dict[str, Any], steps: int) -> dict[str, Use]:
     nodes = importlib.import_module("nodes")
 
     def load_ours() -> Any:
@@ -87,14 +88,14 @@ def _users(pack: Any, prompt: Any, latent: dict[str, Any]) -> dict[str, Use]:
         return pack.loaders.ZImageTransformerLoader.execute(path if path in names else FILE, "default").args[0]
 
     def sample_ours(model: Any, seed: int, **more: Any) -> torch.Tensor:
-        settings = (prompt, latent, seed, STEPS, 0.0, 0.0, 1.0, 1.0)
+        settings = (prompt, latent, seed, steps, 0.0, 0.0, 1.0, 1.0)
         return pack.sampling.ZImageSampler.execute(model, *settings, **more).args[0]["samples"]
 
     def load_stock() -> Any:
         return nodes.UNETLoader().load_unet(FILE, "default")[0]
 
     def sample_stock(model: Any, seed: int) -> torch.Tensor:
-        arguments = (model, seed, STEPS, 1.0, "euler", "simple", prompt, prompt, latent)
+        arguments = (model, seed, steps, 1.0, "euler", "simple", prompt, prompt, latent)
         return nodes.KSampler().sample(*arguments)[0]["samples"]
 
     users: dict[str, Use] = {"ours": (load_ours, sample_ours), "stock": (load_stock, sample_stock)}
@@ -103,7 +104,7 @@ def _users(pack: Any, prompt: Any, latent: dict[str, Any]) -> dict[str, Use]:
     return users
 
 
-def _use(use: Use, device: torch.device, runs: int = RUNS) -> tuple[dict[str, list[float]], torch.Tensor]:
+def _use(use: Use, device: torch.device, runs: int) -> tuple[dict[str, list[float]], torch.Tensor]:
     load, sample = use
     taken, model = _seconds(load, device)
     found = {"load": [taken]}
