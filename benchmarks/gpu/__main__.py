@@ -1,7 +1,7 @@
 """Is the pack right on a GPU, and how fast? One command for a machine with Python, PyTorch with CUDA and no network.
 
     make gpu-kit                                  # before, where there are package registries: build/gpu-kit/
-    python -m benchmarks.gpu --out FOLDER         # there: about 9 minutes on an H100
+    python -m benchmarks.gpu --out FOLDER         # there: about 11 minutes on an H100
     python -m benchmarks.gpu --record FOLDER      # afterwards: the tables of FOLDER into RESULTS.md
     python -m benchmarks.gpu --toy --device cpu   # tiny: does the command work?
 
