@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from .helpers import ROOT
 
 # Before torch is imported: tiny tensors on many threads spend their time on waking threads. Processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,6 +25,13 @@ sys.path.append(str(ROOT / ".ci"))  # setup, provision, host and workflow are sc
 def root() -> Path:
     """The folder of the repository."""
     return ROOT
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """The warnings so far of numbers that are not finite."""
+    caplog.set_level(logging.WARNING)
+    return lambda: [record.getMessage() for record in caplog.records if "not finite" in record.getMessage()]
 
 
 @pytest.hookimpl(optionalhook=True)

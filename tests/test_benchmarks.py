@@ -16,7 +16,7 @@ import torch
 from benchmarks import pictures, results
 from benchmarks.gpu import report
 
-ROOT = Path(__file__).resolve().parents[1]
+from .helpers import ROOT
 
 
 def test_loading_runs(tmp_path):

@@ -16,6 +16,8 @@ from zimage_core.config import TransformerConfig
 from zimage_core.detect import PUBLISHED_TRANSFORMER
 from zimage_core.transformer import ZImageTransformer
 
+from .helpers import relative
+
 WIDTHS = {"dim": 96, "n_heads": 3, "axes_dims": (8, 12, 12), "cap_feat_dim": 40, "n_layers": 3, "n_refiner_layers": 2}
 # (caption lengths, latent height, latent width): 576 image tokens are several blocks of rows
 CASES = {
@@ -55,10 +57,6 @@ def as_module(model, *arguments, **settings) -> torch.Tensor:
 def in_rows(model, *arguments, **settings) -> torch.Tensor:
     with torch.inference_mode():
         return model(*arguments, **settings)
-
-
-def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((ours - reference).double().norm() / reference.double().norm()).item()
 
 
 SMALL = row_blocks.SMALL  # everything here is smaller, and whole batches run

@@ -14,8 +14,8 @@ from zimage_core.checkpoint import CheckpointError, Snapshot
 from zimage_core.tensor_files import TensorFiles
 
 from . import process_memory
+from .helpers import NANO
 
-NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
 from zimage_core.config import CheckpointError, SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 
-PUBLISHED = json.loads(Path(__file__).with_name("published_configs.json").read_text())  # Z-Image Turbo's
+from .helpers import PUBLISHED
+
 TURBO, QWEN, VAE, SCHEDULER = (PUBLISHED[part] for part in ("transformer", "text_encoder", "vae", "scheduler"))
 
 

@@ -21,10 +21,9 @@ from zimage_core import download
 from zimage_core.checkpoint import CheckpointError, Snapshot, open_component
 from zimage_core.download import DownloadError, Progress, Repository
 
+from .helpers import NANO, ROOT
 from .hub import COMMIT, Hub, serve
 
-ROOT = Path(__file__).resolve().parents[1]
-NANO = ROOT / "nano" / "snapshot"
 NAME = "Org/Nano"
 REPOSITORY = Repository(NAME)
 ALL = ("transformer", "text_encoder", "vae")

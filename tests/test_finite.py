@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +14,8 @@ from zimage_core.__main__ import main
 from zimage_core.checkpoint import CheckpointError
 from zimage_core.pipeline import ZImagePipeline
 
-NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
+from .helpers import NANO, enlarge, relative
+
 PROMPT = "a red circle"
 SMALL = {"width": 64, "height": 64, "steps": 3, "seed": 2}
 
@@ -24,13 +23,6 @@ SMALL = {"width": 64, "height": 64, "steps": 3, "seed": 2}
 @pytest.fixture
 def pipe() -> ZImagePipeline:
     return ZImagePipeline.from_pretrained(NANO, dtype=torch.float16, vae_dtype=torch.float16)
-
-
-@pytest.fixture
-def told(caplog):
-    """The warnings so far."""
-    caplog.set_level(logging.WARNING)
-    return lambda: [record.getMessage() for record in caplog.records if "not finite" in record.getMessage()]
 
 
 def overflow(pipe: ZImagePipeline, kind: str) -> None:
@@ -42,16 +34,6 @@ def overflow(pipe: ZImagePipeline, kind: str) -> None:
     }
     for name in names[kind]:
         enlarge(getattr(pipe, kind).get_parameter(name))
-
-
-def enlarge(weight: torch.Tensor) -> None:
-    """To just what float16 can hold."""
-    with torch.no_grad():
-        weight.copy_(weight.float() * (6e4 / weight.float().abs().max()))
-
-
-def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((ours - reference).norm() / reference.norm()).item()
 
 
 # The watch

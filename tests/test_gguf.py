@@ -24,9 +24,9 @@ from zimage_core.tensor_files import TensorFiles
 from zimage_core.transformer import ZImageTransformer
 
 from . import gguf_writing, process_memory
+from .helpers import NANO
 from .traffic import Traffic
 
-NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
 CONFIGS = {kind: (NANO / kind / "config.json").read_text() for kind in ("transformer", "text_encoder")}
 STRINGS = {f"zimage.{kind}.config": config for kind, config in CONFIGS.items()}
 PROMPT = "two red stars on a blue background"

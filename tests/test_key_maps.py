@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
 from zimage_core import key_maps
@@ -13,7 +10,8 @@ from zimage_core.text_encoder import TextEncoder
 from zimage_core.transformer import ZImageTransformer
 from zimage_core.vae import AutoencoderKL
 
-PUBLISHED = json.loads(Path(__file__).with_name("published_configs.json").read_text())  # Z-Image Turbo's
+from .helpers import PUBLISHED
+
 TURBO, QWEN, VAE, _ = (PUBLISHED[part] for part in ("transformer", "text_encoder", "vae", "scheduler"))
 
 

@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from zimage_core import adapters, lora
 from zimage_core.checkpoint import CheckpointError, Snapshot
 
+from .helpers import NANO
 from .traffic import Traffic
 
-NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
 BLOCK = "layers.1.attention"
 WIDTH = 192
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,7 +9,8 @@ from zimage_core import sampling
 from zimage_core.checkpoint import CheckpointError
 from zimage_core.pipeline import ZImagePipeline
 
-NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
+from .helpers import NANO
+
 SMALL = {"width": 64, "height": 32, "steps": 2}
 
 

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from zimage_core.prompt_cache import STALE, PromptCache, key_of, stamps
 
-ROOT = Path(__file__).resolve().parents[1]
+from .helpers import ROOT
+
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 

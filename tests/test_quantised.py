@@ -17,9 +17,9 @@ from zimage_core.pipeline import ZImagePipeline
 from zimage_core.quantised import Packed
 from zimage_core.transformer import ZImageTransformer
 
+from .helpers import NANO
 from .quantising import BLOCKS, block_quantise, quantise, with_markers
 
-NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
 CONFIG = {"zimage.transformer.config": (NANO / "transformer" / "config.json").read_text()}
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from .helpers import ROOT
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SOURCES = "".join(
     path.read_text(encoding="utf-8") for path in [*ROOT.glob("zimage_core/*.py"), *ROOT.glob("nodes/*.py")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -26,8 +25,8 @@ from zimage_core.text_encoder import TextEncoder
 from zimage_core.transformer import ZImageTransformer
 from zimage_core.vae import AutoencoderKL
 
-NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
-PUBLISHED = json.loads(Path(__file__).with_name("published_configs.json").read_text())
+from .helpers import NANO, PUBLISHED
+
 KINDS = ("transformer", "text_encoder", "vae")
 
 

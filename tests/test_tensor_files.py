@@ -18,6 +18,7 @@ from zimage_core.config import CheckpointError
 from zimage_core.tensor_files import BITS, DTYPES, OTHERS, TensorFiles, read_header
 
 from . import gguf_writing
+from .helpers import NANO
 
 
 def write(path: Path, header: object, data: bytes = b"") -> Path:
@@ -34,7 +35,6 @@ def refused(path: Path) -> str:
     return message
 
 
-NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
 ONE = {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
 
 

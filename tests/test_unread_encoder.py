@@ -16,9 +16,9 @@ from zimage_core.checkpoint import CheckpointError, open_component, open_tokeniz
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.prompt_cache import PromptCache
 
+from .helpers import NANO
 from .poisoning import poison
 
-NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
 SMALL = {"width": 64, "height": 32, "steps": 2}
 PROMPT = "a red circle"
 

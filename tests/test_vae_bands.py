@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 
 import pytest
@@ -19,11 +18,10 @@ from zimage_core.pipeline import ZImagePipeline
 from zimage_core.vae import AutoencoderKL
 
 from . import process_memory
+from .helpers import NANO, PUBLISHED
 
 CPU = torch.device("cpu")
-NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
-PUBLISHED = json.loads((Path(__file__).parent / "published_configs.json").read_text())["vae"]
-TINY = {**PUBLISHED, "block_out_channels": [8, 16, 16, 24], "norm_num_groups": 4}
+TINY = {**PUBLISHED["vae"], "block_out_channels": [8, 16, 16, 24], "norm_num_groups": 4}
 SIZES = [(16, 16), (9, 7), (1, 3)]  # latent height and width
 ROWS = [6, 64, None]
 
@@ -158,7 +156,7 @@ def test_memory_is_little_more_than_the_widest_map():
 
     Kernels' own memory, of which a whole map needs as much again and a band little, is not counted here.
     """
-    narrow = {**PUBLISHED, "block_out_channels": [16, 32, 64, 64], "norm_num_groups": 16}
+    narrow = {**PUBLISHED["vae"], "block_out_channels": [16, 32, 64, 64], "norm_num_groups": 16}
     vae, latents = random_vae(narrow), torch.randn(1, 16, 128, 96)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(vae_bands, "WORKSPACE", 4 * 2**20)
@@ -173,7 +171,7 @@ def test_memory_is_little_more_than_the_widest_map():
 def test_freed_bands_go_back_to_the_system(monkeypatch):
     """Else glibc keeps those below 32 MB, and the process needs twice what tensors take."""
     monkeypatch.setattr(vae_bands, "WORKSPACE", 4 * 2**20)
-    vae = random_vae({**PUBLISHED, "block_out_channels": [16, 32, 64, 64], "norm_num_groups": 16})
+    vae = random_vae({**PUBLISHED["vae"], "block_out_channels": [16, 32, 64, 64], "norm_num_groups": 16})
     latents = torch.randn(1, 16, 96, 64)
     of_tensors = process_memory.tensors(lambda: vae_bands.decode(vae, latents))
     vae_bands._give_back()
@@ -297,7 +295,7 @@ class Traffic(TorchDispatchMode):
 def test_bands_on_a_gpu_wait_for_nothing_and_move_little_more_than_plain(call):
     """At 1024x1024 and the published size, on tensors that say they are a GPU's and hold nothing."""
     with torch.no_grad(), FakeTensorMode():
-        vae = AutoencoderKL(VAEConfig.from_dict(PUBLISHED, "here"), device="cuda", dtype=torch.bfloat16)
+        vae = AutoencoderKL(VAEConfig.from_dict(PUBLISHED["vae"], "here"), device="cuda", dtype=torch.bfloat16)
         shape = (1, 16, 128, 128) if call == "decode" else (1, 3, 1024, 1024)
         x = torch.empty(shape, device="cuda", dtype=torch.bfloat16)
         with Traffic() as plain:

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from zimage_core.config import TextEncoderConfig
 from zimage_core.text_encoder import TextEncoder
 
-NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
+from ..helpers import NANO
+
 BUILT_IN = "Z-Image-Nano (built in)"
 SAMPLER, MODEL, CLIP, VAE, LATENT = "7", "1", "2", "3", "6"  # node ids of the nano workflow
 SCHEMAS = {

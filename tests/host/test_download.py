@@ -5,16 +5,15 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import workflow
 from host import Client, ExecutionFailed, Server
 
+from ..helpers import NANO
 from ..hub import Hub
 
-NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
 LOADERS = ("ZImageTransformerLoader", "ZImageTextEncoderLoader", "ZImageVAELoader")
 
 

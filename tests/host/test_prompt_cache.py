@@ -17,9 +17,9 @@ from host import Client, ExecutionFailed, Server
 from PIL import Image
 from safetensors.torch import save_file
 
+from ..helpers import NANO
 from ..poisoning import poison
 
-NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
 LOADERS = ("ZImageTransformerLoader", "ZImageTextEncoderLoader", "ZImageVAELoader")
 DAMAGED = r"embed_tokens\.weight of the text encoder has values that are not finite"
 LOADED = "Requested to load HostTextModel"  # in the host's log, once the encoder goes to its device

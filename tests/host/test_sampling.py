@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from zimage_core.pipeline import ZImagePipeline
 
-NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
+from ..helpers import NANO, relative
+
 PROMPT = "a red circle on a blue background"
 SAMPLER, TEXT, NEGATIVE, VAE, MODEL, LATENT = "7", "4", "5", "3", "1", "6"  # node ids of the nano workflow
 
@@ -40,10 +40,6 @@ def latents(client: Client, prompt: dict[str, Any]) -> torch.Tensor:
     entry = client.run(prompt)
     (saved,) = entry["outputs"]["9"]["latents"]
     return load_file(client.server.base / "output" / saved["subfolder"] / saved["filename"])["latent_tensor"]
-
-
-def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((ours - reference).norm() / reference.norm()).item()
 
 
 @pytest.fixture(scope="module")

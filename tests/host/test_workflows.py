@@ -18,9 +18,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from nano import judge
 
 from .. import gguf_writing
+from ..helpers import NANO, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-NANO = ROOT / "nano" / "snapshot"
 GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
 NAMES = [path.stem for path in GRAPHS]
 FRONTEND_ONLY = {"MarkdownNote"}  # nodes that the frontend knows and the server doesn't

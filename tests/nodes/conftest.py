@@ -11,8 +11,8 @@ import provision
 import pytest
 import torch
 
+from ..helpers import NANO
 from .inside import load_pack
-from .prompts import NANO
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +28,12 @@ def comfy(pack):
     """The host's own modules, by the last part of their names."""
     names = "model_management model_patcher sd utils samplers sample supported_models lora conds ops".split()
     return SimpleNamespace(**{name: importlib.import_module(f"comfy.{name}") for name in names})
+
+
+@pytest.fixture(scope="session")
+def positive(pack):
+    """An encoded prompt."""
+    return pack.host_clip.encode(pack.host_clip.load_clip(NANO, torch.float32), "a red circle on a blue background")
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
 TEXT = "two green stars on a white background"
 
 

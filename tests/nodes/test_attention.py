@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
-
-
-@pytest.fixture(scope="module")
-def positive(pack):
-    return pack.host_clip.encode(pack.host_clip.load_clip(NANO, torch.float32), "a red circle on a blue background")
+from ..helpers import NANO, relative
 
 
 @pytest.fixture
@@ -61,10 +55,6 @@ def registered(pack, monkeypatch):
         return calls
 
     return register
-
-
-def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((ours - reference).norm() / reference.norm()).item()
 
 
 def test_choices_are_what_is_installed(pack, registered):

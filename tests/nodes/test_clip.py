@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import provision
 import pytest
@@ -11,7 +10,8 @@ import torch
 
 from zimage_core.pipeline import ZImagePipeline
 
-NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
+from ..helpers import NANO
+
 CPU = torch.device("cpu")
 TEXT = "two green stars on a white background"
 

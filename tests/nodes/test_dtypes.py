@@ -14,7 +14,7 @@ import torch
 
 from zimage_core.checkpoint import open_component
 
-from .prompts import NANO
+from ..helpers import NANO
 
 BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 BITS16 = (BF16, FP16)

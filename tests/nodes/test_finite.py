@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import logging
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from ..helpers import NANO, enlarge, relative
 from . import native_model
 
-NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
 HALF = torch.float16
-
-
-@pytest.fixture(scope="module")
-def positive(pack):
-    return pack.host_clip.encode(pack.host_clip.load_clip(NANO, torch.float32), "a red circle on a blue background")
 
 
 @pytest.fixture(params=["ours", "native"])
@@ -34,18 +27,6 @@ def model(request, pack, comfy):
     assert patcher.model.get_dtype_inference() == HALF
     enlarge(patcher.model.diffusion_model.final_layer.linear.weight)
     return patcher
-
-
-def enlarge(weight: torch.Tensor) -> None:
-    """To just what float16 can hold."""
-    weight.data = (weight.float() * (6e4 / weight.float().abs().max())).to(weight.dtype)
-
-
-@pytest.fixture
-def told(caplog):
-    """The warnings so far."""
-    caplog.set_level(logging.WARNING)
-    return lambda: [record.getMessage() for record in caplog.records if "not finite" in record.getMessage()]
 
 
 @pytest.fixture
@@ -74,10 +55,6 @@ def exact(model: Any) -> Any:
     wide = model.clone()
     wide.set_model_compute_dtype(torch.float32)
     return wide
-
-
-def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((ours - reference).norm() / reference.norm()).item()
 
 
 # Steps

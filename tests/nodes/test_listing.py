@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from .prompts import NANO
+from ..helpers import NANO
 
 NOBODY = 65534
 BAD = os.fsdecode(b"caf\xe9")  # not UTF-8

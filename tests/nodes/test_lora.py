@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from zimage_core.pipeline import ZImagePipeline
 
-from .prompts import NANO, random
+from ..helpers import NANO, relative
+from .prompts import random
 
 CPU = torch.device("cpu")
 WIDTH = 192
@@ -78,10 +79,6 @@ def predict(patcher) -> torch.Tensor:
     return patcher.model.apply_model(
         random(1, 16, 8, 8, seed=8), torch.tensor([0.7]), c_crossattn=context, num_tokens=21, transformer_options={}
     )
-
-
-def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((ours - reference).norm() / reference.norm()).item()
 
 
 @pytest.mark.parametrize("name", ["plain", "lokr", "oft", "dora", "both"])

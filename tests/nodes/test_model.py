@@ -5,16 +5,15 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from .. import process_memory
+from ..helpers import NANO, relative
 from . import native_model
 
-NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
 # parameters of a module that is no leaf are moved in the forward; everything else must be castable
 ROOT_PARAMETERS = {"x_pad_token", "cap_pad_token"}
 CPU = torch.device("cpu")
@@ -43,10 +42,6 @@ def predict(patcher, inputs, model=None, options=None) -> torch.Tensor:
         num_tokens=context.shape[1],
         transformer_options=dict(options or {}),
     )
-
-
-def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((ours - reference).norm() / reference.norm()).item()
 
 
 # Memory

@@ -14,9 +14,9 @@ from zimage_core import lora as core_lora
 from zimage_core.checkpoint import Snapshot, open_component
 
 from .. import gguf_writing, process_memory
+from ..helpers import NANO, relative
 from ..quantising import BLOCKS, block_quantise, quantise, with_markers
 
-NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
 KINDS = ("transformer", "text_encoder")
 CONFIGS = {f"zimage.{kind}.config": (NANO / kind / "config.json").read_text() for kind in KINDS}
 CPU = torch.device("cpu")
@@ -91,10 +91,6 @@ def loaded(patcher, share: float | None = None):
         patcher.load(CPU, lowvram_model_memory=int(patcher.model_size() * share))
         assert patcher.model.model_lowvram
     return patcher.model
-
-
-def relative(ours: Tensor, reference: Tensor) -> float:
-    return ((ours - reference).norm() / reference.norm()).item()
 
 
 def reference(pack, path: Path, lora_file: Path | None = None, strength: float = 1.0):

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from zimage_core.checkpoint import Snapshot
 
+from ..helpers import NANO
 from ..poisoning import poison
-from .prompts import NANO, TEXT, encode, entries, is_loaded, random, restart
+from .prompts import TEXT, encode, entries, is_loaded, random, restart
 
 # Known prompts
 

@@ -10,8 +10,9 @@ import torch
 from zimage_core.config import TransformerConfig
 from zimage_core.transformer import ZImageTransformer
 
+from ..helpers import NANO
 from ..test_config import TURBO
-from .prompts import NANO, encode, entries, random, restart
+from .prompts import encode, entries, random, restart
 
 
 @pytest.fixture

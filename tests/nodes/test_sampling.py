@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from zimage_core.config import SchedulerConfig
 from zimage_core.scheduler import sigmas
 
-NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
+from ..helpers import NANO, relative
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +61,6 @@ def sample(pack, parts):
         return out["samples"]
 
     return run
-
-
-def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((ours - reference).norm() / reference.norm()).item()
 
 
 # The schedule

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from zimage_core.checkpoint import Snapshot
 
 from .. import gguf_writing
+from ..helpers import NANO
 from ..poisoning import poison
-from .prompts import NANO, TEXT, encode, is_loaded, restart, write_lora
+from .prompts import TEXT, encode, is_loaded, restart, write_lora
 
 CONFIG = {"zimage.text_encoder.config": (NANO / "text_encoder" / "config.json").read_text()}
 CPU = torch.device("cpu")

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib
-import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from ..helpers import NANO, PUBLISHED
 from .test_memory import run
-
-ROOT = Path(__file__).resolve().parents[2]
-NANO = ROOT / "nano" / "snapshot"
-PUBLISHED = json.loads((ROOT / "tests" / "published_configs.json").read_text())["vae"]
 
 
 @pytest.fixture
@@ -220,7 +215,7 @@ def test_the_figure_is_that_of_the_device_which_a_copy_was_moved_to(vae, monkeyp
 @pytest.fixture(scope="module")
 def native(pack, comfy):
     """The host's own VAE for the published autoencoder; its weights don't matter here."""
-    config = importlib.import_module("zimage_pack.zimage_core.config").VAEConfig.from_dict(PUBLISHED, "here")
+    config = importlib.import_module("zimage_pack.zimage_core.config").VAEConfig.from_dict(PUBLISHED["vae"], "here")
     shapes = pack.host_vae.AutoencoderKL(config, device="meta").state_dict()
     return comfy.sd.VAE(sd={name: torch.zeros(()).expand(value.shape) for name, value in shapes.items()})
 

@@ -17,7 +17,8 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from fake_accelerator import DEVICE, moved  # noqa: E402
 from inside import load_pack  # noqa: E402
 
-NANO = ROOT / "nano" / "snapshot"
+from tests.helpers import NANO, relative  # noqa: E402
+
 PLENTY = 10**9
 free_on_device = PLENTY
 
@@ -67,10 +68,6 @@ def sample(pack, model, cond) -> torch.Tensor:
         denoise=1.0,
     )
     return out.args[0]["samples"]
-
-
-def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((result - expected).norm() / expected.norm()).item()
 
 
 def take_over(mm) -> None:

@@ -10,10 +10,11 @@ import provision
 import pytest
 import torch
 
+from ..helpers import NANO
+
 diffusers = pytest.importorskip("diffusers", reason="the parity tests compare with diffusers; pip install '.[dev]'")
 transformers = pytest.importorskip("transformers")
 
-NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
 
 # name -> (dim, heads, axes_dims, layers, refiner layers, cap_feat_dim)
 TRANSFORMERS = {
@@ -37,12 +38,6 @@ def randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:
             else:
                 parameter.copy_(0.2 * noise)
     return model.eval()
-
-
-def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """||ours - reference|| / ||reference||, in float64."""
-    reference = reference.double()
-    return ((ours.double() - reference).norm() / reference.norm()).item()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from diffusers import ZImagePipeline as ReferencePipeline
 
 from zimage_core.pipeline import ZImagePipeline
 
-from .conftest import relative
+from ..helpers import relative
 
 CASES = {
     "no guidance": {},

@@ -12,7 +12,7 @@ import transformers
 from zimage_core.checkpoint import Snapshot
 from zimage_core.tokenizer import PROMPT_TEMPLATE, Tokenizer
 
-from .conftest import NANO, relative
+from ..helpers import NANO, relative
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -11,7 +11,8 @@ from zimage_core.config import TransformerConfig
 from zimage_core.detect import PUBLISHED_TRANSFORMER, transformer_config
 from zimage_core.transformer import ZImageTransformer
 
-from .conftest import TRANSFORMERS, relative
+from ..helpers import relative
+from .conftest import TRANSFORMERS
 
 # (caption lengths, latent height, latent width); 32 tokens is the unit of padding
 CASES = {

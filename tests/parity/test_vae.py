@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from zimage_core.checkpoint import Snapshot
 
-from .conftest import VAES, relative
+from ..helpers import relative
+from .conftest import VAES
 
 
 @pytest.fixture(params=[(name, seed) for name in VAES for seed in (0, 1)], ids=str)
