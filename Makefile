@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PORT ?= 8188
 RUN = .venv/bin/python
+ALL = --numprocesses 2 --no-loadscope-reorder --durations=30
 
 # As typed, without make's expansion of $: a prompt may hold any character. The recipes read them as "$$PROMPT".
 override PROMPT := $(value PROMPT)
@@ -9,7 +10,7 @@ override NEGATIVE := $(value NEGATIVE)
 export PROMPT NEGATIVE COMFYUI_PATH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check bench bench-gpu gpu-kit nano clean
+.PHONY: help setup demo serve test test-all check bench bench-gpu gpu-kit nano clean
 
 help: ## this list
 	@echo "make TARGET"
@@ -26,8 +27,11 @@ demo: setup ## a picture through a real ComfyUI: PROMPT="two red stars on a blue
 serve: setup ## ComfyUI with the pack, to open in a browser: PORT=8188 ARGS="more ComfyUI flags"
 	@$(RUN) .ci/serve.py --port $(PORT) $(ARGS)
 
-test: setup ## all tests, parity and host included, two at a time; or some: ARGS="tests/test_rope.py -k name"
-	@$(RUN) -m pytest $(or $(ARGS),--numprocesses 2 --no-loadscope-reorder)
+test: setup ## the tests, two at a time, without the slow ones; or some, slow or not: ARGS="tests/test_rope.py -k name"
+	@$(RUN) -m pytest $(or $(ARGS),$(ALL) -m "not slow")
+
+test-all: setup ## every test, as before a release
+	@$(RUN) -m pytest $(ALL)
 
 check: setup ## lint, import floors, types
 	@$(RUN) -m ruff check .

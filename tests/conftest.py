@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import os
 import sys
@@ -15,10 +16,18 @@ from .helpers import ROOT
 
 # Before torch is imported: tiny tensors on many threads spend their time on waking threads. Processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The same for processes that compile: each imports torch first.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Nothing here may reach for a model hub; a test that tries fails at once, the same way everywhere.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Said here, before workers are started, so that one run has one, midnight or not.
+os.environ.setdefault("FUZZ_SEED", datetime.date.today().isoformat())
 
 sys.path.append(str(ROOT / ".ci"))  # setup, provision, host and workflow are scripts, not a package
+
+
+def pytest_report_header() -> str:
+    return f"fuzz seed: {os.environ['FUZZ_SEED']}"
 
 
 @pytest.fixture(scope="session")
@@ -34,19 +43,42 @@ def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     return lambda: [record.getMessage() for record in caplog.records if "not finite" in record.getMessage()]
 
 
+# What takes longest, before the many small files, with which the processes come to their ends together.
+LONGEST = [
+    "tests/nano/test_model.py",
+    "tests/host/",
+    "tests/test_benchmarks.py",
+    "tests/nodes/test_memory.py",
+    "tests/nodes/test_attention.py",
+    "tests/nodes/test_flags.py",
+    "tests/nodes/test_packed",
+    "tests/nodes/test_vae.py",
+    "tests/test_blocks.py",
+    "tests/nodes/test_compile.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return next((n for n, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST))
+
+    items.sort(key=place)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """In several processes, each file goes to one, for its fixtures, and the host tests, for their servers.
+    """In several processes, each file goes to one, for its fixtures, and the host tests, one process for each server.
 
-    Each of the nano model's tests goes alone: they are the longest and share nothing that is dear.
+    Each of the nano model's tests goes alone: with all prompts they are the longest, and they share nothing dear.
     """
+    import provision
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            if file.startswith("tests/host/"):
-                return "host"
+            if file.startswith("tests/host/") and file != "tests/host/test_memory.py":  # that has its own server
+                return f"host {provision.OLDEST if provision.OLDEST in nodeid else provision.NEWEST}"
             return nodeid if file == "tests/nano/test_model.py" else file
 
     return Scheduling(config, log)

@@ -26,6 +26,7 @@ class Hub:
         self.asked: list[tuple[str, str, str]] = []  # method, path, Range
         self.tokens: list[str | None] = []
         self.speed: float | None = None  # bytes a second
+        self.served = 0  # bytes of files
         self.status: dict[str, tuple[int, str | None]] = {}  # repository -> error answer, X-Error-Code
         self.cut: dict[str, int] = {}  # file -> bytes after which its connection is closed, once
         self.short: set[str] = set()  # files whose second half is never sent, whatever the range
@@ -153,6 +154,7 @@ def serve() -> Iterator[Hub]:
                 try:
                     self.wfile.write(part[at : min(at + step, limit)])
                     self.wfile.flush()
+                    hub.served += min(at + step, limit) - at
                 except OSError:
                     break  # the other side is gone
                 if hub.speed is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import re
@@ -19,6 +20,7 @@ from benchmarks.gpu import report
 from .helpers import ROOT
 
 
+@pytest.mark.slow
 def test_loading_runs(tmp_path):
     command = [sys.executable, "-m", "benchmarks.loading", "--toy", "--layers", "1", "--repeats", "1"]
     done = subprocess.run([*command, "--folder", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -29,16 +31,17 @@ def test_loading_runs(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture(scope="module")
-def referee() -> str:
+@functools.cache
+def referee(*parts: str) -> str:
     """What the referee prints at toy size. It ends with an error where implementations disagree."""
-    command = [sys.executable, "-m", "benchmarks", "step", "compiling", "text", "vae", "starting", "--toy"]
+    command = [sys.executable, "-m", "benchmarks", *parts, "--toy"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
     return done.stdout
 
 
-def first_table(printed: str, part: str) -> list[list[str]]:
+def first_table(part: str) -> list[list[str]]:
+    printed = referee("step") if part == "step" else referee("compiling", "text", "vae", "starting")
     output = printed.split(f"$ -m benchmarks.{part} ")[1].split("$ -m")[0]
     below = output[output.index("\n|---") :].splitlines()[2:]  # what follows the rule
     return [line.strip("| ").split(" | ") for line in takewhile(lambda line: line.startswith("| "), below)]
@@ -48,12 +51,12 @@ def first_table(printed: str, part: str) -> list[list[str]]:
     ("part", "rows"),
     [
         ("step", {"64², 10 tokens", "64², 40 tokens, guidance"}),
-        ("text", {"40 tokens", "400 tokens"}),
-        ("vae", {"decode 64²", "encode 64²"}),
+        pytest.param("text", {"40 tokens", "400 tokens"}, marks=pytest.mark.slow),
+        pytest.param("vae", {"decode 64²", "encode 64²"}, marks=pytest.mark.slow),
     ],
 )
-def test_each_part_compares_all_implementations(referee, part, rows):
-    table = first_table(referee, part)
+def test_each_part_compares_all_implementations(part, rows):
+    table = first_table(part)
     assert {cells[0] for cells in table} == rows
     if part == "step":
         times = [float(cell) for cells in table for cell in cells[1:4]]
@@ -64,18 +67,21 @@ def test_each_part_compares_all_implementations(referee, part, rows):
     assert len(times) >= 6 and all(time > 0 for time in times)
 
 
-def test_compiling_tells_the_first_step_of_each_shape(referee):
-    table = first_table(referee, "compiling")
+@pytest.mark.slow
+def test_compiling_tells_the_first_step_of_each_shape():
+    table = first_table("compiling")
     assert [cells[:2] for cells in table] == [["with the cache", case] for case in ("64², 10 tokens", "64², 40 tokens")]
     for first, following, compiling in (map(float, cells[2:]) for cells in table):
         assert following > 0 and compiling == pytest.approx(first - following, abs=0.02)
 
 
-def test_starting_compares_a_picture_of_each(referee):
-    ((row, *cells),) = first_table(referee, "starting")
+@pytest.mark.slow
+def test_starting_compares_a_picture_of_each():
+    ((row, *cells),) = first_table("starting")
     assert row == "nano picture" and all(float(cell) > 0 for cell in cells[:2])
 
 
+@pytest.mark.slow
 def test_pictures_run(tmp_path):
     """Ours through a real server, and the nano picture, which must agree with diffusers'."""
     command = [sys.executable, "-m", "benchmarks.pictures", "--toy", "--rounds", "1", "--repeats", "1"]
@@ -134,17 +140,20 @@ def test_every_section_is_filled():
 # The command for a GPU
 
 
-@pytest.fixture(scope="module")
-def gpu_run(tmp_path_factory) -> Path:
-    """The folder of a run at toy size on the CPU: every phase, by the same code."""
+@pytest.fixture(scope="module", params=["machine;step", pytest.param("every phase", marks=pytest.mark.slow)])
+def gpu_run(tmp_path_factory, request) -> Path:
+    """The folder of a run at toy size on the CPU, by the same code."""
     out = tmp_path_factory.mktemp("gpu")
     command = [sys.executable, "-m", "benchmarks.gpu", "--toy", "--device", "cpu", "--out", str(out)]
+    command += [] if request.param == "every phase" else ["--phases", request.param]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert "every phase passed" in done.stdout.splitlines()[-1]
     return out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu_run", ["every phase"], indirect=True)
 def test_gpu_phases_compare_everybody(gpu_run):
     found = report.load(gpu_run)
     assert set(found) == {"machine", "nano", "step", "host", "autoencoder and encoder", "exact"}

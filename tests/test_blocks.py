@@ -28,6 +28,9 @@ CASES = {
 }
 
 
+FEW_CASES = [pytest.param(case, marks=() if case == "mixed lengths" else pytest.mark.slow) for case in CASES]
+
+
 @pytest.fixture(scope="module")
 def model() -> ZImageTransformer:
     config = TransformerConfig(**{**PUBLISHED_TRANSFORMER, **WIDTHS, "in_channels": 16, "patch_size": 2})
@@ -258,7 +261,7 @@ def as_on_a_gpu(model, *arguments) -> torch.Tensor:
         return model(*arguments)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", FEW_CASES)
 @pytest.mark.parametrize("way", [in_rows, as_on_a_gpu])
 def test_compiled_equals_the_block_in_float32(compiled, monkeypatch, case, way):
     latents, t, cap_feats = given(case)
@@ -316,9 +319,13 @@ def test_a_batch_of_small_pictures_goes_whole(model, small, monkeypatch):
     assert set(batches) == ({(3, True), (3, False)} if small else {(1, False)})
 
 
-def test_published_widths_go_item_by_item():
-    assert SMALL > 96 * 192  # nano
-    assert SMALL <= 288 * 3840  # the published width at 256x256
+@pytest.mark.parametrize(
+    ("tokens", "width", "parts"), [(96, 192, 1), (288, 3840, 2)], ids=["nano", "the published width at 256x256"]
+)
+def test_published_widths_go_item_by_item(tokens, width, parts, monkeypatch):
+    monkeypatch.setattr(row_blocks, "SMALL", SMALL)
+    x = torch.empty(2, tokens, width, device="meta")
+    assert len(list(row_blocks._parts(x, [x], x, [tokens], None))) == parts
 
 
 # What others put into a block
@@ -389,8 +396,14 @@ def _no_global_hooks():
 
 
 @pytest.mark.usefixtures("_no_global_hooks")
-@pytest.mark.parametrize("path", ["rows", "small rows", "compiled rows", "compiled"])
-@pytest.mark.parametrize("change", WAYS)
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        pytest.param(path, change, marks=() if path == "rows" or change is replace_module else pytest.mark.slow)
+        for path in ("rows", "small rows", "compiled rows", "compiled")
+        for change in WAYS
+    ],
+)
 def test_whatever_somebody_puts_into_a_block_counts(model, path, change, monkeypatch):
     """Whichever way blocks run, the result is that of the forwards, as in a training run."""
     monkeypatch.setattr(row_blocks, "SMALL", SMALL if path == "small rows" else 0)

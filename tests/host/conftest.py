@@ -1,6 +1,7 @@
 """Real ComfyUI servers with the pack in them, each started once, when a test first asks for it.
 
-`host`: the newest ComfyUI. `each_host`: a test with it runs on every `host_version`. `client`: a fresh connection to
+`host`: the newest ComfyUI. `each_host`: a test with it runs on every `host_version`, on the oldest in `make test-all`
+only, but for two tests: the pack loads and draws there. `client`: a fresh connection to
 `host`, `each_client` to `each_host`. A server's models/, input/ and output/ are in `host.base`. The hub that it would
 download from is one of `hubs`, so what nobody asked for would show there.
 """
@@ -55,7 +56,7 @@ def host(start_host: Callable[[str], Server]) -> Server:
     return start_host(provision.NEWEST)
 
 
-@pytest.fixture(scope="session", params=[provision.OLDEST, provision.NEWEST])
+@pytest.fixture(scope="session", params=[pytest.param(provision.OLDEST, marks=pytest.mark.slow), provision.NEWEST])
 def host_version(request: pytest.FixtureRequest) -> str:
     """The ComfyUI that is tested; with COMFYUI_PATH its checkout stands in for the newest."""
     return request.param

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -113,19 +113,25 @@ def test_negative_prompt_is_not_even_encoded_without_guidance(client: Client):
     assert "5" in executed(1.0)
 
 
-@pytest.mark.parametrize("after", [1, 5, 50])
+LATE = (
+    10  # steps of a third of a second, until an interruption has gone to the server and the one that it met has ended
+)
+
+
+@pytest.mark.parametrize("after", [1, 5, pytest.param(50, marks=pytest.mark.slow)])
 def test_interruption_is_prompt_at_any_step(client: Client, after: int):
     prompt = nano(steps=1000, seed=after)
     prompt[LATENT]["inputs"].update(width=512, height=512)
     prompt_id = client.queue(prompt)
-    while True:
+    reached = 0
+    while reached < after:
         event = client.receive(60)
-        if event and event["type"] == "progress" and event["data"]["value"] >= after:
-            break
+        if event and event["type"] == "progress":
+            reached = event["data"]["value"]
     client.interrupt(prompt_id)
-    asked = time.monotonic()
     entry = client.wait(prompt_id)
-    assert time.monotonic() - asked < 3
+    steps = [event["data"]["value"] for event in client.events if event["type"] == "progress"]
+    assert max(steps) <= reached + LATE
     assert entry["status"]["status_str"] == "error" and not entry["status"]["completed"]
     assert entry["status"]["messages"][-1][0] == "execution_interrupted"
     client.run(nano(seed=after))
@@ -149,6 +155,9 @@ def test_a_changed_file_is_loaded_again(client: Client, host: Server):
 # Input that can't work: each error names the thing and what to do, and the next good prompt runs
 
 
+seeds = itertools.count(1000)  # a prompt that ran already would be answered from the host's cache
+
+
 @pytest.fixture
 def refused(client: Client):
     """Runs a prompt that must fail, returns what the user reads, and checks that a good prompt runs afterwards."""
@@ -156,7 +165,7 @@ def refused(client: Client):
     def run(prompt: dict[str, Any]) -> str:
         with pytest.raises((PromptRejected, ExecutionFailed)) as failure:
             client.run(prompt)
-        client.run(nano(steps=2, seed=time.time_ns() % 2**32))
+        client.run(nano(steps=2, seed=next(seeds)))
         error = failure.value
         if isinstance(error, ExecutionFailed):
             assert "Traceback" not in error.details["exception_message"]

@@ -62,8 +62,9 @@ def run(client: Client, indices: range) -> None:
     assert statuses == {"success"}
 
 
+@pytest.mark.slow
 def test_two_hundred_prompts_take_no_more_memory_than_five(client: Client):
     run(client, range(5))
     early = anonymous_memory(client)
     run(client, range(5, COUNT))
-    assert anonymous_memory(client) == pytest.approx(early, rel=0.02)
+    assert anonymous_memory(client) <= 1.02 * early

@@ -179,6 +179,7 @@ def test_stock_and_own_lora_loader_with_three_dialects(client, lora_files):
     assert torch.equal(latents(client, latent_prompt()), without)  # and the LoRA is gone again
 
 
+@pytest.mark.slow
 def test_stock_compile_on_our_model(client):
     ours = latents(client, latent_prompt(guidance_scale=0.0))
     prompt = latent_prompt(guidance_scale=0.0)

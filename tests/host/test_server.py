@@ -30,6 +30,7 @@ def picture(width: int = 64) -> dict:
     }
 
 
+@pytest.mark.parametrize("host_version", [provision.OLDEST, provision.NEWEST], indirect=True)
 def test_pack_loads_and_offers_its_nodes(each_host: Server, each_client: Client):
     log = each_host.log_text()
     start = log[: log.find("To see the GUI")]

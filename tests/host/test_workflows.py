@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import provision
 import pytest
 import torch
 import workflow
@@ -51,7 +52,22 @@ def test_graph_says_what_the_api_prompt_says(path: Path, each_client: Client):
     }
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "nano" in name])
+NANO_NAMES = [name for name in NAMES if "nano" in name]
+
+
+@pytest.mark.parametrize(
+    ("name", "host_version"),
+    [
+        ("zimage_nano_txt2img", provision.OLDEST),
+        *(
+            pytest.param(name, provision.OLDEST, marks=pytest.mark.slow)
+            for name in NANO_NAMES
+            if name != "zimage_nano_txt2img"
+        ),
+        *((name, provision.NEWEST) for name in NANO_NAMES),
+    ],
+    indirect=["host_version"],
+)
 def test_nano_workflow_runs(name: str, each_client: Client):
     prompt = workflow.load(name)
     pictures = each_client.pictures(each_client.run(prompt))

@@ -1,7 +1,9 @@
 """Runs quantized models in the host's dynamic patcher, with a toy in place of its paging library; prints JSON.
 
-python tests/nodes/paged.py. The toy (see `Pages`) hands out memory of the fake accelerator, all of what is asked for or
-nothing: weights then stay on the device, or are sent there at each use. The native library runs on NVIDIA's only.
+python tests/nodes/paged.py [FORM ...]
+
+The toy (see `Pages`) hands out memory of the fake accelerator, all of what is asked for or nothing: weights then stay
+on the device, or are sent there at each use. The native library runs on NVIDIA's only.
 """
 
 from __future__ import annotations
@@ -88,15 +90,16 @@ def main() -> None:
     import comfy.model_management as mm
 
     folder = Path(tempfile.mkdtemp())
-    files = {form: test_packed.file_of(folder, form) for form in ("marked", "gguf")}
+    forms = sys.argv[1:] or ["marked", "gguf"]
+    files = {form: test_packed.file_of(folder, form) for form in forms}
     files["encoder"] = test_packed.encoder_of(folder, "gguf")
     report: dict[str, Any] = {}
     with torch.inference_mode():
-        expected = {form: results(pack, mm, files[form]) for form in ("marked", "gguf")}
+        expected = {form: results(pack, mm, files[form]) for form in forms}
         encoded, _ = features(pack, mm, files["encoder"])
         two_devices.take_over(mm)
         page()
-        for form in ("marked", "gguf"):
+        for form in forms:
             for room in (True, False):
                 found = results(pack, mm, files[form])
                 differences = [two_devices.relative(*pair) for pair in zip(found[0], expected[form][0], strict=True)]

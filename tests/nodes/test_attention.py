@@ -432,6 +432,7 @@ def test_captions_are_dropped_after_an_error(sample, parts, refined):
 # Compiled parts
 
 
+@pytest.mark.slow
 def test_compiled_model_agrees_also_with_a_lora_and_is_compiled_once(pack, parts, sample):
     (model,) = pack.loaders.ZImageTransformerLoader.execute(pack.host.NANO, "fp32", compile=True).args
     assert model.model.diffusion_model.compiled
@@ -480,8 +481,10 @@ BLOCKS = ["diffusion_model.layers.0", "diffusion_model.layers.1"]
 @pytest.mark.parametrize(
     ("attention", "keys"),
     [
-        *((name, BLOCKS) for name in ("pytorch", "sub_quad", "split", "flash", "auto")),
-        ("auto", ["diffusion_model"]),
+        ("flash", BLOCKS),
+        ("auto", BLOCKS),
+        *(pytest.param(name, BLOCKS, marks=pytest.mark.slow) for name in ("pytorch", "sub_quad", "split")),
+        pytest.param("auto", ["diffusion_model"], marks=pytest.mark.slow),
     ],
 )
 def test_no_choice_breaks_a_compiled_graph(pack, sample, compiled, registered, monkeypatch, attention, keys):

@@ -51,7 +51,7 @@ def call(model, height: int, width: int, tokens: int, batch: int = 1):
     return model(x, torch.full((batch,), 0.5), captions, num_tokens=tokens, transformer_options=options)
 
 
-@pytest.mark.parametrize("part", NATIVE)
+@pytest.mark.parametrize("part", ["blocks", pytest.param("whole", marks=pytest.mark.slow)])
 def test_new_sizes_and_prompts_are_compiled_no_more_often_than_natively(model, part):
     counter = CompileCounter()
     expected = [call(model, *shape) for shape in SHAPES]

@@ -11,13 +11,12 @@ import provision
 import pytest
 
 
-def run(script: str) -> dict:
+def run(script: str, *arguments: str) -> dict:
     """What it saw; in a process of its own, as its device stays registered with torch."""
     if not (provision.newest() / "main.py").is_file():
         pytest.skip(f"there is no ComfyUI in {provision.newest()}; `make setup` provisions one")
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name(script)], capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, Path(__file__).with_name(script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -9,14 +9,18 @@ import pytest
 from .test_memory import run
 
 
+@pytest.fixture(scope="module", params=["gguf", pytest.param("marked", marks=pytest.mark.slow)])
+def form(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def report(pack) -> dict:
+def report(pack, form) -> dict:
     if not hasattr(importlib.import_module("comfy.memory_management"), "read_tensor_file_slice_into"):
         pytest.skip("this ComfyUI's dynamic patcher is another")
-    return run("paged.py")
+    return run("paged.py", form)
 
 
-@pytest.mark.parametrize("form", ["marked", "gguf"])
 def test_models_are_paged_and_patched_exactly(report, form):
     for room in ("resident", "sent"):
         found = report[f"{form}, {room}"]

@@ -31,7 +31,9 @@ def stock(pack) -> SimpleNamespace:
     return SimpleNamespace(**vars(merging), LoraSave=extract.LoraSave)
 
 
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=() if name == "marked" else pytest.mark.slow) for name in FORMS]
+)
 def form(request) -> str:
     return request.param
 
