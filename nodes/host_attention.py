@@ -185,11 +185,11 @@ class Choice:
                 logger.info("attention %r is left out for %s", name, refusal)
             elif (seconds := _seconds(backend, largest)) is not None:
                 times[name] = seconds
-        name = min(times, key=lambda name: times[name], default=None)
-        if name is None or times[name] > (1 - WORTH_SHARE) * plain:
-            name = None
-        logger.info("attention for %s: %s, of %s", _words(largest), name or self.plain, {self.plain: plain, **times})
-        return name
+        best = min(times, key=lambda name: times[name], default=None)
+        if best is None or times[best] > (1 - WORTH_SHARE) * plain:
+            best = None
+        logger.info("attention for %s: %s, of %s", _words(largest), best or self.plain, {self.plain: plain, **times})
+        return best
 
 
 @dataclass

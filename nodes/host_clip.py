@@ -44,6 +44,9 @@ _reading = threading.RLock()  # the host may run nodes in several threads
 class HostTextModel(nn.Module):
     """The calls that `comfy.sd.CLIP` makes of a text model. Computes in float32, whatever the weights are stored in."""
 
+    execution_device: torch.device | None
+    layer: int | None
+
     def __init__(
         self,
         encoder: TextEncoder,
@@ -81,7 +84,7 @@ class HostTextModel(nn.Module):
         self.fill()  # only values can be moved
         return super()._apply(fn, recurse)
 
-    def state_dict(self, *arguments: Any, **settings: Any) -> dict[str, Any]:
+    def state_dict(self, *arguments: Any, **settings: Any) -> dict[str, Any]:  # type: ignore[override]
         if not self._names_suffice:
             self.fill()
         return super().state_dict(*arguments, **settings)
@@ -101,8 +104,8 @@ class HostTextModel(nn.Module):
         self.layer = options.get("layer", self.layer)
 
     def reset_clip_options(self) -> None:
-        self.execution_device: torch.device | None = None
-        self.layer: int | None = None
+        self.execution_device = None
+        self.layer = None
 
     def encode_token_weights(self, tokens: dict[str, list]) -> tuple[torch.Tensor, None, dict[str, torch.Tensor]]:
         """Token ids to features [1, N, hidden_size] float32, unpadded: the transformer pads captions itself."""
@@ -153,7 +156,7 @@ class HostTokenizer:
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def decode(self, token_ids, skip_special_tokens: bool = True) -> str:
+    def decode(self, token_ids, skip_special_tokens: bool = True) -> str | list[str]:
         return self.tokenizer.inner.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
 
@@ -196,7 +199,7 @@ def load_clip(
     if disable_dynamic:  # this one is taken apart, its model put into a patcher of the host's own kind
         model.fill()
     elif left:
-        clip.patcher.__class__ = _filling(type(clip.patcher))
+        clip.patcher.__class__ = _filling(type(clip.patcher))  # type: ignore[arg-type]
     clip.patcher.cached_patcher_init = (load_clip_patcher, (str(path), weight_dtype))
     return clip
 

@@ -85,7 +85,7 @@ def add_lora(
 
 def _weights(patcher: ModelPatcher, prefix: str) -> dict[str, Tensor]:
     """Our parameter names -> the weights without any patch."""
-    weights = dict(patcher.model.named_parameters())
+    weights: dict[str, Tensor] = dict(patcher.model.named_parameters())
     plain = {key: backup.weight for key, backup in patcher.backup.items()}
     return {key.removeprefix(prefix): plain.get(key, weights[key]) for key in weights if key.startswith(prefix)}
 

@@ -50,11 +50,11 @@ class HostTransformer(ZImageTransformer):
         self.run_captions = _RunCaptions()
         for module in self.modules():
             if isinstance(module, Block):
-                module.gain = _gain
+                module.gain = _gain  # type: ignore[assignment]
             if isinstance(module, JointAttention):
-                module.norm_and_rotate = _norm_and_rotate
+                module.norm_and_rotate = _norm_and_rotate  # type: ignore[assignment]
 
-    def forward(self, x, timesteps, context, num_tokens=None, attention_mask=None, **kwargs):
+    def forward(self, x, timesteps, context, num_tokens=None, attention_mask=None, **kwargs):  # type: ignore[override]
         """Latents [B, 16, h, w], sigma [B], captions [B, L, cap_feat_dim] -> dlatents/dsigma [B, 16, h, w].
 
         The positional order is the native model's: wrappers installed by other nodes (EasyCache, ...) rely on it.
@@ -247,7 +247,8 @@ class ZImageModelConfig(comfy.supported_models.ZImage):
             }
         )
         self.sampling_settings = {"multiplier": 1.0, "shift": scheduler.shift}  # multiplier 1: the network gets sigma
-        self.memory_usage_factor = type(self).memory_usage_factor * config.dim / NATIVE_DIM
+        native: Any = type(self)
+        self.memory_usage_factor = native.memory_usage_factor * config.dim / NATIVE_DIM
         if folder := snapshot_folder(path):  # a single file has the published factors, which are the host's defaults
             vae = Snapshot(folder).vae_config()
             self.latent_format.scale_factor = vae.scaling_factor

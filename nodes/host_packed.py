@@ -138,6 +138,8 @@ def _gguf_tensor(parts: list[Packed], shape: tuple[int, ...], compute_dtype: tor
 class _Quantised:
     """What layers with quantised weights need besides the host's own class."""
 
+    _parameters: dict[str, Any]
+
     def _apply(self, fn, recurse=True):
         for name, parameter in self._parameters.items():
             if parameter is not None:

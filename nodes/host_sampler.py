@@ -167,7 +167,7 @@ def run(
     except NotFinite as error:
         stage = str(error)
     _check_finite(guider, latents)
-    safe = guider.safe()
+    safe: Any = guider.safe()
 
     def compute() -> Tensor:
         # to be loaded before the host asks how much memory a step takes: that follows from the dtype in use
