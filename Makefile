@@ -33,8 +33,10 @@ test: setup ## the tests, two at a time, without the slow ones; or some, slow or
 test-all: setup ## every test, as before a release
 	@$(RUN) -m pytest $(ALL)
 
-check: setup ## lint, import floors, types
+check: setup ## lint, format, import floors, types
+	@mkdir -p build/types && ln -sfn "$(CURDIR)" build/types/zimage_pack
 	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
 	@$(RUN) -m pytest -q tests/test_floors.py
 	@$(RUN) -m mypy
 
