@@ -55,6 +55,8 @@ LONGEST = [
     "tests/nodes/test_vae.py",
     "tests/test_blocks.py",
     "tests/nodes/test_compile.py",
+    "tests/nodes/test_unread_encoder.py",
+    "tests/test_download.py",
 ]
 
 

@@ -140,12 +140,11 @@ def test_every_section_is_filled():
 # The command for a GPU
 
 
-@pytest.fixture(scope="module", params=["machine;step", pytest.param("every phase", marks=pytest.mark.slow)])
-def gpu_run(tmp_path_factory, request) -> Path:
-    """The folder of a run at toy size on the CPU, by the same code."""
+@pytest.fixture(scope="module")
+def gpu_run(tmp_path_factory) -> Path:
+    """The folder of a run at toy size on the CPU: every phase, by the same code."""
     out = tmp_path_factory.mktemp("gpu")
     command = [sys.executable, "-m", "benchmarks.gpu", "--toy", "--device", "cpu", "--out", str(out)]
-    command += [] if request.param == "every phase" else ["--phases", request.param]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert "every phase passed" in done.stdout.splitlines()[-1]
@@ -153,7 +152,6 @@ def gpu_run(tmp_path_factory, request) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpu_run", ["every phase"], indirect=True)
 def test_gpu_phases_compare_everybody(gpu_run):
     found = report.load(gpu_run)
     assert set(found) == {"machine", "nano", "step", "host", "autoencoder and encoder", "exact"}
@@ -177,6 +175,7 @@ def test_gpu_phases_compare_everybody(gpu_run):
     assert nano["LoRA", "float32"] < 1e-5 and nano["GGUF Q8_0, LoRA", "float32"] < 1e-4
 
 
+@pytest.mark.slow
 def test_gpu_results_go_into_the_document(gpu_run, tmp_path, monkeypatch):
     file = tmp_path / "RESULTS.md"
     file.write_text("<!-- gpu: written by the benchmark -->\nold\n<!-- end of gpu -->\n")

@@ -262,7 +262,7 @@ def as_on_a_gpu(model, *arguments) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", FEW_CASES)
-@pytest.mark.parametrize("way", [in_rows, as_on_a_gpu])
+@pytest.mark.parametrize("way", [in_rows, pytest.param(as_on_a_gpu, marks=pytest.mark.slow)])
 def test_compiled_equals_the_block_in_float32(compiled, monkeypatch, case, way):
     latents, t, cap_feats = given(case)
     ours = way(compiled, latents, t, cap_feats)

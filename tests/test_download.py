@@ -197,6 +197,7 @@ runpy.run_path(WORKER, run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_so_it_does_where_huggingface_hub_asks_by_requests(hub, folder, tmp_path, monkeypatch):
     script = tmp_path / "by_requests.py"
     script.write_text(f"WORKER = {str(download.WORKER)!r}\n{BY_REQUESTS}")

@@ -1,6 +1,6 @@
 """Loads tiny models under the host's command line flags, ours beside the stock loaders'; prints what it saw as JSON.
 
-python tests/nodes/flags.py [few | FLAG ...]
+python tests/nodes/flags.py [FLAG ...]
 
 Each row of flags is read by the host's own modules anew, in a process forked for it: most of them read flags when they
 are imported. "gpu" is a simulated Ampere card whose memory is the fake accelerator's. Stock models are of the host's
@@ -44,7 +44,6 @@ ROWS: list[list[str]] = [
     ["--fp8_e4m3fn-unet", "--bf16-text-enc", "--force-channels-last"],
     ["--disable-mmap", "--deterministic"],
 ]
-FEW = [["--disable-mmap", "--deterministic"], ["--force-fp32"]]
 GPU_ROWS: list[list[str]] = [
     ["--force-fp16"],
     ["--bf16-unet", "--bf16-vae", "--fp16-text-enc"],
@@ -66,9 +65,7 @@ def main() -> None:
     pack.host_clip._tokenizer = lambda _path: tokenizer
     z_image.ZImageTokenizer = lambda **_: None
     rows = [("cpu", ["--cpu", *row]) for row in ROWS] + [("gpu", row) for row in ROWS + GPU_ROWS]
-    if sys.argv[1:] == ["few"]:
-        rows = [("cpu", ["--cpu", *FEW[0]]), *(("gpu", row) for row in FEW)]
-    elif sys.argv[1:]:  # one row alone
+    if sys.argv[1:]:  # one row alone
         rows = [("cpu" if "--cpu" in sys.argv else "gpu", sys.argv[1:])]
     with tempfile.TemporaryDirectory() as folder:
         make_files(Path(folder))

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-FEW = 3  # rows
+pytestmark = pytest.mark.slow  # test_dtypes.py has flags of precision inside one process
 
 
-@pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.slow)])
-def report(pack, request) -> list[dict[str, Any]]:
-    """Of a few rows of flags, or of all; `pack` skips where there is no ComfyUI."""
-    command = [sys.executable, Path(__file__).with_name("flags.py"), *(["few"] if request.param == "few" else [])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+@pytest.fixture(scope="module")
+def report(pack) -> list[dict[str, Any]]:
+    """`pack` skips where there is no ComfyUI."""
+    script = Path(__file__).with_name("flags.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -52,21 +52,21 @@ def test_precision_and_devices_are_the_stock_loaders(report):
         assert (transformer, scaled, encoder, differing(found, "vae")) == ({}, {}, {}, {}), flags
 
 
-SEEN = [  # flags of a GPU, and what the transformer is stored and computed in under them
-    ([], "bfloat16", "bfloat16"),
-    (["--force-fp32"], "float32", "float32"),
-    (["--force-fp16"], "float16", "float16"),
-    (["--fp32-unet"], "float32", "float32"),
-    (["--fp64-unet"], "float64", "float64"),
-    (["--fp8_e4m3fn-unet"], "float8_e4m3fn", "bfloat16"),
-    (["--force-fp32", "--bf16-unet"], "bfloat16", "float32"),
-]
-
-
-def test_the_comparison_sees_the_flags(report):
-    for flags, stored, computed in SEEN[: 2 if len(report) == FEW else None]:
-        ours, _stock = row(report, "gpu", *flags)["transformer"]
-        assert (ours["stored"], ours["computed"]) == (f"torch.{stored} cpu", f"torch.{computed}"), flags
+@pytest.mark.parametrize(
+    "flags, stored, computed",
+    [
+        ([], "bfloat16", "bfloat16"),
+        (["--force-fp32"], "float32", "float32"),
+        (["--force-fp16"], "float16", "float16"),
+        (["--fp32-unet"], "float32", "float32"),
+        (["--fp64-unet"], "float64", "float64"),
+        (["--fp8_e4m3fn-unet"], "float8_e4m3fn", "bfloat16"),
+        (["--force-fp32", "--bf16-unet"], "bfloat16", "float32"),
+    ],
+)
+def test_the_comparison_sees_the_flags(report, flags, stored, computed):
+    ours, _stock = row(report, "gpu", *flags)["transformer"]
+    assert (ours["stored"], ours["computed"]) == (f"torch.{stored} cpu", f"torch.{computed}")
 
 
 def test_latents_come_out_as_from_the_stock_sampler(report):
@@ -74,8 +74,7 @@ def test_latents_come_out_as_from_the_stock_sampler(report):
         if "sampled" in found:
             ours, stock = found["sampled"]
             assert ours == stock and ours.endswith("True"), found["flags"]
-    if len(report) > FEW:
-        assert row(report, "cpu", "--fp16-intermediates")["sampled"][0].startswith("torch.float16")
+    assert row(report, "cpu", "--fp16-intermediates")["sampled"][0].startswith("torch.float16")
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])

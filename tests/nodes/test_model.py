@@ -156,7 +156,7 @@ def test_weight_dtype_is_kept_and_computed_in_float32_on_a_cpu(pack, comfy, inpu
     assert relative(predict(patcher, inputs), predict(exact, inputs)) < 1e-3
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sums_fit_half", [False, True])
 def test_float16_is_right_where_activations_exceed_it(pack, comfy, inputs, compiled, sums_fit_half):
     """Those of the nano model reach a million. Computed in float16 on a CPU, as elsewhere on a GPU without bfloat16."""

@@ -42,10 +42,9 @@ def converted(form: str, folder: Path) -> Path:
     return path
 
 
-FORMS = ["fp8", "fp8 without scales", "gguf", "float32"]
-
-
-@pytest.fixture(params=FORMS)
+@pytest.fixture(
+    params=["fp8", "gguf", *(pytest.param(form, marks=pytest.mark.slow) for form in ("fp8 without scales", "float32"))]
+)
 def load(pack, tmp_path, request):
     """A function that loads the encoder, and the file."""
     with torch.inference_mode(False):
