@@ -45,6 +45,7 @@ def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 
 # What takes longest, before the many small files, with which the processes come to their ends together.
 LONGEST = [
+    "tests/nodes/test_gpu_work.py",  # not long: after compiled tests in its process it counts more launches
     "tests/nano/test_model.py",
     "tests/host/",
     "tests/test_benchmarks.py",
