@@ -28,10 +28,10 @@ from typing import Any
 import torch
 
 from nano.export import TRANSFORMER_NAMES, renamed
-from zimage_core.checkpoint import open_component
 from zimage_core.config import TransformerConfig
-from zimage_core.detect import PUBLISHED_TRANSFORMER
-from zimage_core.transformer import ZImageTransformer
+from zimage_core.model.transformer import ZImageTransformer
+from zimage_core.weights.checkpoint import open_component
+from zimage_core.weights.identify import PUBLISHED_TRANSFORMER
 
 from . import results
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from zimage_core.config import CheckpointError, SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from zimage_core.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from zimage_core.errors import CheckpointError
 
 from .helpers import PUBLISHED
 

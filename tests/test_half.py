@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from zimage_core import half, transformer
-from zimage_core.checkpoint import open_component
-from zimage_core.transformer import Block, ZImageTransformer
+from zimage_core.model import numerics, transformer
+from zimage_core.model.transformer import Block, ZImageTransformer
+from zimage_core.weights.checkpoint import open_component
 
 from . import test_blocks
 from .test_blocks import relative
@@ -131,10 +131,10 @@ def test_where_nothing_overflows_it_is_no_further_from_float32(model, monkeypatc
 def test_a_sum_beyond_float16_is_carried_in_float32(model, compiled):
     """Gains that make what a block adds larger than float16 holds; a probe of the weights tells."""
     exact = copy.deepcopy(model).requires_grad_(False)
-    assert half.largest_sum(exact.get_parameter, exact.config) < half.SUM_FITS
+    assert numerics.largest_sum(exact.get_parameter, exact.config) < numerics.SUM_FITS
     for block in exact.layers:
         block.ffn_norm2.weight *= 2e4
-    assert half.largest_sum(exact.get_parameter, exact.config) > half.SUM_FITS
+    assert numerics.largest_sum(exact.get_parameter, exact.config) > numerics.SUM_FITS
     reference, ours = evaluated(exact, compiled=compiled)
     assert relative(ours, reference) <= 5e-3
     assert not evaluated(exact, sums_fit_half=True)[1].isfinite().all()
@@ -160,25 +160,25 @@ def test_no_token_exceeds_the_bound(model):
     with torch.no_grad():
         for case in ("one", "mixed lengths"):
             exact(*given(case))
-    bound = half.largest_sum(exact.get_parameter, exact.config)
+    bound = numerics.largest_sum(exact.get_parameter, exact.config)
     assert 0.02 * bound < max(found) <= bound
 
 
 def test_loading_in_float16_probes_the_weights(monkeypatch):
     component = open_component(NANO, "transformer")
     assert component.build(dtype=torch.float16).sums_fit_half
-    monkeypatch.setattr(half, "SUM_FITS", 10.0)
+    monkeypatch.setattr(numerics, "SUM_FITS", 10.0)
     assert not component.build(dtype=torch.float16).sums_fit_half
 
 
 def test_a_gate_is_silu_wherever_float16_has_numbers():
     a = torch.arange(-32768, 32768).to(torch.int16).view(torch.float16)
     a = a[a.isfinite()]
-    ours = half.gated(a * half.SHRINK, torch.full_like(a, half.SHRINK))
-    exact = torch.nn.functional.silu(a.double()) * half.SHRINK_MLP
+    ours = numerics.gated(a * numerics.SHRINK, torch.full_like(a, numerics.SHRINK))
+    exact = torch.nn.functional.silu(a.double()) * numerics.SHRINK_MLP
     spacing = (exact.abs() * 2**-10).clamp(min=2.0**-24)  # at most what two float16 numbers differ by
     assert ((ours.double() - exact).abs() <= spacing).all()
-    assert half.gated(a, a).isfinite().float().mean() > 0.5
+    assert numerics.gated(a, a).isfinite().float().mean() > 0.5
 
 
 def test_a_changed_block_takes_part_in_float16(model):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from zimage_core import key_maps
 from zimage_core.config import TextEncoderConfig, TransformerConfig, VAEConfig
-from zimage_core.text_encoder import TextEncoder
-from zimage_core.transformer import ZImageTransformer
-from zimage_core.vae import AutoencoderKL
+from zimage_core.model.text_encoder import TextEncoder
+from zimage_core.model.transformer import ZImageTransformer
+from zimage_core.model.vae import AutoencoderKL
+from zimage_core.weights import key_maps
 
 from .helpers import PUBLISHED
 

@@ -84,7 +84,7 @@ def _users(pack: Any, prompt: Any, latent: dict[str, Any], steps: int) -> dict[s
 
     def load_ours() -> Any:
         path = f"diffusion_models/{FILE}"
-        names = pack.host.model_choices("transformer")
+        names = pack.bridge.folders.model_choices("transformer")
         return pack.loaders.ZImageTransformerLoader.execute(path if path in names else FILE, "default").args[0]
 
     def sample_ours(model: Any, seed: int, **more: Any) -> torch.Tensor:
@@ -99,7 +99,7 @@ def _users(pack: Any, prompt: Any, latent: dict[str, Any], steps: int) -> dict[s
         return nodes.KSampler().sample(*arguments)[0]["samples"]
 
     users: dict[str, Use] = {"ours": (load_ours, sample_ours), "stock": (load_stock, sample_stock)}
-    if CUDNN in pack.host_attention.choices():
+    if CUDNN in pack.bridge.attention.choices():
         users[f"ours, {CUDNN}"] = (load_ours, partial(sample_ours, attention=CUDNN))
     return users
 

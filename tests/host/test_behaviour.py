@@ -15,7 +15,7 @@ from host import Client, ExecutionFailed, PromptRejected, Server
 from safetensors.torch import save_file
 
 from zimage_core.config import TextEncoderConfig
-from zimage_core.text_encoder import TextEncoder
+from zimage_core.model.text_encoder import TextEncoder
 
 from ..helpers import NANO
 

@@ -33,7 +33,7 @@ def comfy(pack):
 @pytest.fixture(scope="session")
 def positive(pack):
     """An encoded prompt."""
-    return pack.host_clip.encode(pack.host_clip.load_clip(NANO, torch.float32), "a red circle on a blue background")
+    return pack.bridge.clip.encode(pack.bridge.clip.load_clip(NANO, torch.float32), "a red circle on a blue background")
 
 
 @pytest.fixture(autouse=True)

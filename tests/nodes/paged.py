@@ -111,7 +111,7 @@ def main() -> None:
 
 def results(pack, mm, path: Path) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """(predictions as the file is, with a change on top, and without it again; how the weights are kept)."""
-    patcher = pack.host_model.load_model(path)
+    patcher = pack.bridge.model.load_model(path)
     changed = patcher.clone()
     generator = torch.Generator().manual_seed(0)
     change = 0.1 * torch.randn(512, 192, generator=generator)
@@ -142,7 +142,7 @@ def predict(patcher) -> torch.Tensor:
 
 
 def features(pack, mm, path: Path) -> tuple[torch.Tensor, bool]:
-    clip = pack.host_clip.load_clip(path)
+    clip = pack.bridge.clip.load_clip(path)
     mm.load_models_gpu([clip.patcher])
     ids = torch.tensor([[5, 0, 17, 639, 3]]).to(clip.patcher.load_device)
     return clip.cond_stage_model.encoder(ids, dtype=torch.float32).to("cpu"), clip.patcher.is_dynamic()

@@ -45,10 +45,10 @@ def main() -> None:
 
 
 def load(pack):
-    clip = pack.host_clip.load_clip(NANO, torch.float32)
-    model = pack.host_model.load_model(NANO, torch.float32)
+    clip = pack.bridge.clip.load_clip(NANO, torch.float32)
+    model = pack.bridge.model.load_model(NANO, torch.float32)
     model.model.memory_usage_factor = 0  # activations are tiny here; the budget is for weights
-    return clip, model, pack.host_vae.ZImageVAE(NANO)
+    return clip, model, pack.bridge.vae.ZImageVAE(NANO)
 
 
 def encode(clip):
