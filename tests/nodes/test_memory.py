@@ -43,6 +43,16 @@ def test_full_and_partial_budgets_give_the_same_latents(report):
     assert all(run["difference"] <= 1e-5 for run in report["budgets"])
 
 
+@pytest.mark.parametrize("share", ["1.0", "0.5", "0.2"])
+def test_factors_of_a_lora_lie_beside_the_weights(report, share):
+    """Within what the weights may take; a step moves nothing but weights."""
+    run = report["LoRA"][share]
+    assert run["difference"] <= 1e-5 and run["loaded"] <= run["allowed"]
+    assert run["moved in a step"] <= run["weights left"]
+    assert run["weights left"] > 0 or share == "1.0"
+    assert run["live afterwards"] == 0
+
+
 def test_encoder_transformer_and_vae_evict_each_other(report):
     loaded = report["eviction"]["loaded"]
     assert loaded["encode"] == ["clip"]
