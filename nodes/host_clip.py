@@ -31,7 +31,7 @@ from ..zimage_core.checkpoint import (
 from ..zimage_core.prompt_cache import Stamp, stamps
 from ..zimage_core.text_encoder import LAYER, TextEncoder
 from ..zimage_core.tokenizer import Tokenizer
-from . import host, host_operations, host_packed, host_packed_patcher, host_prompts
+from . import host_files, host_operations, host_packed, host_packed_patcher, host_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -158,20 +158,26 @@ class HostTokenizer:
 
 
 def load_clip(
-    path: str | Path, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False
+    path: str | Path,
+    weight_dtype: torch.dtype | None = None,
+    cache_converted: bool = False,
+    disable_dynamic: bool = False,
 ) -> comfy.sd.CLIP:
     """A CLIP of a snapshot's text encoder and tokenizer, or of a single file with the host's Qwen tokenizer.
 
     weight_dtype: of the weights in memory, None the file's. No weight is read here: they stay mapped, and those that
-    have to be converted are left in the file until the encoder is loaded onto its device.
+    have to be converted are left in the file until the encoder is loaded onto its device. cache_converted: they are
+    mapped as well, from a file that is written for it.
     """
-    component = open_component(path, "text_encoder", mapped=host.maps_files())
+    component = open_component(path, "text_encoder", map_file=host_files.map_file())
     files = stamps(component.files.paths)
     config, tokenizer = component.config, HostTokenizer(_tokenizer(path))
     dtype = weight_dtype or component.dtype()
     if dtype.itemsize == 1:  # fp8 without scales: an Embedding can't look rows up in it
         dtype = torch.bfloat16
     quantised = weight_dtype is None and host_packed.keeps(component)
+    if cache_converted and not quantised:
+        component = host_files.cache_converted(component, dict.fromkeys(component.shapes, dtype))
     operations = host_operations.for_device(mm.text_encoder_device(), comfy.ops.manual_cast)
     build_device = torch.device("meta")
     if quantised:
@@ -197,7 +203,7 @@ def load_clip(
         model.fill()
     elif left:
         clip.patcher.__class__ = _filling(type(clip.patcher))
-    clip.patcher.cached_patcher_init = (load_clip_patcher, (str(path), weight_dtype))
+    clip.patcher.cached_patcher_init = (load_clip_patcher, (str(path), weight_dtype, cache_converted))
     return clip
 
 
@@ -315,5 +321,10 @@ def _tokenizer(path: str | Path) -> Tokenizer:
     return open_tokenizer(path) if snapshot_folder(path) else Tokenizer(QWEN_TOKENIZER)
 
 
-def load_clip_patcher(path: str, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False):
-    return load_clip(path, weight_dtype, disable_dynamic).patcher
+def load_clip_patcher(
+    path: str,
+    weight_dtype: torch.dtype | None = None,
+    cache_converted: bool = False,
+    disable_dynamic: bool = False,
+):
+    return load_clip(path, weight_dtype, cache_converted, disable_dynamic).patcher

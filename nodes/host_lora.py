@@ -13,7 +13,7 @@ from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ..zimage_core import adapters, lora
-from . import host
+from . import host, host_files
 
 # component -> what stands before our parameter names in the host's model (ours and its native Z-Image alike)
 PREFIXES = {"transformer": "diffusion_model.", "text_encoder": "qwen3_4b.transformer."}
@@ -114,7 +114,7 @@ def add_lora(
     patchers = {"transformer": model} if clip is None else {"transformer": model, "text_encoder": clip.patcher}
     weights = {kind: _weights(patcher, PREFIXES[kind]) for kind, patcher in patchers.items()}
     shapes = {kind: {key: tuple(weight.shape) for key, weight in of.items()} for kind, of in weights.items()}
-    opened = lora.open_lora(host.lora_path(name), shapes, mapped=host.maps_files())
+    opened = lora.open_lora(host.lora_path(name), shapes, map_file=host_files.map_file())
     report = [opened.report()]
     if clip is None and (words := _waiting(opened)):
         report.append(words)

@@ -27,7 +27,7 @@ from ..zimage_core.checkpoint import Component, Snapshot, open_component, schedu
 from ..zimage_core.config import SchedulerConfig, TransformerConfig
 from ..zimage_core.sampling import model_time, velocity
 from ..zimage_core.transformer import Block, Captions, JointAttention, ZImageTransformer, norm_and_rotate
-from . import host, host_operations, host_packed, host_packed_patcher
+from . import host, host_files, host_operations, host_packed, host_packed_patcher
 
 try:  # the host's kernel package; older ones lack these two
     from comfy_kitchen import rms_rope, rms_rope1
@@ -258,13 +258,15 @@ def load_model(
     path: str | Path,
     weight_dtype: torch.dtype | None = None,
     compiled: bool = False,
+    cache_converted: bool = False,
     disable_dynamic: bool = False,
 ):
     """A ModelPatcher of the transformer in a snapshot or single file, whose tensors stay mapped where nothing is cast.
 
     weight_dtype: of the weights in memory; None is the file's, fitted to the device. compiled: see `ZImageTransformer`.
+    cache_converted: weights that have to be cast or fused are mapped as well, from a file that is written for it.
     """
-    component, scheduler = open_component(path, "transformer", mapped=host.maps_files()), schedule_of(path)
+    component, scheduler = open_component(path, "transformer", map_file=host_files.map_file()), schedule_of(path)
     config = component.config
     model_config = ZImageModelConfig(path, config, scheduler)
     device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
@@ -281,7 +283,9 @@ def load_model(
         )
         model_config.custom_operations = host_operations.for_device(device)  # None: the host picks
         build_device = torch.device("meta")
-        weights = _state_dict(component, storage)
+        dtypes = _dtypes_in_memory(component, storage)
+        stored = host_files.cache_converted(component, dtypes) if cache_converted else component
+        weights = {name: stored.tensor(name, shape, dtype=dtypes[name]) for name, shape in component.shapes.items()}
     model_config.set_inference_dtype(storage, compute)
 
     model = ZImageModel(model_config, config, scheduler, build_device)
@@ -306,7 +310,7 @@ def load_model(
     captions = model.diffusion_model.run_captions
     patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, captions.begin)
     patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_CLEANUP, captions.end)
-    patcher.cached_patcher_init = (load_model, (str(path), weight_dtype, compiled))
+    patcher.cached_patcher_init = (load_model, (str(path), weight_dtype, compiled, cache_converted))
     return patcher
 
 
@@ -335,9 +339,9 @@ def _dtypes(
     return storage, None if compute == storage else compute
 
 
-def _state_dict(component: Component, storage: torch.dtype) -> dict[str, Tensor]:
-    """The weights in that dtype; of fp8 only the matrices, the rest is small and stays as it is."""
-    if storage not in FP8:
-        return component.state_dict(storage)
-    dtypes = {name: storage if len(shape) == 2 and "." in name else None for name, shape in component.shapes.items()}
-    return {name: component.tensor(name, component.shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
+def _dtypes_in_memory(component: Component, storage: torch.dtype) -> dict[str, torch.dtype | None]:
+    """Of each weight, None for the file's; only matrices become fp8, the rest is small and stays as it is."""
+    return {
+        name: storage if storage not in FP8 or (len(shape) == 2 and "." in name) else None
+        for name, shape in component.shapes.items()
+    }

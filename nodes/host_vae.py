@@ -28,7 +28,7 @@ from ..zimage_core import finite, vae_bands
 from ..zimage_core.checkpoint import open_component
 from ..zimage_core.finite import NotFinite
 from ..zimage_core.vae import AutoencoderKL
-from . import host
+from . import host_files
 
 LOW_MEMORY = ("auto", "on", "off")
 _low_memory: ContextVar[str] = ContextVar("low_memory", default="auto")  # of the call that is running
@@ -128,7 +128,7 @@ class ZImageVAE(comfy.sd.VAE):
     """Latents are raw, as on every LATENT socket: scale and shift belong to the MODEL's latent format."""
 
     def __init__(self, path: str | Path, disable_dynamic: bool = False):
-        component = open_component(path, "vae", mapped=host.maps_files())
+        component = open_component(path, "vae", map_file=host_files.map_file())
         config = component.config
         with _without_warning():
             super().__init__(sd={})  # sets the defaults of a picture VAE and ends where it finds no weights
