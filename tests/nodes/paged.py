@@ -1,4 +1,4 @@
-"""Runs models, quantized ones above all, in the host's dynamic patcher, with a toy in place of its paging library; prints JSON.
+"""Runs models, plain and quantized, in the host's dynamic patcher, a toy being its paging library; prints JSON.
 
 python tests/nodes/paged.py. The toy (see `Pages`) hands out memory of the fake accelerator, all of what is asked for or
 nothing: weights then stay on the device, or are sent there at each use. The native library runs on NVIDIA's only.
