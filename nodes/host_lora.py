@@ -71,7 +71,7 @@ class HostAdapter(comfy.weight_adapter.WeightAdapterBase):
 
 
 def _bring(patcher: ModelPatcher, device: torch.device | None = None, *_load: Any) -> None:
-    """After loading: what is added to a weight whenever that is used lies on the device, and counts as loaded.
+    """After loading: what is added to a weight whenever that is used lies on the device.
 
     Some weights leave to make room for it: they are sent ahead of their use from pinned memory, factors are not. Where
     there is none to be made, each use sends its factors.
@@ -89,7 +89,8 @@ def _bring(patcher: ModelPatcher, device: torch.device | None = None, *_load: An
         needed = _unmerged(patcher)  # those of the weights that left are more now
     for adapter in needed:
         adapter.bring(device)
-    patcher.model.model_loaded_weight_memory += size
+    if patcher.model.model_lowvram:  # else the host would take it for weights that it has loaded twice
+        patcher.model.model_loaded_weight_memory += size
 
 
 def _leave(patcher: ModelPatcher, *_detach: Any) -> None:

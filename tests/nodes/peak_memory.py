@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
 import two_devices  # noqa: E402
@@ -352,8 +351,6 @@ def waits_of_files(pack: Any, mm: Any, folder: Path) -> dict[str, Any]:
             sample_ours(pack, model, cond, side=16)
             assert model.loaded_size() == model.model_size()
             found[f"{form}, LoRA" if lora else form] = counts
-    keys = load_file(pack.host.lora_path(pack.host.NANO_LORA))
-    found["parts of the LoRA"] = sum(key.startswith("diffusion_model.") for key in keys)
     return found
 
 
