@@ -29,10 +29,10 @@ from typing import Any
 import torch
 
 from nano.export import TRANSFORMER_NAMES, renamed
-from zimage_core.checkpoint import open_component
 from zimage_core.config import TransformerConfig
-from zimage_core.detect import PUBLISHED_TRANSFORMER
-from zimage_core.transformer import ZImageTransformer
+from zimage_core.model.transformer import ZImageTransformer
+from zimage_core.weights.checkpoint import open_component
+from zimage_core.weights.identify import PUBLISHED_TRANSFORMER
 
 from . import results
 
@@ -124,13 +124,13 @@ def core(path: Path) -> Any:
 
 
 def our_nodes(path: Path) -> Any:
-    return _pack().host_model.load_model(path, torch.bfloat16)
+    return _pack().bridge.model.load_model(path, torch.bfloat16)
 
 
 def our_nodes_cached(path: Path) -> Any:
     pack = _pack()
     importlib.import_module("folder_paths").set_user_directory(str(path.parent / "user"))
-    return pack.host_model.load_model(path, torch.bfloat16, cache_converted=True)
+    return pack.bridge.model.load_model(path, torch.bfloat16, cache_converted=True)
 
 
 def comfyui(path: Path) -> Any:

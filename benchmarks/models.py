@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from nano.export import TRANSFORMER_NAMES, renamed
 from zimage_core.config import TransformerConfig
-from zimage_core.detect import PUBLISHED_TRANSFORMER
-from zimage_core.transformer import ZImageTransformer
+from zimage_core.model.transformer import ZImageTransformer
+from zimage_core.weights.identify import PUBLISHED_TRANSFORMER
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = {"dim": 1536, "n_heads": 12, "cap_feat_dim": 64}  # the narrowest that the host's own model can have
@@ -108,10 +108,10 @@ def native(ours: ZImageTransformer) -> nn.Module:
 
 def of_nodes(ours: ZImageTransformer, compiled: bool = False) -> nn.Module:
     """The network of our MODEL in the host, on these weights."""
-    host_model = pack(cpu=ours.x_embedder.weight.device.type == "cpu").host_model
+    bridge = pack(cpu=ours.x_embedder.weight.device.type == "cpu").bridge
     dtype = ours.x_embedder.weight.dtype
     operations = importlib.import_module("comfy.ops").disable_weight_init
-    model = host_model.HostTransformer(ours.config, operations=operations, device="meta", dtype=dtype)
+    model = bridge.model.HostTransformer(ours.config, operations=operations, device="meta", dtype=dtype)
     model.load_state_dict(ours.state_dict(), strict=True, assign=True)
     model.compiled = compiled
     return model.requires_grad_(False).eval()

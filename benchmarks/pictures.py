@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from zimage_core.config import VAEConfig
+from zimage_core.model.vae import AutoencoderKL
 from zimage_core.pipeline import ZImagePipeline
-from zimage_core.vae import AutoencoderKL
 
 from . import memory, models, results, timing
 from .loading import shapes_of, write_file

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from zimage_core import products
+from zimage_core.backends import matmul
 
 FILE = Path(__file__).with_name("RESULTS.md")
 ROOT = FILE.parents[1]
@@ -47,7 +47,7 @@ def machine() -> str:
         found = re.search(r"model name\s*: (.*)", info)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         kernels = torch.backends.cpu.get_cpu_capability()
-        kernels += " with bfloat16" if products.multiplies(torch.bfloat16) else ""
+        kernels += " with bfloat16" if matmul.multiplies(torch.bfloat16) else ""
         processor = found[1] if found else platform.processor()
         device = f"{processor} ({kernels}), {os.cpu_count()} cores, {memory:.0f} GB"
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "transformers")]

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zimage_core import products
+from zimage_core.backends import matmul
 from zimage_core.config import TransformerConfig
-from zimage_core.patchify import padded
+from zimage_core.model.patchify import padded
 
 from . import memory, models, results, timing
 
@@ -147,7 +147,7 @@ def matmul_rate(config: TransformerConfig, device: torch.device, dtype: torch.dt
     """Operations per second of a product as in the feed-forward, for this many tokens: the best way known here."""
     x = torch.randn(tokens, config.dim, device=device, dtype=dtype)
     weight = torch.randn(config.ffn_dim, config.dim, device=device, dtype=dtype)
-    ways = {"torch": lambda: torch.nn.functional.linear(x, weight), "ours": lambda: products.linear(x, weight)}
+    ways = {"torch": lambda: torch.nn.functional.linear(x, weight), "ours": lambda: matmul.linear(x, weight)}
     count = 1 if device.type == "cpu" else 20  # one alone would not fill a GPU's queue
 
     def products_in_a_row(way: Callable[[], Tensor]) -> float:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from zimage_core.config import TextEncoderConfig
-from zimage_core.text_encoder import TextEncoder
+from zimage_core.model.text_encoder import TextEncoder
 
 from . import memory, models, results, timing
 

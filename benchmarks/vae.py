@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from nano.export import published_vae
-from zimage_core import vae_bands
 from zimage_core.config import VAEConfig
-from zimage_core.vae import AutoencoderKL
+from zimage_core.model import vae_bands
+from zimage_core.model.vae import AutoencoderKL
 
 from . import memory, models, results, timing
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zimage_core.vae import AutoencoderKL
+from zimage_core.model.vae import AutoencoderKL
 
 from . import scenes
 from .optim import save_atomically

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zimage_core.config import TransformerConfig
-from zimage_core.scheduler import shifted
-from zimage_core.text_encoder import TextEncoder
-from zimage_core.tokenizer import Tokenizer
-from zimage_core.transformer import ZImageTransformer
+from zimage_core.model.text_encoder import TextEncoder
+from zimage_core.model.tokenizer import Tokenizer
+from zimage_core.model.transformer import ZImageTransformer
+from zimage_core.sampling.schedule import shifted
 
 from . import captions, latents, scenes, train_text
 from .optim import Average, Muon, Ranks, rate, save_atomically

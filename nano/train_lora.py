@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from zimage_core.model.tokenizer import Tokenizer
 from zimage_core.pipeline import ZImagePipeline
-from zimage_core.tokenizer import Tokenizer
 
 from . import captions, evaluate, latents, scenes, train_text
 from .optim import rate, save_atomically

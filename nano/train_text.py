@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zimage_core.config import TextEncoderConfig
-from zimage_core.text_encoder import TextEncoder
-from zimage_core.tokenizer import Tokenizer
+from zimage_core.model.text_encoder import TextEncoder
+from zimage_core.model.tokenizer import Tokenizer
 
 from . import captions, scenes
 from .optim import Ranks, rate, save_atomically

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zimage_core.config import VAEConfig
-from zimage_core.vae import AttentionBlock, AutoencoderKL, ResnetBlock
+from zimage_core.model.vae import AttentionBlock, AutoencoderKL, ResnetBlock
 
 from . import scenes
 from .optim import Average, Muon, Ranks, psnr, rate, save_atomically

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from . import host_clip
+from .bridge import clip as bridge_clip
 
 
 class ZImageTextEncode(io.ComfyNode):
@@ -43,4 +43,4 @@ class ZImageTextEncode(io.ComfyNode):
                 "There is no text encoder in `clip`: the loader before it found none (a checkpoint without one, "
                 "perhaps). Connect a ZImageTextEncoderLoader."
             )
-        return io.NodeOutput(host_clip.encode(clip, text, cache))
+        return io.NodeOutput(bridge_clip.encode(clip, text, cache))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from . import host, host_clip, host_model, host_vae
+from .bridge import clip, folders, vae
+from .bridge import model as bridge_model
 
 CATEGORY = "Z-Image"
 ALIASES = ["z-image", "zimage", "load", "checkpoint", "diffusers", "snapshot"]
@@ -19,7 +20,7 @@ DTYPE_TOOLTIP = "Precision of the weights in memory. default: as the file has th
 
 
 def _model_input(component: str) -> io.Combo.Input:
-    return io.Combo.Input("model", options=host.model_choices(component), tooltip=MODEL_TOOLTIP)
+    return io.Combo.Input("model", options=folders.model_choices(component), tooltip=MODEL_TOOLTIP)
 
 
 def _download_inputs() -> list[io.Input]:
@@ -85,14 +86,14 @@ class ZImageTransformerLoader(io.ComfyNode):
     def fingerprint_inputs(
         cls, model, weight_dtype, download=False, repository="", compile=False, cache_converted=False
     ):
-        return host.fingerprint(model, "transformer", repository)
+        return folders.fingerprint(model, "transformer", repository)
 
     @classmethod
     def execute(
         cls, model, weight_dtype, download=False, repository="", compile=False, cache_converted=False
     ) -> io.NodeOutput:
-        path = host.model_path(model, "transformer", repository, download)
-        return io.NodeOutput(host_model.load_model(path, WEIGHT_DTYPES[weight_dtype], compile, cache_converted))
+        path = folders.model_path(model, "transformer", repository, download)
+        return io.NodeOutput(bridge_model.load_model(path, WEIGHT_DTYPES[weight_dtype], compile, cache_converted))
 
 
 class ZImageTextEncoderLoader(io.ComfyNode):
@@ -115,12 +116,12 @@ class ZImageTextEncoderLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model, weight_dtype, download=False, repository="", cache_converted=False):
-        return host.fingerprint(model, "text_encoder", repository)
+        return folders.fingerprint(model, "text_encoder", repository)
 
     @classmethod
     def execute(cls, model, weight_dtype, download=False, repository="", cache_converted=False) -> io.NodeOutput:
-        path = host.model_path(model, "text_encoder", repository, download)
-        return io.NodeOutput(host_clip.load_clip(path, WEIGHT_DTYPES[weight_dtype], cache_converted))
+        path = folders.model_path(model, "text_encoder", repository, download)
+        return io.NodeOutput(clip.load_clip(path, WEIGHT_DTYPES[weight_dtype], cache_converted))
 
 
 class ZImageVAELoader(io.ComfyNode):
@@ -138,8 +139,8 @@ class ZImageVAELoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model, download=False, repository=""):
-        return host.fingerprint(model, "vae", repository)
+        return folders.fingerprint(model, "vae", repository)
 
     @classmethod
     def execute(cls, model, download=False, repository="") -> io.NodeOutput:
-        return io.NodeOutput(host_vae.ZImageVAE(host.model_path(model, "vae", repository, download)))
+        return io.NodeOutput(vae.ZImageVAE(folders.model_path(model, "vae", repository, download)))

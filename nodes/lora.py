@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from . import host, host_lora
+from .bridge import folders
+from .bridge import lora as bridge_lora
 
 CATEGORY = "Z-Image"
 
@@ -21,7 +22,7 @@ class ZImageLoraLoader(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The transformer, from a loader or another LoRA."),
                 io.Combo.Input(
-                    "lora", options=host.lora_choices(), tooltip="A .safetensors file in the host's models/loras."
+                    "lora", options=folders.lora_choices(), tooltip="A .safetensors file in the host's models/loras."
                 ),
                 io.Float.Input(
                     "strength",
@@ -56,9 +57,9 @@ class ZImageLoraLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora=None, strength=1.0, strength_clip=None, model=None, clip=None):
-        return (host.lora_fingerprint(lora), strength, strength_clip)
+        return (folders.lora_fingerprint(lora), strength, strength_clip)
 
     @classmethod
     def execute(cls, model, lora, strength, clip=None, strength_clip=None) -> io.NodeOutput:
         second = strength if strength_clip is None else strength_clip
-        return io.NodeOutput(*host_lora.add_lora(model, clip, lora, strength, second))
+        return io.NodeOutput(*bridge_lora.add_lora(model, clip, lora, strength, second))

@@ -6,8 +6,10 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..zimage_core.config import SchedulerConfig
-from ..zimage_core.scheduler import sigmas
-from . import convert, host_attention, host_sampler
+from ..zimage_core.sampling.schedule import sigmas
+from . import convert
+from .bridge import attention as bridge_attention
+from .bridge import sampler
 
 SAFE_RETRY_TOOLTIP = (
     "Numbers too large for the precision would end as a black picture. On: all steps are run once more, from the same "
@@ -93,8 +95,8 @@ class ZImageSampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "attention",
-                    options=host_attention.choices(),
-                    default=host_attention.AUTO,
+                    options=bridge_attention.choices(),
+                    default=bridge_attention.AUTO,
                     optional=True,
                     tooltip=(
                         "Which kernel computes attention. auto: ComfyUI's own, or on an NVIDIA GPU a faster exact one, "
@@ -125,7 +127,7 @@ class ZImageSampler(io.ComfyNode):
         cfg_truncation,
         denoise,
         negative=None,
-        attention=host_attention.AUTO,
+        attention=bridge_attention.AUTO,
         safe_retry=True,
     ) -> io.NodeOutput:
         if guidance_scale > 0 and negative is None:
@@ -133,11 +135,11 @@ class ZImageSampler(io.ComfyNode):
                 f"guidance_scale is {guidance_scale}, but nothing is connected to `negative`. Connect a "
                 "ZImageTextEncode (its text may be empty), or set guidance_scale to 0."
             )
-        config = host_sampler.scheduler_config(model)
-        latents = host_sampler.start_latents(model, latent_image)
-        latents = convert.checked_latents(latents, host_sampler.latent_channels(model))
+        config = sampler.scheduler_config(model)
+        latents = sampler.start_latents(model, latent_image)
+        latents = convert.checked_latents(latents, sampler.latent_channels(model))
         latents = convert.checked_cells(latents)
-        guider = host_sampler.make_guider(
+        guider = sampler.make_guider(
             model,
             positive,
             negative if guidance_scale > 0 else None,
@@ -147,7 +149,7 @@ class ZImageSampler(io.ComfyNode):
             attention=attention,
         )
         levels = noise_levels(steps, denoise, config, latents)
-        samples = host_sampler.run(guider, latents, levels, seed, latent_image, safe_retry)
+        samples = sampler.run(guider, latents, levels, seed, latent_image, safe_retry)
         return io.NodeOutput(convert.latent_with(latent_image, samples))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from . import convert, host_vae
+from . import convert
+from .bridge import vae as bridge_vae
 
 SAFE_RETRY_TOOLTIP = (
     "Numbers too large for the autoencoder's precision would end as a black picture. On: it runs once more in float32; "
@@ -29,7 +30,7 @@ class ZImageVAEDecode(io.ComfyNode):
                 io.Latent.Input("samples", tooltip="The latents that a sampler gave."),
                 io.Combo.Input(
                     "low_memory",
-                    options=list(host_vae.LOW_MEMORY),
+                    options=list(bridge_vae.LOW_MEMORY),
                     default="auto",
                     optional=True,
                     tooltip=(
@@ -46,7 +47,7 @@ class ZImageVAEDecode(io.ComfyNode):
     def execute(cls, vae, samples, low_memory="auto", safe_retry=True) -> io.NodeOutput:
         _check_vae(vae)
         latents = convert.checked_latents(samples["samples"], vae.latent_channels)
-        return io.NodeOutput(host_vae.decode(vae, latents, low_memory, safe_retry))
+        return io.NodeOutput(bridge_vae.decode(vae, latents, low_memory, safe_retry))
 
 
 class ZImageVAEEncode(io.ComfyNode):
@@ -69,7 +70,7 @@ class ZImageVAEEncode(io.ComfyNode):
     @classmethod
     def execute(cls, vae, pixels, safe_retry=True) -> io.NodeOutput:
         _check_vae(vae)
-        return io.NodeOutput({"samples": host_vae.encode(vae, convert.checked_pixels(pixels), safe_retry)})
+        return io.NodeOutput({"samples": bridge_vae.encode(vae, convert.checked_pixels(pixels), safe_retry)})
 
 
 def _check_vae(vae) -> None:

@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch._inductor.config
 
-from zimage_core import fused, row_blocks, transformer
-from zimage_core.attention import attention
+from zimage_core.backends import compiled as fused
+from zimage_core.backends import cpu_rows
 from zimage_core.config import TransformerConfig
-from zimage_core.detect import PUBLISHED_TRANSFORMER
-from zimage_core.transformer import ZImageTransformer
+from zimage_core.model import transformer
+from zimage_core.model.attention import attention
+from zimage_core.model.transformer import ZImageTransformer
+from zimage_core.weights.identify import PUBLISHED_TRANSFORMER
 
 WIDTHS = {"dim": 96, "n_heads": 3, "axes_dims": (8, 12, 12), "cap_feat_dim": 40, "n_layers": 3, "n_refiner_layers": 2}
 # (caption lengths, latent height, latent width): 576 image tokens are several blocks of rows
@@ -61,32 +63,32 @@ def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return ((ours - reference).double().norm() / reference.double().norm()).item()
 
 
-SMALL = row_blocks.SMALL  # everything here is smaller, and whole batches run
+SMALL = cpu_rows.SMALL  # everything here is smaller, and whole batches run
 
 
 @pytest.fixture(autouse=True)
 def _small_ones_run_in_rows_too(monkeypatch):
-    monkeypatch.setattr(row_blocks, "SMALL", 0)
+    monkeypatch.setattr(cpu_rows, "SMALL", 0)
 
 
 @pytest.fixture
 def calls(monkeypatch) -> list[int | None]:
     """`kept` of each block that ran in rows."""
     found: list[int | None] = []
-    run = row_blocks.run
+    run = cpu_rows.run
 
     def counted(*arguments):
         found.append(arguments[7])
         return run(*arguments)
 
-    monkeypatch.setattr(row_blocks, "run", counted)
+    monkeypatch.setattr(cpu_rows, "run", counted)
     return found
 
 
 @pytest.mark.parametrize("small", [0, SMALL])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_block_in_float32(model, case, small, calls, monkeypatch):
-    monkeypatch.setattr(row_blocks, "SMALL", small)
+    monkeypatch.setattr(cpu_rows, "SMALL", small)
     latents, t, cap_feats = given(case)
     before = latents.clone(), [feats.clone() for feats in cap_feats]
     reference = as_module(model, latents, t, cap_feats)
@@ -100,7 +102,7 @@ def test_equals_the_block_in_float32(model, case, small, calls, monkeypatch):
 @pytest.mark.parametrize("small", [0, SMALL])
 def test_bfloat16_is_no_further_from_float32_than_the_block(small, monkeypatch):
     """Distances are summed over models and cases: a single one is luck."""
-    monkeypatch.setattr(row_blocks, "SMALL", small)
+    monkeypatch.setattr(cpu_rows, "SMALL", small)
     ours, theirs = 0.0, 0.0
     config = TransformerConfig(**{**PUBLISHED_TRANSFORMER, **WIDTHS, "in_channels": 16, "patch_size": 2})
     for seed in range(4):
@@ -145,7 +147,7 @@ def test_large_pictures_with_captions_of_different_lengths_run_one_by_one(model,
         return attention(q, k, v, mask)
 
     monkeypatch.setattr(transformer, "APART", latents.shape[2] * latents.shape[3] // 4)
-    monkeypatch.setattr(row_blocks, "suits", lambda *_: False)
+    monkeypatch.setattr(cpu_rows, "suits", lambda *_: False)
     with torch.inference_mode():
         for _ in range(2):  # rotations are kept from step to step, here as well
             assert relative(model(latents, t, captions, attention=noted), expected) <= 1e-6
@@ -186,7 +188,7 @@ def test_hook_sees_and_changes_the_tokens(model, case):
 
 def _hooked_module(model, latents, t, cap_feats, hook):
     with pytest.MonkeyPatch.context() as patched, torch.no_grad():
-        patched.setattr(row_blocks, "suits", lambda *_: False)
+        patched.setattr(cpu_rows, "suits", lambda *_: False)
         return model(latents, t, cap_feats, block_hook=hook)
 
 
@@ -256,7 +258,7 @@ def compiled(model: ZImageTransformer, monkeypatch) -> ZImageTransformer:
 def as_on_a_gpu(model, *arguments) -> torch.Tensor:
     """Whole batches through `fused.run`, as where row blocks don't suit."""
     with pytest.MonkeyPatch.context() as patched, torch.inference_mode():
-        patched.setattr(row_blocks, "suits", lambda *_: False)
+        patched.setattr(cpu_rows, "suits", lambda *_: False)
         return model(*arguments)
 
 
@@ -270,7 +272,7 @@ def test_compiled_equals_the_block_in_float32(compiled, monkeypatch, case, way):
 
 
 def test_small_ones_are_compiled_as_a_whole(compiled, monkeypatch, calls):
-    monkeypatch.setattr(row_blocks, "SMALL", SMALL)
+    monkeypatch.setattr(cpu_rows, "SMALL", SMALL)
     latents, t, cap_feats = given("batch")
     ours = in_rows(compiled, latents, t, cap_feats)
     monkeypatch.setattr(compiled, "compiled", False)
@@ -307,7 +309,7 @@ def test_no_compiler_is_a_warning_not_an_error(caplog):
 @pytest.mark.parametrize("small", [0, SMALL])
 def test_a_batch_of_small_pictures_goes_whole(model, small, monkeypatch):
     """Item by item it took 1.6 times as long: there as many calls as the arithmetic take time."""
-    monkeypatch.setattr(row_blocks, "SMALL", small)
+    monkeypatch.setattr(cpu_rows, "SMALL", small)
     batches = []
 
     def noted(q, k, v, mask=None):
@@ -395,7 +397,7 @@ def _no_global_hooks():
 @pytest.mark.parametrize("change", WAYS)
 def test_whatever_somebody_puts_into_a_block_counts(model, path, change, monkeypatch):
     """Whichever way blocks run, the result is that of the forwards, as in a training run."""
-    monkeypatch.setattr(row_blocks, "SMALL", SMALL if path == "small rows" else 0)
+    monkeypatch.setattr(cpu_rows, "SMALL", SMALL if path == "small rows" else 0)
     run = as_on_a_gpu if path == "compiled" else in_rows
     inputs = given("one")
     plain = run(model, *inputs)
@@ -454,8 +456,8 @@ def test_each_norm_has_its_own_eps(model):
 
 def test_a_default_device_does_not_matter(model):
     """What is kept between calls is made where the weights are, whoever calls first."""
-    row_blocks._constant.cache_clear()
+    cpu_rows._constant.cache_clear()
     latents, t, cap_feats = given("one")
     with torch.device("meta"):
-        row_blocks._constant(model.config.norm_eps)
+        cpu_rows._constant(model.config.norm_eps)
     assert in_rows(model, latents, t, cap_feats).isfinite().all()

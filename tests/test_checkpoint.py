@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zimage_core.checkpoint import CheckpointError, Snapshot
-from zimage_core.tensor_files import TensorFiles
+from zimage_core.errors import CheckpointError
+from zimage_core.weights.checkpoint import Snapshot
+from zimage_core.weights.tensor_files import TensorFiles
 
 from . import process_memory
 

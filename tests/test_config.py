@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from zimage_core.config import CheckpointError, SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from zimage_core.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from zimage_core.errors import CheckpointError
 
 PUBLISHED = json.loads(Path(__file__).with_name("published_configs.json").read_text())  # Z-Image Turbo's
 TURBO, QWEN, VAE, SCHEDULER = (PUBLISHED[part] for part in ("transformer", "text_encoder", "vae", "scheduler"))

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from zimage_core import converted
-from zimage_core.checkpoint import CheckpointError, Component, Snapshot, open_component
+from zimage_core.errors import CheckpointError
+from zimage_core.weights import converted
+from zimage_core.weights.checkpoint import Component, Snapshot, open_component
 
 from . import process_memory
 from .gguf_writing import linear_weights, write

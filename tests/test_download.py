@@ -17,9 +17,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from zimage_core import download
-from zimage_core.checkpoint import CheckpointError, Snapshot, open_component
-from zimage_core.download import DownloadError, Progress, Repository
+from zimage_core.errors import CheckpointError
+from zimage_core.hub import download
+from zimage_core.hub.download import DownloadError, Progress, Repository
+from zimage_core.weights.checkpoint import Snapshot, open_component
 
 from .hub import COMMIT, Hub, serve
 
@@ -146,7 +147,7 @@ def test_killed_in_the_middle_and_resumed(hub, folder):
     """SIGKILL leaves neither a file that looks complete nor a process that goes on."""
     hub.speed = 3e6
     script = (
-        "import sys; from pathlib import Path; from zimage_core import download;"
+        "import sys; from pathlib import Path; from zimage_core.hub import download;"
         f"download.fetch(download.Repository({NAME!r}), Path(sys.argv[1]), ['transformer'])"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(folder)], cwd=ROOT)
@@ -459,7 +460,7 @@ def test_two_processes_share_a_folder(hub, folder):
     """The second waits for the first, or takes what it has fetched; nothing is fetched twice or damaged."""
     hub.speed = 6e6
     script = (
-        "import sys; from pathlib import Path; from zimage_core import download;"
+        "import sys; from pathlib import Path; from zimage_core.hub import download;"
         f"download.fetch(download.Repository({NAME!r}), Path(sys.argv[1]), {list(ALL)!r})"
     )
     processes = [subprocess.Popen([sys.executable, "-c", script, str(folder)], cwd=ROOT) for _ in range(2)]

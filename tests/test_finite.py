@@ -11,10 +11,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zimage_core import finite, pipeline, prompt_cache
+from zimage_core import pipeline
 from zimage_core.__main__ import main
-from zimage_core.checkpoint import CheckpointError
+from zimage_core.diagnostics import finite
+from zimage_core.errors import CheckpointError
 from zimage_core.pipeline import ZImagePipeline
+from zimage_core.prompts import cache as prompt_cache
 
 NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
 PROMPT = "a red circle"

@@ -25,10 +25,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zimage_core import packed
-from zimage_core.checkpoint import CheckpointError, open_component
 from zimage_core.config import TransformerConfig
-from zimage_core.transformer import ZImageTransformer
+from zimage_core.errors import CheckpointError
+from zimage_core.model.transformer import ZImageTransformer
+from zimage_core.weights import packed
+from zimage_core.weights.checkpoint import open_component
 
 from . import gguf_writing, process_memory
 

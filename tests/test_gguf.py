@@ -15,13 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from zimage_core import gguf_types, lora, packed
-from zimage_core.checkpoint import CheckpointError, Snapshot, open_component
 from zimage_core.config import TransformerConfig
+from zimage_core.errors import CheckpointError
+from zimage_core.lora import files
+from zimage_core.model.transformer import ZImageTransformer
 from zimage_core.pipeline import ZImagePipeline
-from zimage_core.quantised import Weights
-from zimage_core.tensor_files import TensorFiles
-from zimage_core.transformer import ZImageTransformer
+from zimage_core.weights import gguf_dequant, packed
+from zimage_core.weights.checkpoint import Snapshot, open_component
+from zimage_core.weights.quantized import Weights
+from zimage_core.weights.tensor_files import TensorFiles
 
 from . import gguf_writing, process_memory
 from .traffic import Traffic
@@ -51,25 +53,25 @@ LLAMA_CPP = {
 
 
 def kinds() -> list[str]:
-    return [name for name in gguf_types.TYPES if name not in gguf_types.PLAIN]
+    return [name for name in gguf_dequant.TYPES if name not in gguf_dequant.PLAIN]
 
 
 @pytest.mark.parametrize("name", kinds())
 def test_types_expand_bit_for_bit_as_the_package_does(name):
     kind = getattr(gguf.GGMLQuantizationType, name)
-    entry = gguf_types.TYPES[name]
+    entry = gguf_dequant.TYPES[name]
     assert (entry.number, entry.values, entry.bytes) == (kind.value, *gguf.GGML_QUANT_SIZES[kind])
     raw = np.random.default_rng(0).integers(0, 256, (64, entry.bytes), dtype=np.uint8)
     with np.errstate(all="ignore"):
         expected = gguf.quants.dequantize(raw, kind)
-        found = gguf_types.expand(name, torch.from_numpy(raw), (64, entry.values)).numpy()
+        found = gguf_dequant.expand(name, torch.from_numpy(raw), (64, entry.values)).numpy()
     assert np.isfinite(expected).mean() > 0.5
     assert np.array_equal(found, expected, equal_nan=True)
 
 
 def test_all_types_of_the_package_are_known():
     readable = {kind.name for kind in gguf.quants._type_traits}
-    assert readable - gguf_types.TYPES.keys() - {"Q1_0"} == set()
+    assert readable - gguf_dequant.TYPES.keys() - {"Q1_0"} == set()
 
 
 def test_rare_types_ask_for_the_package(monkeypatch):
@@ -83,8 +85,8 @@ def test_rare_types_ask_for_the_package(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     raw = torch.zeros(66, dtype=torch.uint8)
     with pytest.raises(CheckpointError, match="IQ2_XXS need the gguf package: pip install gguf"):
-        gguf_types.expand("IQ2_XXS", raw, (1, 256))
-    assert gguf_types.expand("Q8_0", torch.zeros(34, dtype=torch.uint8), (1, 32)).shape == (1, 32)
+        gguf_dequant.expand("IQ2_XXS", raw, (1, 256))
+    assert gguf_dequant.expand("Q8_0", torch.zeros(34, dtype=torch.uint8), (1, 32)).shape == (1, 32)
 
 
 # What they cost. Bytes per weight with nothing in between: 3.1 of Q8_0 in bf16, 2.6 of Q4_K, 2.8 of Q6_K
@@ -92,12 +94,12 @@ def test_rare_types_ask_for_the_package(monkeypatch):
 
 def written() -> list[str]:
     """The types that are expanded here, not by the package."""
-    return [name for name, kind in gguf_types.TYPES.items() if kind.expand is not None]
+    return [name for name, kind in gguf_dequant.TYPES.items() if kind.expand is not None]
 
 
 def random_blocks(name: str, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(count)
-    return torch.randint(0, 256, (count * gguf_types.TYPES[name].bytes,), generator=generator, dtype=torch.uint8)
+    return torch.randint(0, 256, (count * gguf_dequant.TYPES[name].bytes,), generator=generator, dtype=torch.uint8)
 
 
 def same(one: Tensor, other: Tensor) -> bool:
@@ -108,21 +110,21 @@ def same(one: Tensor, other: Tensor) -> bool:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_every_way_of_expanding_gives_the_same_bits(name, dtype):
     """At once in another dtype, as a part of what somebody else compiles, and from bytes at an odd place."""
-    shape, raw = (8, gguf_types.TYPES[name].values), random_blocks(name, 8)
-    expected = gguf_types.expand(name, raw, shape).to(dtype)
-    assert same(gguf_types.expand(name, raw, shape, dtype), expected)
+    shape, raw = (8, gguf_dequant.TYPES[name].values), random_blocks(name, 8)
+    expected = gguf_dequant.expand(name, raw, shape).to(dtype)
+    assert same(gguf_dequant.expand(name, raw, shape, dtype), expected)
     if dtype == torch.bfloat16 and name in ("Q5_0", "Q4_K", "Q6_K", "IQ4_XS"):
         torch._dynamo.reset()
-        traced = torch.compile(gguf_types.expand, backend="eager", fullgraph=True, dynamic=False)
+        traced = torch.compile(gguf_dequant.expand, backend="eager", fullgraph=True, dynamic=False)
         assert same(traced(name, raw, shape, dtype), expected)
     odd = torch.cat([torch.zeros(1, dtype=torch.uint8), raw])[1:]
-    assert same(gguf_types.expand(name, odd, shape, dtype), expected)
+    assert same(gguf_dequant.expand(name, odd, shape, dtype), expected)
 
 
 @pytest.mark.parametrize("name, most", [("Q8_0", 6), ("Q4_K", 8), ("Q6_K", 8)])
 def test_compiled_is_one_pass_for_all_sizes_and_the_same_bits(name, most):
-    kind = gguf_types.TYPES[name]
-    compiled = gguf_types.Compiled(kind.expand)
+    kind = gguf_dequant.TYPES[name]
+    compiled = gguf_dequant.Compiled(kind.expand)
     torch._logging.set_logs(inductor_metrics=True)  # else inductor doesn't count
     torch._inductor.metrics.reset()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -141,22 +143,22 @@ def test_compiled_is_one_pass_for_all_sizes_and_the_same_bits(name, most):
 def test_uncompiled_moves_little_and_waits_for_nothing(name, most):
     shape = (256, 3840)
     with FakeTensorMode():
-        raw = torch.empty(gguf_types.size(name, shape), dtype=torch.uint8, device="cuda")
+        raw = torch.empty(gguf_dequant.size(name, shape), dtype=torch.uint8, device="cuda")
         with Traffic() as seen:
-            weight = gguf_types.expand(name, raw, shape, torch.bfloat16)
+            weight = gguf_dequant.expand(name, raw, shape, torch.bfloat16)
     assert seen.bytes / weight.numel() <= most and seen.peak / weight.numel() <= 3.5
     assert seen.copies == seen.waits == [] and weight.device.type == "cuda"
-    assert gguf_types.Compiled.works  # which was not tried on a tensor that is none
+    assert gguf_dequant.Compiled.works  # which was not tried on a tensor that is none
 
 
 def test_tables_stay_on_their_device():
-    gguf_types.expand("IQ4_NL", random_blocks("IQ4_NL", 2), (2, 32))
-    table = gguf_types._tables[torch.device("cpu")]
+    gguf_dequant.expand("IQ4_NL", random_blocks("IQ4_NL", 2), (2, 32))
+    table = gguf_dequant._tables[torch.device("cpu")]
     with FakeTensorMode():
-        raw = torch.empty(gguf_types.size("IQ4_XS", (2, 256)), dtype=torch.uint8, device="cuda")
-        gguf_types.expand("IQ4_XS", raw, (2, 256))
-    gguf_types.expand("IQ4_XS", random_blocks("IQ4_XS", 2), (2, 256))
-    assert list(gguf_types._tables.values()) == [table] and type(table) is Tensor
+        raw = torch.empty(gguf_dequant.size("IQ4_XS", (2, 256)), dtype=torch.uint8, device="cuda")
+        gguf_dequant.expand("IQ4_XS", raw, (2, 256))
+    gguf_dequant.expand("IQ4_XS", random_blocks("IQ4_XS", 2), (2, 256))
+    assert list(gguf_dequant._tables.values()) == [table] and type(table) is Tensor
 
 
 def test_where_nothing_can_be_compiled_it_is_said_once(monkeypatch, caplog):
@@ -165,11 +167,11 @@ def test_where_nothing_can_be_compiled_it_is_said_once(monkeypatch, caplog):
             raise RuntimeError("no compiler here")
         return blocks.to(dtype)
 
-    monkeypatch.setattr(gguf_types.Compiled, "works", True)
+    monkeypatch.setattr(gguf_dequant.Compiled, "works", True)
     blocks = torch.arange(64, dtype=torch.uint8).reshape(2, 32)
     for _ in range(2):
-        assert same(gguf_types.Compiled(program)(blocks, torch.float32), blocks.float())
-        assert not gguf_types.Compiled.works
+        assert same(gguf_dequant.Compiled(program)(blocks, torch.float32), blocks.float())
+        assert not gguf_dequant.Compiled.works
     (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"][:1]
     assert message.startswith("torch.compile does not work here, so GGUF weights are expanded without: ")
 
@@ -177,12 +179,12 @@ def test_where_nothing_can_be_compiled_it_is_said_once(monkeypatch, caplog):
 def test_parts_of_one_type_are_expanded_together():
     parts = [("Q8_0", (3, 64)), ("Q8_0", (2, 64)), ("Q4_0", (4, 64))]
     raws = [random_blocks(name, math.prod(shape) // 32) for name, shape in parts]
-    expected = [gguf_types.expand(name, raw, shape) for (name, shape), raw in zip(parts, raws, strict=True)]
+    expected = [gguf_dequant.expand(name, raw, shape) for (name, shape), raw in zip(parts, raws, strict=True)]
     with Traffic() as seen:
-        found = gguf_types.expand_stacked(parts, torch.cat(raws), torch.float32)
+        found = gguf_dequant.expand_stacked(parts, torch.cat(raws), torch.float32)
     assert torch.equal(found, torch.cat(expected))
     with Traffic() as again:
-        gguf_types.expand_stacked(parts[:2], torch.cat(raws[:2]), torch.float32)
+        gguf_dequant.expand_stacked(parts[:2], torch.cat(raws[:2]), torch.float32)
     assert again.launches < seen.launches
 
 
@@ -308,20 +310,20 @@ def test_lora_on_packed_weights(gguf_files, tmp_path):
         tensors[f"{module}.lora_A.weight"] = torch.randn(4, columns)
         tensors[f"{module}.lora_B.weight"] = torch.randn(rows, 4)
     save_file(tensors, tmp_path / "l.safetensors")
-    opened = lora.open_lora(tmp_path / "l.safetensors", lora.shapes_of(transformer=packed_model))
+    opened = files.open_lora(tmp_path / "l.safetensors", files.shapes_of(transformer=packed_model))
     assert opened.matched == len(tensors)
     before = {name: layer.weight for name, layer in packed.layers(packed_model).items()}
     raw = {name: buffer.clone() for name, buffer in packed_model.named_buffers()}
     plain = ZImageTransformer(packed_model.config)
     plain.load_state_dict(numbers(packed_model))
 
-    kept = [lora.add(model, "transformer", [(opened, 0.7)]) for model in (packed_model, plain)]
+    kept = [files.add(model, "transformer", [(opened, 0.7)]) for model in (packed_model, plain)]
     for name, layer in packed.layers(packed_model).items():
         torch.testing.assert_close(layer.weight, plain.get_parameter(name), rtol=1e-6, atol=1e-6)
     name = "layers.0.attention.qkv.weight"
     change = packed.layers(packed_model)[name].weight - before[name]
     assert change[:192].count_nonzero() == change[384:].count_nonzero() == 0 and change[192:384].count_nonzero()
-    lora.remove(packed_model, kept[0])
+    files.remove(packed_model, kept[0])
     for name, layer in packed.layers(packed_model).items():
         assert torch.equal(layer.weight, before[name])
     assert all(torch.equal(buffer, raw[name]) for name, buffer in packed_model.named_buffers())
@@ -399,8 +401,8 @@ def test_shapes_that_were_folded_are_restored(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    from zimage_core.quantised import Weights
-    from zimage_core.tensor_files import TensorFiles
+    from zimage_core.weights.quantized import Weights
+    from zimage_core.weights.tensor_files import TensorFiles
 
     weights = Weights(TensorFiles([tmp_path / "m.gguf"]), ["x"])
     assert weights.shapes() == {"x": (3, 2, 64)} and weights.read("x").shape == (3, 2, 64)

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from zimage_core import half, transformer
-from zimage_core.checkpoint import open_component
-from zimage_core.transformer import Block, ZImageTransformer
+from zimage_core.backends import half
+from zimage_core.model import numerics, transformer
+from zimage_core.model.transformer import Block, ZImageTransformer
+from zimage_core.weights.checkpoint import open_component
 
 from . import test_blocks
 from .test_blocks import relative
@@ -131,10 +132,10 @@ def test_where_nothing_overflows_it_is_no_further_from_float32(model, monkeypatc
 def test_a_sum_beyond_float16_is_carried_in_float32(model, compiled):
     """Gains that make what a block adds larger than float16 holds; a probe of the weights tells."""
     exact = copy.deepcopy(model).requires_grad_(False)
-    assert half.largest_sum(exact.get_parameter, exact.config) < half.SUM_FITS
+    assert numerics.largest_sum(exact.get_parameter, exact.config) < numerics.SUM_FITS
     for block in exact.layers:
         block.ffn_norm2.weight *= 2e4
-    assert half.largest_sum(exact.get_parameter, exact.config) > half.SUM_FITS
+    assert numerics.largest_sum(exact.get_parameter, exact.config) > numerics.SUM_FITS
     reference, ours = evaluated(exact, compiled=compiled)
     assert relative(ours, reference) <= 5e-3
     assert not evaluated(exact, sums_fit_half=True)[1].isfinite().all()
@@ -142,7 +143,7 @@ def test_a_sum_beyond_float16_is_carried_in_float32(model, compiled):
 
 def test_float32_tokens_of_float16_are_not_taken_for_float32(model, monkeypatch):
     """On a CPU those run in rows, large ones compiled as well."""
-    monkeypatch.setattr(test_blocks.row_blocks, "SMALL", 1)
+    monkeypatch.setattr(test_blocks.cpu_rows, "SMALL", 1)
     exact = copy.deepcopy(model).requires_grad_(False)
     for compiled in (False, True):
         assert relative(*reversed(evaluated(exact, compiled=compiled))) <= 3e-3
@@ -160,14 +161,14 @@ def test_no_token_exceeds_the_bound(model):
     with torch.no_grad():
         for case in ("one", "mixed lengths"):
             exact(*given(case))
-    bound = half.largest_sum(exact.get_parameter, exact.config)
+    bound = numerics.largest_sum(exact.get_parameter, exact.config)
     assert 0.02 * bound < max(found) <= bound
 
 
 def test_loading_in_float16_probes_the_weights(monkeypatch):
     component = open_component(NANO, "transformer")
     assert component.build(dtype=torch.float16).sums_fit_half
-    monkeypatch.setattr(half, "SUM_FITS", 10.0)
+    monkeypatch.setattr(numerics, "SUM_FITS", 10.0)
     assert not component.build(dtype=torch.float16).sums_fit_half
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from zimage_core import key_maps
 from zimage_core.config import TextEncoderConfig, TransformerConfig, VAEConfig
-from zimage_core.text_encoder import TextEncoder
-from zimage_core.transformer import ZImageTransformer
-from zimage_core.vae import AutoencoderKL
+from zimage_core.model.text_encoder import TextEncoder
+from zimage_core.model.transformer import ZImageTransformer
+from zimage_core.model.vae import AutoencoderKL
+from zimage_core.weights import key_maps
 
 PUBLISHED = json.loads(Path(__file__).with_name("published_configs.json").read_text())  # Z-Image Turbo's
 TURBO, QWEN, VAE, _ = (PUBLISHED[part] for part in ("transformer", "text_encoder", "vae", "scheduler"))

@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from zimage_core import adapters, lora
-from zimage_core.checkpoint import CheckpointError, Snapshot
+from zimage_core.errors import CheckpointError
+from zimage_core.lora import files as lora
+from zimage_core.lora import formulas
+from zimage_core.weights.checkpoint import Snapshot
 
 from .traffic import Traffic
 
@@ -323,7 +325,7 @@ def test_a_large_weight_is_changed_in_its_place(family, dtype):
     out, width = 10240, 3840
     with FakeTensorMode():
         kind = family.replace("DoRA by rows", "LoRA").replace("DoRA by columns", "LoRA")
-        adapter = adapters.Adapter(kind, large(family, out, width), 4.0)
+        adapter = formulas.Adapter(kind, large(family, out, width), 4.0)
         changes = [(lora.Target("transformer", "w", None, 1), adapter, strength) for strength in (0.5, 1.0)]
         weight = torch.empty(out, width, device="cuda", dtype=dtype)
         with Traffic() as seen:
@@ -423,7 +425,7 @@ def test_overlap_of_low_rank_changes_is_that_of_the_whole_matrices(tmp_path, tra
     dense = dataclasses.replace(
         files[1],
         adapters={
-            target: adapters.Adapter("diff", {"diff": adapter.change(weight, 1.0)})
+            target: formulas.Adapter("diff", {"diff": adapter.change(weight, 1.0)})
             for target, adapter in files[1].adapters.items()
         },
     )

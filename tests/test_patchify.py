@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zimage_core.patchify import padded, patchify, unpatchify
+from zimage_core.model.patchify import padded, patchify, unpatchify
 
 
 def test_a_token_is_row_column_channel_with_the_channel_fastest():

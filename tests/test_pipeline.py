@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from zimage_core import sampling
-from zimage_core.checkpoint import CheckpointError
+from zimage_core.errors import CheckpointError
 from zimage_core.pipeline import ZImagePipeline
+from zimage_core.sampling import loop
 
 NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
 SMALL = {"width": 64, "height": 32, "steps": 2}
@@ -65,7 +65,7 @@ def test_callback_and_cancellation(pipe):
     steps = []
     pipe.generate("a red circle", callback=lambda step, *_: steps.append(step), **SMALL)
     assert steps == [1, 2]
-    with pytest.raises(sampling.Cancelled):
+    with pytest.raises(loop.Cancelled):
         pipe.generate("a red circle", callback=lambda *_: False, **SMALL)
     assert pipe.generate("a red circle", **SMALL).shape == (1, 3, 32, 64)  # and it goes on working
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from zimage_core import products
+from zimage_core.backends import matmul
 
 FLOAT8 = torch.float8_e4m3fn
 DTYPES = [  # (of activations, of the weight, largest ||error|| / ||result|| beside the rounding of the inputs)
@@ -29,7 +29,7 @@ def processor(request, monkeypatch) -> str:
     if PROCESSORS[request.param].get("_onednn_is_faster") and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch comes without oneDNN")
     for name, answer in PROCESSORS[request.param].items():
-        monkeypatch.setattr(products, name, lambda *_, answer=answer: answer)
+        monkeypatch.setattr(matmul, name, lambda *_, answer=answer: answer)
     return request.param
 
 
@@ -46,7 +46,7 @@ def tensors(shape, width, rows):
 def test_equals_float64(processor, dtypes, shape, biased):
     x, weight, bias = tensors(*shape)
     x, weight, bias = x.to(dtypes[0]), weight.to(dtypes[1]), bias.to(dtypes[0]) if biased else None
-    result = products.linear(x, weight, bias)
+    result = matmul.linear(x, weight, bias)
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert result.dtype == x.dtype and result.shape == exact.shape
     assert (result.double() - exact).norm() / exact.norm() <= dtypes[2]
@@ -58,50 +58,50 @@ def test_short_products_are_float32s_where_the_processor_has_none(monkeypatch):
     x, weight, _ = tensors(*SHAPES[0])
     x, weight = x.bfloat16(), weight.bfloat16()
     called = []
-    panels = products._in_panels
-    monkeypatch.setattr(products, "_in_panels", lambda *given: called.append(given) or panels(*given))
-    monkeypatch.setattr(products, "_supports", lambda _: False)
+    panels = matmul._in_panels
+    monkeypatch.setattr(matmul, "_in_panels", lambda *given: called.append(given) or panels(*given))
+    monkeypatch.setattr(matmul, "_supports", lambda _: False)
     once = F.linear(x.double(), weight.double()).bfloat16()
-    result = products.linear(x, weight)
+    result = matmul.linear(x, weight)
     assert len(called) == 1
     assert (result != once).float().mean() < 0.02  # sums that fall between two values of bfloat16
-    monkeypatch.setattr(products, "_supports", lambda _: True)
-    products.linear(x, weight)
+    monkeypatch.setattr(matmul, "_supports", lambda _: True)
+    matmul.linear(x, weight)
     assert len(called) == 1
 
 
 def test_panels_cover_every_row_once(monkeypatch):
     """Also where the last one is short, and where a single row is more than a panel."""
-    monkeypatch.setattr(products, "PANEL", 100)
-    monkeypatch.setattr(products, "WHOLE", 1)
+    monkeypatch.setattr(matmul, "PANEL", 100)
+    monkeypatch.setattr(matmul, "WHOLE", 1)
     x, weight, bias = tensors((4,), 30, 11)
     with torch.no_grad():
         for width in (30, 7):
-            result = products._in_panels(x[:, :width], weight[:, :width].bfloat16(), bias)
+            result = matmul._in_panels(x[:, :width], weight[:, :width].bfloat16(), bias)
             exact = F.linear(x[:, :width], weight[:, :width].bfloat16().float(), bias)
             torch.testing.assert_close(result, exact)
 
 
 def test_gradients_go_torchs_way(processor):
     x, weight, bias = tensors(*SHAPES[0])
-    layer = products.Linear(1040, 1100)
+    layer = matmul.Linear(1040, 1100)
     layer.weight.data, layer.bias.data = weight, bias
     layer(x).sum().backward()
     torch.testing.assert_close(layer.weight.grad, x.sum(0).expand_as(weight), rtol=1e-4, atol=1e-4)
 
 
 def test_inside_torch_compile_torchs_own_is_used(monkeypatch):
-    monkeypatch.setattr(products, "_onednn_is_faster", lambda: pytest.fail("asked while compiling"))
+    monkeypatch.setattr(matmul, "_onednn_is_faster", lambda: pytest.fail("asked while compiling"))
     x, weight, _ = tensors(*SHAPES[0])
     with torch.no_grad():
-        compiled = torch.compile(products.linear, backend="eager", fullgraph=True)
+        compiled = torch.compile(matmul.linear, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(x, weight), F.linear(x, weight))
 
 
 def test_few_multiplications_are_not_worth_a_question(monkeypatch):
-    monkeypatch.setattr(products, "_is_ours", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(matmul, "_is_ours", lambda *_: pytest.fail("asked"))
     x, weight, _ = tensors(*SHAPES[3])
-    torch.testing.assert_close(products.linear(x, weight.bfloat16()), F.linear(x, weight.bfloat16().float()))
+    torch.testing.assert_close(matmul.linear(x, weight.bfloat16()), F.linear(x, weight.bfloat16().float()))
 
 
 @pytest.mark.parametrize(
@@ -110,5 +110,5 @@ def test_few_multiplications_are_not_worth_a_question(monkeypatch):
 def test_onednn_is_chosen_by_the_maker(monkeypatch, told, expected):
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         pytest.skip("this torch has no choice")
-    monkeypatch.setattr(products, "_processor", lambda: told)
-    assert products._onednn_is_faster.__wrapped__() is expected
+    monkeypatch.setattr(matmul, "_processor", lambda: told)
+    assert matmul._onednn_is_faster.__wrapped__() is expected

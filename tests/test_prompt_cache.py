@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from zimage_core.prompt_cache import STALE, PromptCache, key_of, stamps
+from zimage_core.prompts.cache import STALE, PromptCache, key_of, stamps
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

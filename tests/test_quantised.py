@@ -11,11 +11,12 @@ from comfy_kitchen.tensor import QuantizedTensor
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zimage_core.checkpoint import CheckpointError, Snapshot, open_component
 from zimage_core.config import TransformerConfig
+from zimage_core.errors import CheckpointError
+from zimage_core.model.transformer import ZImageTransformer
 from zimage_core.pipeline import ZImagePipeline
-from zimage_core.quantised import Packed
-from zimage_core.transformer import ZImageTransformer
+from zimage_core.weights.checkpoint import Snapshot, open_component
+from zimage_core.weights.quantized import Packed
 
 from .quantising import BLOCKS, block_quantise, quantise, with_markers
 

@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from zimage_core import rope
-from zimage_core.rope import caption_positions, image_positions, rotate, rotations
+from zimage_core.model import rope
+from zimage_core.model.rope import caption_positions, image_positions, rotate, rotations
 
 
 def test_positions():

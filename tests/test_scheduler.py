@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from zimage_core.config import SchedulerConfig
-from zimage_core.scheduler import euler_step, sigmas
+from zimage_core.sampling.schedule import euler_step, sigmas
 
 TURBO = SchedulerConfig(3.0, False, 0.5, 1.15, 256, 4096)
 BASE = SchedulerConfig(6.0, False, 0.5, 1.15, 256, 4096)

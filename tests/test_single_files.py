@@ -11,20 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from zimage_core import detect
-from zimage_core.checkpoint import (
-    CheckpointError,
-    Snapshot,
-    open_component,
-    open_tokenizer,
-    schedule_of,
-    snapshot_folder,
-)
 from zimage_core.config import TextEncoderConfig, TransformerConfig, VAEConfig
+from zimage_core.errors import CheckpointError
+from zimage_core.model.text_encoder import TextEncoder
+from zimage_core.model.transformer import ZImageTransformer
+from zimage_core.model.vae import AutoencoderKL
 from zimage_core.pipeline import ZImagePipeline
-from zimage_core.text_encoder import TextEncoder
-from zimage_core.transformer import ZImageTransformer
-from zimage_core.vae import AutoencoderKL
+from zimage_core.weights import identify
+from zimage_core.weights.checkpoint import Snapshot, open_component, open_tokenizer, schedule_of, snapshot_folder
 
 NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
 PUBLISHED = json.loads(Path(__file__).with_name("published_configs.json").read_text())
@@ -57,7 +51,7 @@ def same(kind: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", [native, diffusers])
-@pytest.mark.parametrize("kind, prefix", [(kind, prefix) for kind in KINDS for prefix in detect.PREFIXES[kind]])
+@pytest.mark.parametrize("kind, prefix", [(kind, prefix) for kind in KINDS for prefix in identify.PREFIXES[kind]])
 def test_each_layout_and_prefix(tmp_path, kind, layout, prefix):
     save_file(with_prefix(prefix, layout(kind)), tmp_path / "m.safetensors", metadata(kind))
     same(kind, tmp_path / "m.safetensors")
@@ -185,8 +179,8 @@ def published_shapes(kind: str) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_shapes_give_the_published_config(kind):
-    expected = detect.CONFIGS[kind].from_dict(PUBLISHED[kind], "config.json")
-    assert detect.config(kind, published_shapes(kind), {}, "m.safetensors") == expected
+    expected = identify.CONFIGS[kind].from_dict(PUBLISHED[kind], "config.json")
+    assert identify.config(kind, published_shapes(kind), {}, "m.safetensors") == expected
 
 
 # Files of other models
@@ -233,7 +227,7 @@ def refusal(tmp_path: Path, kind: str, tensors: dict[str, tuple[int, ...]]) -> s
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_models_are_named(tmp_path, kind, keys, words):
     message = refusal(tmp_path, kind, dict.fromkeys(keys, (1,)))
-    for word in (*words, "Z-Image" if kind == "transformer" else detect.NODES[kind]):
+    for word in (*words, "Z-Image" if kind == "transformer" else identify.NODES[kind]):
         assert word in message
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from zimage_core import lora
-from zimage_core.checkpoint import open_component
-from zimage_core.config import CheckpointError
-from zimage_core.tensor_files import BITS, DTYPES, OTHERS, TensorFiles, map_safetensors, read_header
+from zimage_core.errors import CheckpointError
+from zimage_core.lora import files as lora
+from zimage_core.weights.checkpoint import open_component
+from zimage_core.weights.tensor_files import BITS, DTYPES, OTHERS, TensorFiles, map_safetensors, read_header
 
 from . import gguf_writing
 

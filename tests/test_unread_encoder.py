@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zimage_core import tokenizer
 from zimage_core.__main__ import main
-from zimage_core.checkpoint import CheckpointError, open_component, open_tokenizer, schedule_of
+from zimage_core.errors import CheckpointError
+from zimage_core.model import tokenizer
 from zimage_core.pipeline import ZImagePipeline
-from zimage_core.prompt_cache import PromptCache
+from zimage_core.prompts.cache import PromptCache
+from zimage_core.weights.checkpoint import open_component, open_tokenizer, schedule_of
 
 from .poisoning import poison
 

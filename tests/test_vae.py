@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zimage_core.vae import Upsample
+from zimage_core.model.vae import Upsample
 
 from .test_vae_bands import TINY, random_vae
 

@@ -12,11 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from zimage_core import vae_bands
-from zimage_core.checkpoint import open_component
 from zimage_core.config import VAEConfig
+from zimage_core.model import vae_bands
+from zimage_core.model.vae import AutoencoderKL
 from zimage_core.pipeline import ZImagePipeline
-from zimage_core.vae import AutoencoderKL
+from zimage_core.weights.checkpoint import open_component
 
 from . import process_memory
 

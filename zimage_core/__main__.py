@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import download
-from .checkpoint import CheckpointError, open_component
-from .download import Progress, Repository
+from .errors import CheckpointError
+from .hub import download
+from .hub.download import Progress, Repository
 from .pipeline import ZImagePipeline
-from .prompt_cache import PromptCache
+from .prompts.cache import PromptCache
+from .weights.checkpoint import open_component
 
 NANO = Path(__file__).resolve().parent.parent / "nano" / "snapshot"  # ships beside this package in a checkout
 FORMATS = {

@@ -11,9 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-
-class CheckpointError(ValueError):
-    """A model file or folder can't be used. The message names the file, what is wrong with it and what to do."""
+from .errors import CheckpointError
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,20 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import finite, lora, sampling, vae_bands
-from .checkpoint import CheckpointError, Component, open_component, open_tokenizer, schedule_of
 from .config import SchedulerConfig
-from .finite import NotFinite, named
-from .prompt_cache import PromptCache, key_of, stamps
-from .scheduler import sigmas
-from .text_encoder import TextEncoder
-from .tokenizer import MAX_LENGTH, Tokenizer
-from .transformer import ZImageTransformer
-from .vae import AutoencoderKL
+from .diagnostics import finite
+from .diagnostics.finite import NotFinite, named
+from .errors import CheckpointError
+from .lora import files as lora_files
+from .model import vae_bands
+from .model.text_encoder import TextEncoder
+from .model.tokenizer import MAX_LENGTH, Tokenizer
+from .model.transformer import ZImageTransformer
+from .model.vae import AutoencoderKL
+from .prompts.cache import PromptCache, key_of, stamps
+from .sampling import loop
+from .sampling.schedule import sigmas
+from .weights.checkpoint import Component, open_component, open_tokenizer, schedule_of
 
 Result = TypeVar("Result")
 
@@ -63,7 +67,7 @@ class ZImagePipeline:
         self.prompt_cache = prompt_cache
         self.safe_retry = safe_retry
         self._plain: dict[str, dict[str, Tensor]] = {}  # component -> the weights that LoRA changed, as they were
-        self._loras: list[tuple[lora.Lora, float]] = []
+        self._loras: list[tuple[lora_files.Lora, float]] = []
         self._encoder_loras: list[Any] = []  # those that change the text encoder, as they count for `prompt_cache`
         self.text_encoder = text_encoder
 
@@ -119,7 +123,7 @@ class ZImagePipeline:
             assert self._unread is not None
             with torch.inference_mode(False):  # else it could never be trained, as what is made in that mode can't
                 encoder = self._unread.build()
-                self._plain["text_encoder"] = lora.add(encoder, "text_encoder", self._loras)
+                self._plain["text_encoder"] = lora_files.add(encoder, "text_encoder", self._loras)
             self._text_encoder = encoder
         return self._text_encoder
 
@@ -129,20 +133,20 @@ class ZImagePipeline:
         self._text_encoder = None if isinstance(encoder, UnreadEncoder) else encoder
         self._plain.pop("text_encoder", None)
 
-    def set_loras(self, *files: tuple[str | Path, float]) -> list[lora.Lora]:
+    def set_loras(self, *files: tuple[str | Path, float]) -> list[lora_files.Lora]:
         """Puts exactly these LoRA files, each with its strength, onto transformer and text encoder; none takes all off.
 
         Returns what each holds; its `report()` tells what was matched. Raises `CheckpointError` for files of other
         models, and then changes nothing.
         """
-        shapes = lora.shapes_of(transformer=self.transformer, text_encoder=self._text_encoder)
+        shapes = lora_files.shapes_of(transformer=self.transformer, text_encoder=self._text_encoder)
         if self._unread is not None:
             shapes["text_encoder"] = self._unread.shapes
         before = stamps(path for path, _ in files)
-        opened = [(lora.open_lora(path, shapes), strength) for path, strength in files]
+        opened = [(lora_files.open_lora(path, shapes), strength) for path, strength in files]
         for kind, model in self._networks().items():
-            lora.remove(model, self._plain.pop(kind, {}))
-            self._plain[kind] = lora.add(model, kind, opened)
+            lora_files.remove(model, self._plain.pop(kind, {}))
+            self._plain[kind] = lora_files.add(model, kind, opened)
         self._loras = opened
         self._encoder_loras = [
             (stamp, strength)
@@ -172,7 +176,7 @@ class ZImagePipeline:
         batch_size: int = 1,
         max_prompt_tokens: int = MAX_LENGTH,
         output: Literal["image", "latents"] = "image",
-        callback: sampling.Callback | None = None,
+        callback: loop.Callback | None = None,
     ) -> Tensor:
         """Pictures [B, 3, height, width] float32 in 0..1, or scaled latents [B, 16, height/8, width/8].
 
@@ -212,7 +216,7 @@ class ZImagePipeline:
                 watched.saw(estimate)
                 return None if callback is None else callback(step, steps, latents, estimate)
 
-            sampled = sampling.denoise(
+            sampled = loop.denoise(
                 self.transformer,
                 latents.to(self.device),
                 levels,

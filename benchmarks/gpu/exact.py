@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zimage_core.transformer import ZImageTransformer
+from zimage_core.model.transformer import ZImageTransformer
 
 from .. import models, step
 from .report import Report

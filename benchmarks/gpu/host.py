@@ -78,7 +78,7 @@ def _users(pack: Any, prompt: Any, latent: dict[str, Any], steps: int) -> dict[s
 
     def load_ours() -> Any:
         path = f"diffusion_models/{FILE}"
-        names = pack.host.model_choices("transformer")
+        names = pack.bridge.folders.model_choices("transformer")
         return pack.loaders.ZImageTransformerLoader.execute(path if path in names else FILE, "default").args[0]
 
     def sample_ours(model: Any, seed: int) -> torch.Tensor:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zimage_core import vae_bands
-from zimage_core.checkpoint import Snapshot
+from zimage_core.model import vae_bands
 from zimage_core.pipeline import ZImagePipeline
+from zimage_core.weights.checkpoint import Snapshot
 
 from .. import models
 from .report import Report
@@ -107,29 +107,29 @@ def _nodes(
 
     report.table("nodes", ["what", "dtype", ">guidance", DIFFERS])
     for dtype in dtypes:
-        model = pack.host_model.load_model(SNAPSHOT, dtype)
+        model = pack.bridge.model.load_model(SNAPSHOT, dtype)
         for guidance in GUIDANCE:
             wanted = on_cpu.vae.unscale(expected(guidance))
             _judge(report, "nodes", "", dtype, guidance, sample(model, guidance), wanted)
-        changed, *_ = pack.lora.ZImageLoraLoader.execute(model, pack.host.NANO_LORA, 1.0).args
+        changed, *_ = pack.lora.ZImageLoraLoader.execute(model, pack.bridge.folders.NANO_LORA, 1.0).args
         wanted = on_cpu.vae.unscale(expected(2.0, True))
         _judge(report, "nodes", "LoRA", dtype, 2.0, sample(changed, 2.0, True), wanted)
     for name, path in files.items():
-        model = pack.host_model.load_model(path)
+        model = pack.bridge.model.load_model(path)
         computes = model.model.manual_cast_dtype or model.model.get_dtype()
         wanted = on_cpu.vae.unscale(expected(2.0, transformer=path))
         _judge(report, "nodes", name, computes, 2.0, sample(model, 2.0), wanted, limit=None)
-        changed, *_ = pack.lora.ZImageLoraLoader.execute(model, pack.host.NANO_LORA, 1.0).args
+        changed, *_ = pack.lora.ZImageLoraLoader.execute(model, pack.bridge.folders.NANO_LORA, 1.0).args
         wanted = on_cpu.vae.unscale(expected(2.0, True, path))
         _judge(report, "nodes", f"{name}, LoRA", computes, 2.0, sample(changed, 2.0, True), wanted, limit=None)
-    vae = pack.host_vae.ZImageVAE(SNAPSHOT)
+    vae = pack.bridge.vae.ZImageVAE(SNAPSHOT)
     given = on_cpu.vae.unscale(expected(0.0))
     picture = on_cpu.decode(expected(0.0)).permute(0, 2, 3, 1)
     for low_memory in ("off", "on"):
         found = pack.vae.ZImageVAEDecode.execute(vae, {"samples": given}, low_memory).args[0]
         what = "picture" if low_memory == "off" else "picture in bands"
         _judge(report, "nodes", what, vae.vae_dtype, 0.0, found, picture)
-    clip = pack.host_clip.load_clip(SNAPSHOT)
+    clip = pack.bridge.clip.load_clip(SNAPSHOT)
     ((found, _extra),) = pack.conditioning.ZImageTextEncode.execute(clip, PROMPT, cache=False).args[0]
     _judge(report, "nodes", "text features", torch.float32, 0.0, found, features[False][0][0][0])
 

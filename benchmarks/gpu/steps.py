@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from zimage_core.patchify import padded
+from zimage_core.model.patchify import padded
 
 from .. import models, step, timing
 from . import profile

@@ -15,7 +15,7 @@ from host import Client, ExecutionFailed, PromptRejected, Server
 from safetensors.torch import save_file
 
 from zimage_core.config import TextEncoderConfig
-from zimage_core.text_encoder import TextEncoder
+from zimage_core.model.text_encoder import TextEncoder
 
 NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
 BUILT_IN = "Z-Image-Nano (built in)"

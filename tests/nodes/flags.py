@@ -61,8 +61,8 @@ def main() -> None:
     pack = load_pack()
     import comfy.text_encoders.z_image as z_image
 
-    tokenizer = pack.host_clip._tokenizer(NANO)  # takes a second, and no flag is for it
-    pack.host_clip._tokenizer = lambda _path: tokenizer
+    tokenizer = pack.bridge.clip._tokenizer(NANO)  # takes a second, and no flag is for it
+    pack.bridge.clip._tokenizer = lambda _path: tokenizer
     z_image.ZImageTokenizer = lambda **_: None
     rows = [("cpu", ["--cpu", *row]) for row in ROWS] + [("gpu", row) for row in ROWS + GPU_ROWS]
     if sys.argv[1:]:  # one row alone
@@ -131,13 +131,13 @@ def look(pack: Any, folder: Path, flags: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with torch.inference_mode():
         for kind in ("transformer", "scaled"):
-            ours = pack.host_model.load_model(NANO if kind == "transformer" else folder / "our_scaled.safetensors")
+            ours = pack.bridge.model.load_model(NANO if kind == "transformer" else folder / "our_scaled.safetensors")
             with detected(kind):
                 stock = comfy.sd.load_diffusion_model(str(folder / f"stock_{kind}.safetensors"))
             found[kind] = [model(ours), model(stock)]
-        found["encoder"] = [encoder(pack.host_clip.load_clip(NANO)), encoder(stock_clip(folder))]
+        found["encoder"] = [encoder(pack.bridge.clip.load_clip(NANO)), encoder(stock_clip(folder))]
         weights = load_file(folder / "stock_vae.safetensors")
-        found["vae"] = [vae(pack.host_vae.ZImageVAE(NANO)), vae(comfy.sd.VAE(sd=weights, config=vae_config()))]
+        found["vae"] = [vae(pack.bridge.vae.ZImageVAE(NANO)), vae(comfy.sd.VAE(sd=weights, config=vae_config()))]
         if "--cpu" in flags:
             found["sampled"] = sampled(pack)
         if "--disable-mmap" in flags:
@@ -203,7 +203,7 @@ def sampled(pack: Any) -> list[str]:
     """Type and place of latents: our sampler's and the stock one's, on our model."""
     import nodes
 
-    loaded = pack.host_model.load_model(NANO)
+    loaded = pack.bridge.model.load_model(NANO)
     cond = [[torch.randn(1, 9, 128), {}]]
     ours = two_devices.sample(pack, loaded, cond)
     latent = {"samples": torch.zeros(1, 16, 8, 8)}
@@ -220,12 +220,12 @@ def survives(pack: Any, folder: Path, place: Path) -> bool:
     factors = {f"{name}.lora_A.weight": torch.ones(2, 192), f"{name}.lora_B.weight": torch.ones(192, 2)}
     factors |= {f"{te}.lora_A.weight": torch.ones(2, 128), f"{te}.lora_B.weight": torch.ones(128, 2)}
     save_file(factors, lora)
-    pack.host.lora_path = lambda _name: lora
+    pack.bridge.folders.lora_path = lambda _name: lora
     scaled = Path(shutil.copy(folder / "our_scaled.safetensors", place / "mine.safetensors"))
-    clip, loaded = pack.host_clip.load_clip(snapshot), pack.host_model.load_model(snapshot)
-    packed = pack.host_model.load_model(scaled)
-    autoencoder = pack.host_vae.ZImageVAE(snapshot)
-    patched = pack.host_lora.add_lora(loaded, clip, "lora", 1.0, 1.0)
+    clip, loaded = pack.bridge.clip.load_clip(snapshot), pack.bridge.model.load_model(snapshot)
+    packed = pack.bridge.model.load_model(scaled)
+    autoencoder = pack.bridge.vae.ZImageVAE(snapshot)
+    patched = pack.bridge.lora.add_lora(loaded, clip, "lora", 1.0, 1.0)
     for file in [lora, scaled, *snapshot.rglob("*.safetensors")]:
         file.write_bytes(b"")
     parts = [packed.model, loaded.model, clip.cond_stage_model, autoencoder.first_stage_model]

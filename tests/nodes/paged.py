@@ -25,7 +25,7 @@ from inside import load_pack  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from tests.nodes import test_packed  # noqa: E402
-from zimage_core.checkpoint import Snapshot  # noqa: E402
+from zimage_core.weights.checkpoint import Snapshot  # noqa: E402
 
 room = True  # for weights to stay on the device
 
@@ -152,7 +152,7 @@ def main() -> None:
 
 def results(pack, mm, path: Path) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """(predictions as the file is, with a change on top, and without it again; how the weights are kept)."""
-    patcher = pack.host_model.load_model(path, torch.float32 if path.stem == "plain" else None)
+    patcher = pack.bridge.model.load_model(path, torch.float32 if path.stem == "plain" else None)
     changed = patcher.clone()
     generator = torch.Generator().manual_seed(0)
     change = 0.1 * torch.randn(512, 192, generator=generator)
@@ -183,7 +183,7 @@ def predict(patcher) -> torch.Tensor:
 
 
 def features(pack, mm, path: Path) -> tuple[torch.Tensor, bool]:
-    clip = pack.host_clip.load_clip(path)
+    clip = pack.bridge.clip.load_clip(path)
     mm.load_models_gpu([clip.patcher])
     ids = torch.tensor([[5, 0, 17, 639, 3]]).to(clip.patcher.load_device)
     return clip.cond_stage_model.encoder(ids, dtype=torch.float32).to("cpu"), clip.patcher.is_dynamic()

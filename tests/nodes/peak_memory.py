@@ -67,8 +67,8 @@ def make_checkpoint(pack: Any, file: Path) -> None:
     from safetensors.torch import save_file
 
     from zimage_core.config import TransformerConfig
-    from zimage_core.detect import PUBLISHED_TRANSFORMER
-    from zimage_core.transformer import ZImageTransformer
+    from zimage_core.model.transformer import ZImageTransformer
+    from zimage_core.weights.identify import PUBLISHED_TRANSFORMER
 
     config = TransformerConfig(**{**PUBLISHED_TRANSFORMER, **TOY}, in_channels=16, patch_size=2)
     model = ZImageTransformer(config, dtype=torch.float32)
@@ -83,7 +83,7 @@ def make_checkpoint(pack: Any, file: Path) -> None:
 
 
 def load_ours(pack: Any, file: Path) -> Any:
-    return pack.host_model.load_model(file, torch.float32)
+    return pack.bridge.model.load_model(file, torch.float32)
 
 
 def load_native(_pack: Any, file: Path) -> Any:
@@ -208,7 +208,7 @@ def leaving(pack: Any, mm: Any, folder: Path) -> dict[str, Any]:
     clear(mm)
     # each model is held once, as the outputs of its loader are in the host's cache
     clip, model, vae = two_devices.load(pack)
-    clip = pack.host_clip.load_clip(larger_encoder(folder), torch.float32)
+    clip = pack.bridge.clip.load_clip(larger_encoder(folder), torch.float32)
     loaded = {"clip": clip, "model": model, "vae": vae}
     del clip, model, vae
     decode_ours(
@@ -232,7 +232,7 @@ def larger_encoder(folder: Path) -> Path:
     from safetensors.torch import save_file
 
     from zimage_core.config import TextEncoderConfig
-    from zimage_core.text_encoder import TextEncoder
+    from zimage_core.model.text_encoder import TextEncoder
 
     snapshot = Path(shutil.copytree(two_devices.NANO, folder / "larger"))
     config = snapshot / "text_encoder" / "config.json"
@@ -262,8 +262,8 @@ def left_over(pack: Any, mm: Any) -> dict[str, int]:
     measured("encoder", encode_ours, clip)
     cond = held[-1]
     measured("prompt cache", encode_ours, clip, "a blue star", cache=True)
-    known = pack.host_prompts.cache()
-    assert known.get(pack.host_prompts.key(clip, clip.tokenize("a blue star"))) is not None
+    known = pack.bridge.prompts.cache()
+    assert known.get(pack.bridge.prompts.key(clip, clip.tokenize("a blue star"))) is not None
     for attention in ("auto", "pytorch", "split"):
         measured(f"attention {attention}", sample_ours, model, cond, side=16, steps=1, attention=attention)
     other = encode_ours(pack, clip, "a green heart")
@@ -291,7 +291,7 @@ def waits_in_steps(pack: Any, mm: Any) -> dict[str, Any]:
         counts[-1] = {name: waits[name] + counts[-1][name] for name in waits}
         return out
 
-    registry = pack.host_attention.host_attention.REGISTERED_ATTENTION_FUNCTIONS
+    registry = pack.bridge.attention.host_attention.REGISTERED_ATTENTION_FUNCTIONS
     chosen: list[int] = []
     registry["flash"] = lambda *given, **more: chosen.append(len(counts)) or registry["pytorch"](*given, **more)
     found = {}
@@ -316,7 +316,7 @@ def waits_in_steps(pack: Any, mm: Any) -> dict[str, Any]:
 
 def between_steps(pack: Any, model: Any, cond: Any) -> dict[str, Any]:
     """Waits from one call of the transformer to the next, that call included; with and without a look for overflow."""
-    network, steps, found = model.model.diffusion_model, pack.host_sampler.finite.Steps, {}
+    network, steps, found = model.model.diffusion_model, pack.bridge.sampler.finite.Steps, {}
     forward, saw, at = network.forward, steps.saw, []
 
     def noting(*arguments: Any, **settings: Any) -> torch.Tensor:
@@ -342,10 +342,10 @@ def waits_of_files(pack: Any, mm: Any, folder: Path) -> dict[str, Any]:
     for form, path in {"plain": two_devices.NANO, **files}.items():
         for lora in (False, True) if path in files.values() else (True,):
             clear(mm)
-            model = pack.host_model.load_model(path)
+            model = pack.bridge.model.load_model(path)
             model.model.memory_usage_factor = 0
             if lora:
-                model = pack.lora.ZImageLoraLoader.execute(model, pack.host.NANO_LORA, 1.0).args[0]
+                model = pack.lora.ZImageLoraLoader.execute(model, pack.bridge.folders.NANO_LORA, 1.0).args[0]
             network = model.model.diffusion_model
             network.forward, counts = counting(network.forward)
             sample_ours(pack, model, cond, side=16)

@@ -13,8 +13,8 @@ TEXT = "two green stars on a white background"
 
 def restart(pack, comfy) -> None:
     """Forgets what is in memory."""
-    pack.host_prompts._cache.cache_clear()
-    pack.host_prompts._hashes.clear()
+    pack.bridge.prompts._cache.cache_clear()
+    pack.bridge.prompts._hashes.clear()
     comfy.model_management.unload_all_models()
 
 

@@ -15,13 +15,13 @@ NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
 
 @pytest.fixture(scope="module")
 def positive(pack):
-    return pack.host_clip.encode(pack.host_clip.load_clip(NANO, torch.float32), "a red circle on a blue background")
+    return pack.bridge.clip.encode(pack.bridge.clip.load_clip(NANO, torch.float32), "a red circle on a blue background")
 
 
 @pytest.fixture
 def parts(pack, positive) -> SimpleNamespace:
     """A model of its own for each test: what is found about attention is kept with the model."""
-    return SimpleNamespace(model=pack.host_model.load_model(NANO, torch.float32), positive=positive)
+    return SimpleNamespace(model=pack.bridge.model.load_model(NANO, torch.float32), positive=positive)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def sample(pack, parts):
 @pytest.fixture
 def registered(pack, monkeypatch):
     """Puts a backend into the host's registry, where an installed package would put it; counts its calls."""
-    registry = pack.host_attention.host_attention.REGISTERED_ATTENTION_FUNCTIONS
+    registry = pack.bridge.attention.host_attention.REGISTERED_ATTENTION_FUNCTIONS
 
     def register(name: str, change) -> list[tuple[int, ...]]:
         calls: list[tuple[int, ...]] = []
@@ -68,12 +68,12 @@ def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def test_choices_are_what_is_installed(pack, registered):
-    names = [item for item in pack.host_attention.choices() if item != "auto"]
+    names = [item for item in pack.bridge.attention.choices() if item != "auto"]
     assert names[0] == "pytorch" and {"sub_quad", "split"} <= set(names) and "sage" not in names
-    assert pack.host_attention.choices()[0] == "auto"
+    assert pack.bridge.attention.choices()[0] == "auto"
     registered("sage", lambda out: out)
     registered("comfy_kitchen_int8", lambda out: out)  # as newer hosts have it
-    assert pack.host_attention.choices() == ["auto", "pytorch", "sage", "sub_quad", "split", "comfy_kitchen_int8"]
+    assert pack.bridge.attention.choices() == ["auto", "pytorch", "sage", "sub_quad", "split", "comfy_kitchen_int8"]
 
 
 @pytest.mark.parametrize("name", ["pytorch", "sub_quad", "split", "auto"])
@@ -173,10 +173,10 @@ def test_no_size_of_a_run_is_left_to_plain_attention(pack, parts, registered, mo
     def plain(*_arguments, **_settings):
         raise AssertionError("plain attention")
 
-    monkeypatch.setattr(pack.host_attention, "_plain", lambda _device: plain)
+    monkeypatch.setattr(pack.bridge.attention, "_plain", lambda _device: plain)
     settings = {"scale": 2.0, "cfg_normalization": 0.0, "cfg_truncation": 1.0, "attention": "flash"}
-    guider = pack.host_sampler.make_guider(parts.model, **given, **settings)
-    pack.host_sampler.run(guider, torch.zeros(shape), torch.tensor([1.0, 0.5]), 3, {})
+    guider = pack.bridge.sampler.make_guider(parts.model, **given, **settings)
+    pack.bridge.sampler.run(guider, torch.zeros(shape), torch.tensor([1.0, 0.5]), 3, {})
     assert len(calls) > 10
 
 
@@ -197,7 +197,7 @@ def test_what_was_not_foreseen_takes_plain_attention(pack, sample, parts, regist
     model.set_model_unet_function_wrapper(lambda _apply_model, given: given["input"])
     sample("flash", 24, model=model)
     assert "attention 'flash' was asked for nothing that it was checked for" in caplog.text
-    choice = pack.host_attention.choose("flash", model, {})
+    choice = pack.bridge.attention.choose("flash", model, {})
     q = torch.randn(1, 2, 8, 4)
     mask = torch.zeros(1, 1, 1, 8, dtype=torch.bool)
     for settings in ({"mask": mask}, {"skip_output_reshape": True}):
@@ -213,18 +213,18 @@ def on(pack, monkeypatch):
     """Has the pack's choice of attention believe that it is on another device."""
 
     def simulate(cpu: bool, **answers: bool) -> None:
-        mm = SimpleNamespace(**vars(pack.host_attention.mm))
+        mm = SimpleNamespace(**vars(pack.bridge.attention.mm))
         mm.is_device_cpu = lambda _device: cpu
         for name, answer in answers.items():
             setattr(mm, name, lambda *_, answer=answer: answer)
-        monkeypatch.setattr(pack.host_attention, "mm", mm)
+        monkeypatch.setattr(pack.bridge.attention, "mm", mm)
 
     return simulate
 
 
 def test_torchs_attention_is_not_forced_where_the_host_avoids_it(pack, sample, on, monkeypatch, registered):
     """As on a Mac and most AMD cards: the host's own there is sub_quad, as it is here, and torch's is never called."""
-    ops = pack.host_attention.host_attention.comfy.ops
+    ops = pack.bridge.attention.host_attention.comfy.ops
     calls, torchs = [], ops.scaled_dot_product_attention
     monkeypatch.setattr(ops, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or torchs(*a, **k))
     expected = sample("pytorch")
@@ -251,11 +251,11 @@ def test_where_auto_tries_others(pack, on, registered, monkeypatch, nvidia, cuda
     registered("flash", lambda out: out)
     registered("comfy_kitchen_int8", lambda out: out)
     on(cpu=False, is_nvidia=nvidia, is_device_cuda=cuda, pytorch_attention_enabled=torchs)
-    assert pack.host_attention._tried(torch.device("cpu")) == tried
+    assert pack.bridge.attention._tried(torch.device("cpu")) == tried
 
 
 def test_auto_takes_the_fastest_that_passes(pack, parts, sample, registered, monkeypatch):
-    plain = pack.host_attention.host_attention.get_attention_function("pytorch")
+    plain = pack.bridge.attention.host_attention.get_attention_function("pytorch")
 
     def slow(*arguments, **settings):
         for _ in range(30):
@@ -264,17 +264,17 @@ def test_auto_takes_the_fastest_that_passes(pack, parts, sample, registered, mon
 
     quick = registered("flash", lambda out: out)
     wrong = registered("xformers", lambda out: out * 1.1)
-    monkeypatch.setattr(pack.host_attention, "_tried", lambda _device: ("flash", "xformers"))
-    monkeypatch.setattr(pack.host_attention, "_plain", lambda _device: slow)
-    monkeypatch.setattr(pack.host_attention, "WORTH_SECONDS", 1e9)
+    monkeypatch.setattr(pack.bridge.attention, "_tried", lambda _device: ("flash", "xformers"))
+    monkeypatch.setattr(pack.bridge.attention, "_plain", lambda _device: slow)
+    monkeypatch.setattr(pack.bridge.attention, "WORTH_SECONDS", 1e9)
     sample("auto")
     assert not quick and not wrong  # so short a run is not worth a trial
-    monkeypatch.setattr(pack.host_attention, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(pack.bridge.attention, "WORTH_SECONDS", 0.0)
     sample("auto")
-    trial = 1 + 1 + pack.host_attention.TIMED_CALLS
+    trial = 1 + 1 + pack.bridge.attention.TIMED_CALLS
     assert len(wrong) == 1 and len(quick) == trial + 3 * (parts.model.model.diffusion_model.config.n_layers - 1)
     assert {shape[-2] for shape in quick} == {96}  # what the others gain is not worth a plan for each
-    monkeypatch.setattr(pack.host_attention, "WORTH_SHARE", 1.0)
+    monkeypatch.setattr(pack.bridge.attention, "WORTH_SHARE", 1.0)
     quick.clear()
     sample("auto")
     assert not quick  # what gains too little is left alone
@@ -287,11 +287,11 @@ def test_auto_survives_without_memory_for_a_trial(pack, sample, registered, monk
 
     expected = sample("auto")
     registered("flash", fail)
-    monkeypatch.setattr(pack.host_attention, "_tried", lambda _device: ("flash",))
-    monkeypatch.setattr(pack.host_attention, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(pack.bridge.attention, "_tried", lambda _device: ("flash",))
+    monkeypatch.setattr(pack.bridge.attention, "WORTH_SECONDS", 0.0)
     if gone == "before":
-        monkeypatch.setattr(pack.host_attention, "_example", fail)
-        monkeypatch.setattr(pack.host_attention, "_times", {})
+        monkeypatch.setattr(pack.bridge.attention, "_example", fail)
+        monkeypatch.setattr(pack.bridge.attention, "_times", {})
     assert torch.equal(sample("auto"), expected)
 
 
@@ -311,7 +311,7 @@ def test_torchs_kernels_are_called_as_the_hosts_are(pack, monkeypatch, given, se
         call["skip_reshape"] = False
     if "mask" in settings:
         call["mask"] = torch.randn(24, 40, generator=generator).expand((2, 24, 40)[-settings["mask"] :])
-    expected = pack.host_attention.host_attention.get_attention_function("pytorch")(q, k, v, 4, **call)
+    expected = pack.bridge.attention.host_attention.get_attention_function("pytorch")(q, k, v, 4, **call)
     seen, torchs = [], F.scaled_dot_product_attention
 
     def recorded(*arguments, **more):
@@ -323,8 +323,8 @@ def test_torchs_kernels_are_called_as_the_hosts_are(pack, monkeypatch, given, se
             return F.scaled_dot_product_attention(*arguments, **more)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
-    monkeypatch.setattr(pack.host_attention.host_attention.comfy.ops, "scaled_dot_product_attention", as_on_a_gpu)
-    result = pack.host_attention._torch_kernel(SDPBackend.MATH, q, k, v, 4, **call)
+    monkeypatch.setattr(pack.bridge.attention.host_attention.comfy.ops, "scaled_dot_product_attention", as_on_a_gpu)
+    result = pack.bridge.attention._torch_kernel(SDPBackend.MATH, q, k, v, 4, **call)
     assert seen == [[SDPBackend.MATH]]
     assert result.shape == expected.shape and relative(result, expected) <= 1e-5
 
@@ -332,21 +332,21 @@ def test_torchs_kernels_are_called_as_the_hosts_are(pack, monkeypatch, given, se
 def test_what_ran_can_be_asked_and_plain_attention_forced(pack, parts, registered):
     calls = registered("flash", lambda out: out)
     settings = {"scale": 0.0, "cfg_normalization": 0.0, "cfg_truncation": 1.0, "attention": "flash"}
-    guider = pack.host_sampler.make_guider(parts.model, parts.positive, None, **settings)
+    guider = pack.bridge.sampler.make_guider(parts.model, parts.positive, None, **settings)
     options = guider.model_options["transformer_options"]
     start = torch.zeros(1, 16, 16, 16), torch.tensor([1.0, 0.5]), 3, {}
-    pack.host_sampler.run(guider, *start)
-    assert pack.host_attention.ran(options) == "attention 'flash'"
-    assert pack.host_attention.force_plain(options)
+    pack.bridge.sampler.run(guider, *start)
+    assert pack.bridge.attention.ran(options) == "attention 'flash'"
+    assert pack.bridge.attention.force_plain(options)
     calls.clear()
-    pack.host_sampler.run(guider, *start)
-    assert not calls and pack.host_attention.ran(options) == "attention 'pytorch'"
-    assert not pack.host_attention.force_plain(options)
-    host = pack.host_attention.host_attention.optimized_attention
-    name = next(n for n, f in pack.host_attention.host_attention.REGISTERED_ATTENTION_FUNCTIONS.items() if f is host)
+    pack.bridge.sampler.run(guider, *start)
+    assert not calls and pack.bridge.attention.ran(options) == "attention 'pytorch'"
+    assert not pack.bridge.attention.force_plain(options)
+    host = pack.bridge.attention.host_attention.optimized_attention
+    name = next(n for n, f in pack.bridge.attention.host_attention.REGISTERED_ATTENTION_FUNCTIONS.items() if f is host)
     others = {f"attention {name!r}": {}, "the attention of another node": {"optimized_attention_override": print}}
     for words, given in others.items():
-        assert pack.host_attention.ran(given).startswith(words) and not pack.host_attention.force_plain(given)
+        assert pack.bridge.attention.ran(given).startswith(words) and not pack.bridge.attention.force_plain(given)
 
 
 def test_what_is_not_installed_is_refused(sample):
@@ -443,13 +443,13 @@ def test_captions_are_dropped_after_an_error(sample, parts, refined):
 
 
 def test_compiled_model_agrees_also_with_a_lora_and_is_compiled_once(pack, parts, sample):
-    (model,) = pack.loaders.ZImageTransformerLoader.execute(pack.host.NANO, "fp32", compile=True).args
+    (model,) = pack.loaders.ZImageTransformerLoader.execute(pack.bridge.folders.NANO, "fp32", compile=True).args
     assert model.model.diffusion_model.compiled
     assert relative(sample(model=model), sample()) <= 1e-5
     graphs = _graphs()
-    name = pack.host.NANO_LORA
+    name = pack.bridge.folders.NANO_LORA
     with_lora, plain_with_lora = (
-        pack.host_lora.add_lora(patcher, None, name, 1.0, 1.0)[0] for patcher in (model, parts.model)
+        pack.bridge.lora.add_lora(patcher, None, name, 1.0, 1.0)[0] for patcher in (model, parts.model)
     )
     changed = sample(model=with_lora)
     assert relative(changed, sample(model=plain_with_lora)) <= 1e-5
@@ -497,12 +497,12 @@ BLOCKS = ["diffusion_model.layers.0", "diffusion_model.layers.1"]
 def test_no_choice_breaks_a_compiled_graph(pack, sample, compiled, registered, monkeypatch, attention, keys):
     """auto as on CUDA, where it chooses among several."""
     used = registered("flash", unseen)
-    monkeypatch.setattr(pack.host_attention, "_tried", lambda _device: ("flash", "split"))
-    monkeypatch.setattr(pack.host_attention, "WORTH_SECONDS", 0.0)
-    monkeypatch.setattr(pack.host_attention, "WORTH_SHARE", -1e9)
+    monkeypatch.setattr(pack.bridge.attention, "_tried", lambda _device: ("flash", "split"))
+    monkeypatch.setattr(pack.bridge.attention, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(pack.bridge.attention, "WORTH_SHARE", -1e9)
     model, counter = compiled(*keys)
     monkeypatch.setattr(
-        pack.host_attention, "_seconds", lambda backend, _size: float("backend" not in backend.__name__)
+        pack.bridge.attention, "_seconds", lambda backend, _size: float("backend" not in backend.__name__)
     )
     frames = []
     for _ in range(2):  # a further run needs no further graph
@@ -527,10 +527,10 @@ def test_another_choice_counts_for_a_compiled_model(sample, compiled, parts, reg
 
 
 def test_the_host_builds_a_compiled_model_anew_as_compiled(pack):
-    model = pack.host_model.load_model(NANO, torch.float32, compiled=True)
+    model = pack.bridge.model.load_model(NANO, torch.float32, compiled=True)
     factory, arguments = model.cached_patcher_init
     assert factory(*arguments, disable_dynamic=True).model.diffusion_model.compiled
-    assert not pack.host_model.load_model(NANO).model.diffusion_model.compiled
+    assert not pack.bridge.model.load_model(NANO).model.diffusion_model.compiled
 
 
 def _graphs() -> int:
@@ -543,13 +543,13 @@ def test_the_hosts_kernel_norms_and_rotates_as_we_do(pack, parts, dtype, batch, 
     """Its own fallback for a CPU, which is the same formula; on a GPU it is one pass."""
     model = parts.model.model.diffusion_model
     layer = model.layers[0].attention
-    assert layer.norm_and_rotate is pack.host_model._norm_and_rotate  # the host brings the kernel
+    assert layer.norm_and_rotate is pack.bridge.model._norm_and_rotate  # the host brings the kernel
     generator = torch.Generator().manual_seed(0)
     width = layer.q_norm.weight.shape[0]
     q, k = torch.randn(2, batch, 40, 3, width, generator=generator).to(dtype).unbind()
     places = 50 * torch.rand(1, 40, 3, generator=generator)
-    ours = pack.host_model._by_kernel
-    plain = pack.host_model.norm_and_rotate
+    ours = pack.bridge.model._by_kernel
+    plain = pack.bridge.model.norm_and_rotate
     with torch.inference_mode():
         given = (q[:, :queries], k, model._rotations(places), layer.q_norm, layer.k_norm)
         for result, expected in zip(ours(*given), plain(*given), strict=True):

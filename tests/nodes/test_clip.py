@@ -18,7 +18,7 @@ TEXT = "two green stars on a white background"
 
 @pytest.fixture
 def clip(pack):
-    return pack.host_clip.load_clip(NANO, torch.float32)
+    return pack.bridge.clip.load_clip(NANO, torch.float32)
 
 
 def encode(clip, text: str = TEXT) -> torch.Tensor:
@@ -95,7 +95,7 @@ def test_partly_loaded_encoder_gives_the_same(clip, share):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_weights_of_half_precision_compute_in_float32(pack, clip, dtype):
-    small = pack.host_clip.load_clip(NANO, dtype)
+    small = pack.bridge.clip.load_clip(NANO, dtype)
     assert {parameter.dtype for parameter in small.cond_stage_model.parameters()} == {dtype}
     features = encode(small)
     assert features.dtype == torch.float32

@@ -25,10 +25,12 @@ def model(pack):
     def core(module: str):
         return importlib.import_module(f"zimage_pack.zimage_core.{module}")
 
-    config = core("config").TransformerConfig(**{**core("detect").PUBLISHED_TRANSFORMER, "patch_size": 2, **SIZES})
+    config = core("config").TransformerConfig(
+        **{**core("weights.identify").PUBLISHED_TRANSFORMER, "patch_size": 2, **SIZES}
+    )
     operations = importlib.import_module("comfy.ops").disable_weight_init
     with torch.inference_mode(False), torch.no_grad():
-        model = pack.host_model.HostTransformer(config, operations=operations, device="cpu", dtype=torch.float32)
+        model = pack.bridge.model.HostTransformer(config, operations=operations, device="cpu", dtype=torch.float32)
         for parameter in model.requires_grad_(False).parameters():
             parameter.normal_(0, 0.1)
         torch._dynamo.reset()

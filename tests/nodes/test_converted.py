@@ -9,8 +9,12 @@ from .prompts import NANO
 
 
 def loaded(pack, cached: bool, dtype: str):
-    model = pack.loaders.ZImageTransformerLoader.execute(str(pack.host.NANO), dtype, cache_converted=cached).args[0]
-    clip = pack.loaders.ZImageTextEncoderLoader.execute(str(pack.host.NANO), dtype, cache_converted=cached).args[0]
+    model = pack.loaders.ZImageTransformerLoader.execute(
+        str(pack.bridge.folders.NANO), dtype, cache_converted=cached
+    ).args[0]
+    clip = pack.loaders.ZImageTextEncoderLoader.execute(
+        str(pack.bridge.folders.NANO), dtype, cache_converted=cached
+    ).args[0]
     return model, clip
 
 

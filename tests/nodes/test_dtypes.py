@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from zimage_core.checkpoint import open_component
+from zimage_core.weights.checkpoint import open_component
 
 from .prompts import NANO
 
@@ -84,13 +84,13 @@ def become(comfy, monkeypatch):
 
 def supported(pack) -> list[torch.dtype]:
     config = open_component(NANO, "transformer").config
-    return pack.host_model.ZImageModelConfig(NANO, config, SimpleNamespace(shift=3.0)).supported_inference_dtypes
+    return pack.bridge.model.ZImageModelConfig(NANO, config, SimpleNamespace(shift=3.0)).supported_inference_dtypes
 
 
 def ours(pack, stored: torch.dtype, device: torch.device, asked: torch.dtype | None = None):
     """(what weights are held in, what is computed in) of the published model."""
-    component = SimpleNamespace(dtype=lambda: stored, shapes={"all": (pack.host_prompts.PARAMETERS,)})
-    storage, cast = pack.host_model._dtypes(asked, component, supported(pack), device)
+    component = SimpleNamespace(dtype=lambda: stored, shapes={"all": (pack.bridge.prompts.PARAMETERS,)})
+    storage, cast = pack.bridge.model._dtypes(asked, component, supported(pack), device)
     return storage, cast or storage
 
 
@@ -111,7 +111,7 @@ def test_the_transformer(pack, comfy, become, name):
         computed = FP16 if stored == FP16 and compute in BITS16 else compute
         assert ours(pack, stored, device) == (expected, computed), stored
         for allowed in (False, True):
-            storage, computing = native(comfy, pack.host_prompts.PARAMETERS, stored, device, allowed)
+            storage, computing = native(comfy, pack.bridge.prompts.PARAMETERS, stored, device, allowed)
             assert computed in BITS16 or computing not in BITS16  # as fast
             assert expected.itemsize <= storage.itemsize or not comfy.model_management.supports_cast(device, storage)
             if storage == computing and computed in BITS16:  # nothing is cast at each use
@@ -139,14 +139,14 @@ def test_the_flags_of_the_host_decide(pack, comfy, become, monkeypatch, flag, ex
     """As for its own models, but that weights aren't held in more than the file has."""
     device = become(DEVICES["Ampere"][0])
     monkeypatch.setattr(comfy.model_management.args, flag, True)
-    storage, computing = native(comfy, pack.host_prompts.PARAMETERS, BF16, device, True)
+    storage, computing = native(comfy, pack.bridge.prompts.PARAMETERS, BF16, device, True)
     assert ours(pack, BF16, device) == expected
     assert computing == expected[1] and storage.itemsize >= expected[0].itemsize
 
 
 def test_the_matrices_of_any_file_are_held_in_fp8_where_the_flag_says_so(pack, comfy, monkeypatch):
     monkeypatch.setattr(comfy.model_management.args, "fp8_e4m3fn_unet", True)
-    weights = pack.host_model.load_model(NANO).model.diffusion_model.state_dict()
+    weights = pack.bridge.model.load_model(NANO).model.diffusion_model.state_dict()
     assert weights["layers.0.feed_forward.w1.weight"].dtype == FP8
     assert weights["layers.0.ffn_norm1.weight"].dtype == BF16 == weights["x_pad_token"].dtype
 
@@ -174,6 +174,6 @@ def test_the_text_encoder_as_the_host(pack, comfy, become, monkeypatch, name):
     """Weights as the file has them, each layer computes in float32."""
     become(DEVICES[name][0])
     monkeypatch.setattr(comfy.model_management, "text_encoder_device", lambda: torch.device("cpu"))
-    clip = pack.host_clip.load_clip(NANO)
+    clip = pack.bridge.clip.load_clip(NANO)
     assert clip.patcher.object_patches["manual_cast_dtype"] == FP32
     assert {parameter.dtype for parameter in clip.cond_stage_model.parameters()} == {BF16}

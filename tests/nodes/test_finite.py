@@ -19,17 +19,17 @@ HALF = torch.float16
 
 @pytest.fixture(scope="module")
 def positive(pack):
-    return pack.host_clip.encode(pack.host_clip.load_clip(NANO, torch.float32), "a red circle on a blue background")
+    return pack.bridge.clip.encode(pack.bridge.clip.load_clip(NANO, torch.float32), "a red circle on a blue background")
 
 
 @pytest.fixture(params=["ours", "native"])
 def model(request, pack, comfy):
     """A MODEL that computes in float16, as on a GPU, and on its weights a network whose last layer overflows there."""
     if request.param == "ours":
-        patcher = pack.host_model.load_model(NANO, HALF)
+        patcher = pack.bridge.model.load_model(NANO, HALF)
         patcher.model.manual_cast_dtype = None  # a CPU's default is to cast to float32
     else:
-        patcher = native_model.like(comfy, pack.host_model.load_model(NANO, HALF), HALF)
+        patcher = native_model.like(comfy, pack.bridge.model.load_model(NANO, HALF), HALF)
         assert type(patcher.model.diffusion_model).__name__ == "NextDiT"
     assert patcher.model.get_dtype_inference() == HALF
     enlarge(patcher.model.diffusion_model.final_layer.linear.weight)
@@ -128,7 +128,7 @@ def test_without_the_retry_an_error_says_what_would_help(sample, model, told):
 
 
 def test_a_card_that_computes_bfloat16_gets_it(pack, sample, model, told, monkeypatch):
-    monkeypatch.setattr(pack.host_sampler.mm, "should_use_bf16", lambda *_, **__: True)
+    monkeypatch.setattr(pack.bridge.sampler.mm, "should_use_bf16", lambda *_, **__: True)
     assert sample(model).isfinite().all()
     assert "in bfloat16 with" in told()[0]
 
@@ -167,7 +167,7 @@ def test_memory_is_asked_for_by_the_dtype_of_the_second_run(pack, comfy, sample,
 @pytest.fixture
 def failing(pack, monkeypatch):
     """A backend in the host's registry that passes every check and then gives NaN, in one call of the second step."""
-    registry = pack.host_attention.host_attention.REGISTERED_ATTENTION_FUNCTIONS
+    registry = pack.bridge.attention.host_attention.REGISTERED_ATTENTION_FUNCTIONS
     calls: list[int] = []
 
     def backend(q, *arguments, **settings):
@@ -180,7 +180,7 @@ def failing(pack, monkeypatch):
 
 
 def test_attention_that_gives_nan_is_replaced_by_plain_attention(pack, sample, told, failing):
-    model = pack.host_model.load_model(NANO, torch.float32)
+    model = pack.bridge.model.load_model(NANO, torch.float32)
     expected = sample(model, attention="pytorch")
     sample(model, attention="sage", steps=1)
     checked = len(failing.calls)
@@ -196,9 +196,9 @@ def test_attention_that_gives_nan_is_replaced_by_plain_attention(pack, sample, t
 
 
 def test_in_bfloat16_only_the_attention_changes_and_then_the_dtype(pack, sample, told, failing):
-    model = pack.host_model.load_model(NANO, torch.bfloat16)
+    model = pack.bridge.model.load_model(NANO, torch.bfloat16)
     model.model.manual_cast_dtype = None
-    guider = pack.host_sampler.make_guider(
+    guider = pack.bridge.sampler.make_guider(
         model,
         [[torch.zeros(1, 3, model.model.diffusion_model.cap_embedder[1].in_features), {}]],
         None,
@@ -241,7 +241,7 @@ def test_attention_of_another_node_stays_and_is_named(sample, model, told):
 
 
 def test_input_that_is_not_finite_is_named(pack, sample, positive, told):
-    model = pack.host_model.load_model(NANO, torch.float32)
+    model = pack.bridge.model.load_model(NANO, torch.float32)
     bad = [[positive[0][0] * float("nan"), positive[0][1]]]
     with pytest.raises(ValueError, match="`positive` holds values that are not finite"):
         sample(model, positive=bad)
@@ -262,12 +262,12 @@ def test_damage_is_named_without_a_second_run(sample, model, told):
 
 
 def test_damage_in_quantised_weights_is_named(pack, comfy):
-    layer = pack.host_packed.GGUFOperations.Linear(32, 2, bias=False, device="meta")
+    layer = pack.bridge.quantized.GGUFOperations.Linear(32, 2, bias=False, device="meta")
     parts = [SimpleNamespace(shape=(2, 32), format="Q8_0", tensors={"weight": torch.zeros(68, dtype=torch.uint8)})]
     parts[0].tensors["weight"].view(2, 34)[1, :2] = torch.tensor([0x00, 0x7E])  # the scale of a block: NaN
-    weight = pack.host_packed._gguf_tensor(parts, (2, 32), torch.float32)
+    weight = pack.bridge.quantized._gguf_tensor(parts, (2, 32), torch.float32)
     layer.load_state_dict({"weight": weight}, assign=True)
-    assert "weight of the transformer has values" in str(pack.host_sampler.finite.damaged(transformer=layer))
+    assert "weight of the transformer has values" in str(pack.bridge.sampler.finite.damaged(transformer=layer))
 
 
 # Text features
@@ -275,7 +275,7 @@ def test_damage_in_quantised_weights_is_named(pack, comfy):
 
 def test_a_text_encoder_in_float16_computes_in_float32(pack, user):
     """As the host has it do: nothing overflows, so there is nothing to retry."""
-    clip = pack.host_clip.load_clip(NANO, HALF)
+    clip = pack.bridge.clip.load_clip(NANO, HALF)
     for name in ("up_proj", "gate_proj"):
         enlarge(getattr(clip.cond_stage_model.encoder.model.layers[0].mlp, name).weight)
     ((features, _),) = pack.conditioning.ZImageTextEncode.execute(clip, "a red circle").args[0]
@@ -283,7 +283,7 @@ def test_a_text_encoder_in_float16_computes_in_float32(pack, user):
 
 
 def test_text_features_that_are_not_finite_are_told_and_never_kept(pack, user):
-    clip = pack.host_clip.load_clip(NANO, torch.float32)
+    clip = pack.bridge.clip.load_clip(NANO, torch.float32)
     layer = clip.cond_stage_model.encoder.model.layers[0]
     layer.mlp.forward = lambda x: x * float("inf")  # as a patch of another node
     with pytest.raises(ValueError, match="^the text encoder gave .* in float32 with plain attention, though"):
@@ -292,7 +292,7 @@ def test_text_features_that_are_not_finite_are_told_and_never_kept(pack, user):
 
 
 def test_features_that_float16_can_not_hold_begin_in_a_wider_dtype(pack, sample, positive, told):
-    model = pack.host_model.load_model(NANO, HALF)
+    model = pack.bridge.model.load_model(NANO, HALF)
     model.model.manual_cast_dtype = None
     wide = [[positive[0][0] * 1e6, positive[0][1]]]
     assert torch.equal(sample(model, positive=wide), sample(exact(model), positive=wide))
@@ -306,7 +306,7 @@ def test_features_that_float16_can_not_hold_begin_in_a_wider_dtype(pack, sample,
 def vae(request, pack, comfy, monkeypatch):
     """A VAE in float16, whose first convolutions overflow there."""
     monkeypatch.setattr(comfy.model_management, "vae_dtype", lambda *_, **__: HALF)
-    vae = pack.host_vae.ZImageVAE(NANO)
+    vae = pack.bridge.vae.ZImageVAE(NANO)
     if request.param == "native":
         vae = native_vae(comfy)
         assert type(vae.first_stage_model).__module__.startswith("comfy.")
@@ -334,7 +334,7 @@ def native_vae(comfy) -> Any:
 
 @pytest.mark.parametrize("low_memory", ["off", "on"])
 def test_a_vae_that_overflows_runs_in_float32(pack, vae, told, low_memory):
-    if low_memory == "on" and not isinstance(vae, pack.host_vae.ZImageVAE):
+    if low_memory == "on" and not isinstance(vae, pack.bridge.vae.ZImageVAE):
         pytest.skip("the host's own has no bands")
     samples = {"samples": torch.randn(2, 16, 2, 4, generator=torch.Generator().manual_seed(0))}
     (pictures,) = pack.vae.ZImageVAEDecode.execute(vae, samples, low_memory).args
@@ -358,7 +358,7 @@ def test_a_vae_that_overflows_runs_in_float32(pack, vae, told, low_memory):
 
 def test_an_infinity_that_clamping_would_hide_is_seen(pack, comfy, told, monkeypatch):
     monkeypatch.setattr(comfy.model_management, "vae_dtype", lambda *_, **__: HALF)
-    vae = pack.host_vae.ZImageVAE(NANO)
+    vae = pack.bridge.vae.ZImageVAE(NANO)
     enlarge(vae.first_stage_model.decoder.conv_out.weight)
     assert vae.decode(torch.ones(1, 16, 4, 4)).isfinite().all()  # white and black
     pack.vae.ZImageVAEDecode.execute(vae, {"samples": torch.ones(1, 16, 4, 4)})

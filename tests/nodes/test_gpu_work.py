@@ -32,13 +32,13 @@ def core(module: str):
 
 def config(layers: int, **settings):
     return core("config").TransformerConfig(
-        **{**core("detect").PUBLISHED_TRANSFORMER, **SIZES, "n_layers": layers, **settings}
+        **{**core("weights.identify").PUBLISHED_TRANSFORMER, **SIZES, "n_layers": layers, **settings}
     )
 
 
 def ours(pack, layers: int, dtype: torch.dtype, compiled: bool = False, sums_fit: bool = True):
     operations = importlib.import_module("comfy.ops").disable_weight_init
-    model = pack.host_model.HostTransformer(config(layers), operations=operations, device="cuda", dtype=dtype)
+    model = pack.bridge.model.HostTransformer(config(layers), operations=operations, device="cuda", dtype=dtype)
     model.compiled, model.sums_fit_half = compiled, sums_fit
     return model
 
@@ -72,7 +72,7 @@ def step(model, dtype: torch.dtype, batch: int = 1) -> fake_cuda.Work:
     x = torch.empty(batch, 16, 128, 128, device="cuda", dtype=dtype)
     captions = torch.empty(batch, TOKENS, SIZES["cap_feat_dim"], device="cuda", dtype=dtype)
     options = {"optimized_attention_override": fake_cuda.attention}
-    with fake_cuda.Work() as work, work.whole(core("fused").Compiled):
+    with fake_cuda.Work() as work, work.whole(core("backends.compiled").Compiled):
         model(x, torch.empty(batch, device="cuda"), captions, num_tokens=TOKENS, transformer_options=options)
     return work
 
@@ -116,7 +116,7 @@ def test_weights_in_another_dtype_are_cast_on_the_device(pack):
     """What is stored in float32 or on the way patched costs launches, and still no copies and no waits."""
     with on_cuda():
         operations = importlib.import_module("comfy.ops").manual_cast
-        model = pack.host_model.HostTransformer(config(2), operations=operations, device="cuda", dtype=torch.float32)
+        model = pack.bridge.model.HostTransformer(config(2), operations=operations, device="cuda", dtype=torch.float32)
         for norm in (model.layers[0].attention.q_norm, model.layers[0].attention_norm1):
             norm.weight_function = [lambda weight: 2 * weight]
         for model.compiled in (False, True):
@@ -126,7 +126,7 @@ def test_weights_in_another_dtype_are_cast_on_the_device(pack):
 
 def test_a_step_of_the_core_neither_copies_nor_waits(pack):
     with on_cuda():
-        transformer = core("transformer").ZImageTransformer(config(2), device="cuda", dtype=torch.bfloat16)
+        transformer = core("model.transformer").ZImageTransformer(config(2), device="cuda", dtype=torch.bfloat16)
         x = torch.empty(2, 16, 128, 128, device="cuda", dtype=torch.bfloat16)
         captions = [torch.empty(length, SIZES["cap_feat_dim"], device="cuda") for length in (40, 70)]
         with fake_cuda.Work() as work:
@@ -142,7 +142,7 @@ def test_norms_of_the_text_encoder_are_one_kernel(pack, dtype):
         for layers in (3, 2):  # of which the last is not built
             raw = {**json.loads(PUBLISHED.read_text())["text_encoder"], "num_hidden_layers": layers}
             encoder_config = core("config").TextEncoderConfig.from_dict(raw, "here")
-            encoder = core("text_encoder").TextEncoder(encoder_config, device="cuda", dtype=torch.bfloat16)
+            encoder = core("model.text_encoder").TextEncoder(encoder_config, device="cuda", dtype=torch.bfloat16)
             with fake_cuda.Work() as work:
                 encoder(torch.zeros(1, TOKENS, dtype=torch.long, device="cuda"), dtype=dtype)
             assert not work.copies and not work.waits

@@ -36,7 +36,7 @@ def models(pack, monkeypatch) -> Iterator[Path]:
     """Where the host looks for all kinds of models; everybody may read it."""
     folder_paths = importlib.import_module("folder_paths")
     kinds = ("zimage", "diffusers", "diffusion_models", "text_encoders", "vae", "checkpoints", "loras")
-    kinds += tuple(pack.host.GGUF_KINDS.values())
+    kinds += tuple(pack.bridge.folders.GGUF_KINDS.values())
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         for kind in kinds:
@@ -44,7 +44,7 @@ def models(pack, monkeypatch) -> Iterator[Path]:
             place.mkdir(exist_ok=True)
             monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(place)], {".safetensors", ".gguf"}))
         monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-        pack.host._skipped.clear()
+        pack.bridge.folders._skipped.clear()
         yield Path(folder)
         for path, _, _ in os.walk(folder):
             os.chmod(path, 0o755)
@@ -82,9 +82,9 @@ def test_folders_without_permission(pack, models, caplog):
         for _ in range(2):
             *loaders, _loras = schemas(pack)
         with pytest.raises(FileNotFoundError, match="There is no model 'Other'"):
-            pack.host.model_path("Other", "vae")
+            pack.bridge.folders.model_path("Other", "vae")
         with pytest.raises(FileNotFoundError):
-            pack.host.fingerprint("lost+found", "vae")
+            pack.bridge.folders.fingerprint("lost+found", "vae")
     assert all(choices[1:3] == ["Good", "Org/Model"] for choices in loaders)
     assert len(told(caplog, "lost+found", "Permission denied")) == len(told(caplog, "closed")) == 1
 
@@ -134,6 +134,6 @@ def test_files_where_the_host_gives_up(pack, models, caplog):
 def test_what_was_loaded_keeps_its_fingerprint(pack, models):
     """Unreadable entries inside a snapshot's own folders don't end the check whether it has changed."""
     shutil.copytree(NANO, models / "zimage" / "Mine")
-    before = pack.host.fingerprint("Mine", "vae")
+    before = pack.bridge.folders.fingerprint("Mine", "vae")
     (models / "zimage" / "Mine" / "vae" / "note").symlink_to("z" * 300)
-    assert pack.host.fingerprint("Mine", "vae") == before and before
+    assert pack.bridge.folders.fingerprint("Mine", "vae") == before and before

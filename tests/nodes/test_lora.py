@@ -19,8 +19,8 @@ WIDTH = 192
 
 @pytest.fixture(scope="module")
 def parts(pack) -> SimpleNamespace:
-    clip = pack.host_clip.load_clip(NANO, torch.float32)
-    return SimpleNamespace(model=pack.host_model.load_model(NANO, torch.float32), clip=clip)
+    clip = pack.bridge.clip.load_clip(NANO, torch.float32)
+    return SimpleNamespace(model=pack.bridge.model.load_model(NANO, torch.float32), clip=clip)
 
 
 @pytest.fixture
@@ -186,4 +186,4 @@ def test_a_changed_file_is_read_again(pack, folder):
     before = node.fingerprint_inputs(lora="plain.safetensors", strength=1.0)
     save_file({"a": random(1)}, folder / "plain.safetensors")
     assert node.fingerprint_inputs(lora="plain.safetensors", strength=1.0) != before
-    assert "plain.safetensors" in pack.host.lora_choices()
+    assert "plain.safetensors" in pack.bridge.folders.lora_choices()

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def patcher(pack):
-    return pack.host_model.load_model(NANO, torch.float32)
+    return pack.bridge.model.load_model(NANO, torch.float32)
 
 
 @pytest.fixture
@@ -55,8 +55,8 @@ def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
 def test_every_parameter_can_be_offloaded_and_cast(pack, patcher):
     modules = [
         patcher.model.diffusion_model,
-        pack.host_clip.load_clip(NANO).cond_stage_model,
-        pack.host_vae.ZImageVAE(NANO).first_stage_model,
+        pack.bridge.clip.load_clip(NANO).cond_stage_model,
+        pack.bridge.vae.ZImageVAE(NANO).first_stage_model,
     ]
     for module in modules:
         for name, part in module.named_modules():
@@ -67,9 +67,9 @@ def test_every_parameter_can_be_offloaded_and_cast(pack, patcher):
 
 def test_weights_are_not_copied_when_they_are_loaded(pack):
     """Tensors that need no cast or fusing share the file's mapping; nothing else of the model's size is held."""
-    patcher = pack.host_model.load_model(NANO)
+    patcher = pack.bridge.model.load_model(NANO)
     anonymous = process_memory.anonymous()
-    kept = [pack.host_model.load_model(NANO) for _ in range(8)]
+    kept = [pack.bridge.model.load_model(NANO) for _ in range(8)]
     gc.collect()
     size = patcher.model_size()
     fused = sum(p.nbytes for name, p in patcher.model.named_parameters() if name.endswith("qkv.weight"))
@@ -123,12 +123,12 @@ def test_layers_that_the_host_leaves_empty_until_they_are_loaded(pack, monkeypat
     if not hasattr(memory, "aimdo_enabled"):
         pytest.skip("this ComfyUI has no dynamic VRAM")
     text = "a red circle on a blue background"
-    plain = sample(pack, pack.host_model.load_model(NANO, torch.float32), conditioning(pack, text))
+    plain = sample(pack, pack.bridge.model.load_model(NANO, torch.float32), conditioning(pack, text))
     monkeypatch.setattr(memory, "aimdo_enabled", True)
     empty = importlib.import_module("comfy.ops").disable_weight_init.Linear(4, 4)
     if empty.weight is not None and not empty.weight.is_meta:
         pytest.skip("this ComfyUI builds its layers with their weights")
-    model, vae = pack.host_model.load_model(NANO, torch.float32), pack.host_vae.ZImageVAE(NANO)
+    model, vae = pack.bridge.model.load_model(NANO, torch.float32), pack.bridge.vae.ZImageVAE(NANO)
     assert torch.equal(sample(pack, model, conditioning(pack, text)), plain)
     assert torch.isfinite(vae.decode(plain)).all()
     for module in (model.model, vae.first_stage_model):
@@ -137,9 +137,9 @@ def test_layers_that_the_host_leaves_empty_until_they_are_loaded(pack, monkeypat
 
 def test_the_host_can_build_each_model_anew(pack):
     """Nodes that need another copy (compile on a dynamic host, several GPUs) call what cached_patcher_init names."""
-    model = pack.host_model.load_model(NANO, torch.float32)
-    clip = pack.host_clip.load_clip(NANO)
-    vae = pack.host_vae.ZImageVAE(NANO)
+    model = pack.bridge.model.load_model(NANO, torch.float32)
+    clip = pack.bridge.clip.load_clip(NANO)
+    vae = pack.bridge.vae.ZImageVAE(NANO)
     for patcher in (model, clip.patcher, vae.patcher):
         factory, arguments = patcher.cached_patcher_init[:2]
         again = factory(*arguments, disable_dynamic=True)
@@ -153,10 +153,10 @@ def test_the_host_can_build_each_model_anew(pack):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_weight_dtype_is_kept_and_computed_in_float32_on_a_cpu(pack, comfy, inputs, dtype):
-    patcher = pack.host_model.load_model(NANO, dtype)
+    patcher = pack.bridge.model.load_model(NANO, dtype)
     assert {p.dtype for p in patcher.model.diffusion_model.parameters()} == {dtype}
     comfy.model_management.load_models_gpu([patcher])
-    exact = pack.host_model.load_model(NANO, torch.float32)
+    exact = pack.bridge.model.load_model(NANO, torch.float32)
     comfy.model_management.load_models_gpu([exact])
     assert relative(predict(patcher, inputs), predict(exact, inputs)) < 1e-3
 
@@ -165,7 +165,10 @@ def test_weight_dtype_is_kept_and_computed_in_float32_on_a_cpu(pack, comfy, inpu
 @pytest.mark.parametrize("sums_fit_half", [False, True])
 def test_float16_is_right_where_activations_exceed_it(pack, comfy, inputs, compiled, sums_fit_half):
     """Those of the nano model reach a million. Computed in float16 on a CPU, as elsewhere on a GPU without bfloat16."""
-    exact, short = pack.host_model.load_model(NANO, torch.float32), pack.host_model.load_model(NANO, compiled=compiled)
+    exact, short = (
+        pack.bridge.model.load_model(NANO, torch.float32),
+        pack.bridge.model.load_model(NANO, compiled=compiled),
+    )
     short.model.diffusion_model.sums_fit_half = sums_fit_half
     short.set_model_compute_dtype(torch.float16)
     comfy.model_management.load_models_gpu([exact, short])
@@ -177,7 +180,7 @@ def test_loading_tells_how_float16_is_used(pack, comfy, monkeypatch, caplog):
     mm = comfy.model_management
     monkeypatch.setattr(mm, "unet_manual_cast", lambda *_: torch.float16)  # the device has no bfloat16
     with caplog.at_level("INFO"):
-        patcher = pack.host_model.load_model(NANO)
+        patcher = pack.bridge.model.load_model(NANO)
     assert patcher.model.diffusion_model.sums_fit_half and patcher.model.manual_cast_dtype == torch.float16
     assert "computes in float16, and adds up what its blocks put out in float16 as well" in caplog.text
 
@@ -191,7 +194,7 @@ def native(comfy, patcher):
 
 
 def conditioning(pack, text: str):
-    clip = pack.host_clip.load_clip(NANO, torch.float32)
+    clip = pack.bridge.clip.load_clip(NANO, torch.float32)
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
@@ -227,7 +230,7 @@ def test_our_sampler_and_conditioning_on_the_native_model(pack, patcher, native,
 def test_native_text_encoder_gives_the_same_conditioning(pack, comfy, monkeypatch):
     """The host's Qwen3 with our weights: its features are ours, so each MODEL takes either's CONDITIONING."""
     llama = importlib.import_module("comfy.text_encoders.llama")
-    clip = pack.host_clip.load_clip(NANO, torch.float32)
+    clip = pack.bridge.clip.load_clip(NANO, torch.float32)
     (ours, extra), *_ = conditioning(pack, "two green stars on a white background")
     config = clip.cond_stage_model.encoder_config
     monkeypatch.setattr(llama.Qwen3_4BConfig, "head_dim", config.head_dim)  # no argument of the native class
@@ -414,8 +417,8 @@ def test_odd_cells_are_padded_as_natively(comfy, patcher, native, inputs):
 
 def test_loading_says_nothing_alarming(pack, caplog):
     with caplog.at_level(logging.INFO):
-        pack.host_model.load_model(NANO)
-        pack.host_vae.ZImageVAE(NANO)
+        pack.bridge.model.load_model(NANO)
+        pack.bridge.vae.ZImageVAE(NANO)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -434,12 +437,12 @@ def test_fp8_files(pack, tmp_path, scaled):
             tensors[name.removesuffix(".weight") + ".scale_weight"] = scale
     config = {"zimage.transformer.config": (NANO / "transformer" / "config.json").read_text()}
     save_file(tensors, tmp_path / "fp8.safetensors", config)
-    patcher = pack.host_model.load_model(tmp_path / "fp8.safetensors")
+    patcher = pack.bridge.model.load_model(tmp_path / "fp8.safetensors")
     kept = patcher.model.diffusion_model.state_dict()
     stored = kept["layers.0.feed_forward.w1.weight"].dtype
     assert stored == torch.float8_e4m3fn
     assert kept["layers.0.attention.qkv.weight"].dtype == (torch.float32 if scaled else torch.float8_e4m3fn)
     assert kept["layers.0.attention_norm1.weight"].dtype == torch.bfloat16
     text = conditioning(pack, "a red circle on a blue background")
-    whole = sample(pack, pack.host_model.load_model(NANO, torch.float32), text)
+    whole = sample(pack, pack.bridge.model.load_model(NANO, torch.float32), text)
     assert relative(sample(pack, patcher, text), whole) < 0.2

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from zimage_core import lora as core_lora
-from zimage_core.checkpoint import Snapshot, open_component
+from zimage_core.lora import files as core_lora
+from zimage_core.weights.checkpoint import Snapshot, open_component
 
 from .. import gguf_writing, process_memory
 from ..quantising import BLOCKS, block_quantise, quantise, with_markers
@@ -101,7 +101,7 @@ def reference(pack, path: Path, lora_file: Path | None = None, strength: float =
     """The same file expanded to float32 by the core, with the core's LoRA merged in float32, in the host."""
     component = open_component(path, "transformer")
     weights = component.state_dict(torch.float32)
-    patcher = pack.host_model.load_model(NANO, torch.float32)
+    patcher = pack.bridge.model.load_model(NANO, torch.float32)
     if lora_file is not None:
         plain = Snapshot(NANO).transformer(dtype=torch.float32)
         plain.load_state_dict(weights)
@@ -117,27 +117,27 @@ def with_lora(pack, patcher, strength: float = 1.0):
 
 
 def test_weights_stay_quantised_and_give_the_exact_result(pack, path, form):
-    patcher = pack.host_model.load_model(path)
+    patcher = pack.bridge.model.load_model(path)
     assert type(patcher).__name__ == "PackedModelPatcher"
     packed = [m for m in patcher.model.modules() if type(getattr(m, "weight", None)).__name__ == "QuantizedTensor"]
     assert len(packed) >= 30
     for layer in packed:
         assert layer.weight.nbytes <= 1.1 * layer.weight.numel()
     ours, exact = predict(loaded(patcher)), predict(loaded(reference(pack, path)))
-    plain = predict(loaded(pack.host_model.load_model(NANO, torch.float32)))
+    plain = predict(loaded(pack.bridge.model.load_model(NANO, torch.float32)))
     assert relative(ours, exact) <= ROUNDED.get(form, 1e-5)
     assert 1e-4 < relative(ours, plain) < 0.6
 
 
 def test_a_chosen_precision_expands_the_weights(pack, path):
-    patcher = pack.host_model.load_model(path, torch.float32)
+    patcher = pack.bridge.model.load_model(path, torch.float32)
     assert {parameter.dtype for parameter in patcher.model.diffusion_model.parameters()} == {torch.float32}
     assert relative(predict(loaded(patcher)), predict(loaded(reference(pack, path)))) <= 1e-6
 
 
 @pytest.mark.parametrize("share", [None, 0.3, 0.7])
 def test_lora_is_exact_whole_or_partly_loaded_and_can_be_taken_off(pack, path, form, lora_file, share):
-    patcher = pack.host_model.load_model(path)
+    patcher = pack.bridge.model.load_model(path)
     before = predict(loaded(patcher, share))
     bytes_before = _bytes(patcher.model)
     changed = with_lora(pack, patcher, 0.8)
@@ -157,7 +157,7 @@ def test_lora_is_exact_whole_or_partly_loaded_and_can_be_taken_off(pack, path, f
 
 
 def test_partial_unloading_keeps_the_lora_once(pack, path, form, lora_file):
-    changed = with_lora(pack, pack.host_model.load_model(path))
+    changed = with_lora(pack, pack.bridge.model.load_model(path))
     whole = predict(loaded(changed))
     changed.partially_unload(CPU, changed.model_size() // 2)
     assert changed.model.model_lowvram
@@ -168,7 +168,7 @@ def test_partial_unloading_keeps_the_lora_once(pack, path, form, lora_file):
 
 
 def test_the_report_on_overlap_reads_quantised_weights(pack, path, lora_file):
-    once = with_lora(pack, pack.host_model.load_model(path))
+    once = with_lora(pack, pack.bridge.model.load_model(path))
     report = pack.lora.ZImageLoraLoader.execute(once, "l.safetensors", 1.0).args[2]
     assert "with l.safetensors: cosine +1.00" in report
 
@@ -192,7 +192,7 @@ def test_formats_that_only_the_host_knows_are_left_to_it(pack, tmp_path, monkeyp
             stored[scale.replace("scale", "steps")] = stored.pop(scale)
         save_file(stored, tmp_path / "next.safetensors", CONFIGS)
     with pytest.raises(Exception, match="is quantised as 'int8_next', expected one of"):
-        pack.host_model.load_model(tmp_path / "next.safetensors")
+        pack.bridge.model.load_model(tmp_path / "next.safetensors")
 
     def read(module, otherwise, state, prefix, *rest, **settings):
         if state.get(f"{prefix}weight_steps") is not None:
@@ -203,7 +203,7 @@ def test_formats_that_only_the_host_knows_are_left_to_it(pack, tmp_path, monkeyp
     load = ops._load_quantized_module
     monkeypatch.setattr(ops, "_load_quantized_module", read)
     monkeypatch.setitem(quant_ops.QUANT_ALGOS, "int8_next", quant_ops.QUANT_ALGOS["int8_tensorwise"])
-    ours, theirs = (pack.host_model.load_model(file) for file in (tmp_path / "next.safetensors", known))
+    ours, theirs = (pack.bridge.model.load_model(file) for file in (tmp_path / "next.safetensors", known))
     assert torch.equal(predict(loaded(ours)), predict(loaded(theirs)))
 
 
@@ -233,7 +233,7 @@ def test_text_encoders_stay_quantised(pack, tmp_path, form):
     component = open_component(path, "text_encoder")
     expanded = Snapshot(NANO).text_encoder(dtype=torch.float32)
     expanded.load_state_dict(component.state_dict(torch.float32))
-    clip = pack.host_clip.load_clip(path)
+    clip = pack.bridge.clip.load_clip(path)
     encoder = clip.cond_stage_model.encoder
     packed = [m for m in encoder.modules() if type(getattr(m, "weight", None)).__name__ == "QuantizedTensor"]
     assert len(packed) >= 20
@@ -241,7 +241,7 @@ def test_text_encoders_stay_quantised(pack, tmp_path, form):
     loaded(clip.patcher)
     found = encoder(ids, dtype=torch.float32)
     assert relative(found, expanded(ids)) <= 1e-5
-    tokens = pack.host_clip.HostTokenizer(Snapshot(NANO).tokenizer()).tokenize_with_weights(PROMPT)
+    tokens = pack.bridge.clip.HostTokenizer(Snapshot(NANO).tokenizer()).tokenize_with_weights(PROMPT)
     assert clip.encode_from_tokens(tokens).shape == (1, len(tokens["qwen3_4b"][0]), 128)
 
 
@@ -249,12 +249,12 @@ def test_an_embedding_expands_only_the_rows_that_are_asked_for(pack):
     """A table of 152,000 rows of 256 in Q8_0: encoding one prompt makes no float table of it."""
     parts = 152_000, 256
     raw = torch.zeros(parts[0] * 8 * 34, dtype=torch.uint8)
-    params = pack.host_packed.GGUFLayout.Params(
+    params = pack.bridge.quantized.GGUFLayout.Params(
         scale=None, orig_dtype=torch.float32, orig_shape=parts, parts=(("Q8_0", parts),)
     )
-    table = pack.host_packed.GGUFOperations.Embedding(*parts, device="meta")
+    table = pack.bridge.quantized.GGUFOperations.Embedding(*parts, device="meta")
     table.weight = torch.nn.Parameter(
-        pack.host_packed.QuantizedTensor(raw, pack.host_packed.GGUF, params), requires_grad=False
+        pack.bridge.quantized.QuantizedTensor(raw, pack.bridge.quantized.GGUF, params), requires_grad=False
     )
     ids = torch.tensor([[5, 151_999]])
     expected = table(ids)
@@ -271,9 +271,9 @@ def test_loaders_list_gguf_files(pack, tmp_path):
     try:
         (tmp_path / "sub").mkdir()
         (tmp_path / "sub" / "z.gguf").write_bytes(b"")
-        choice = next(name for name in pack.host.model_choices("transformer") if name.endswith("z.gguf"))
+        choice = next(name for name in pack.bridge.folders.model_choices("transformer") if name.endswith("z.gguf"))
         assert choice == "diffusion_models/sub/z.gguf"
-        assert pack.host.model_path(choice, "transformer") == tmp_path / "sub" / "z.gguf"
-        assert choice not in pack.host.model_choices("vae")
+        assert pack.bridge.folders.model_path(choice, "transformer") == tmp_path / "sub" / "z.gguf"
+        assert choice not in pack.bridge.folders.model_choices("vae")
     finally:
         folder_paths.folder_names_and_paths["diffusion_models"][0][:] = before

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zimage_core.checkpoint import open_component
+from zimage_core.weights.checkpoint import open_component
 
 from .test_packed import CONFIGS, NANO, encoder_of, file_of, loaded, predict, reference, relative
 
@@ -80,15 +80,15 @@ def save(node, out: Path, *models) -> Path:
 
 
 def test_a_saved_model_is_the_file_that_it_came_from(pack, stock, out, path, form):
-    patcher = pack.host_model.load_model(path)
+    patcher = pack.bridge.model.load_model(path)
     before = predict(loaded(patcher))
-    again = pack.host_model.load_model(save(stock.ModelSave, out, patcher))
+    again = pack.bridge.model.load_model(save(stock.ModelSave, out, patcher))
     assert relative(predict(loaded(again)), before) <= (AGAIN[form] if form == "gguf" else 0)
 
 
 @pytest.mark.parametrize("share", [None, PARTLY])
 def test_a_saved_model_has_its_lora(pack, stock, out, path, form, lora, share, monkeypatch):
-    changed = with_lora(pack, pack.host_model.load_model(path))
+    changed = with_lora(pack, pack.bridge.model.load_model(path))
     loaded(changed, share)
     if share is not None:  # saving would load the rest
         monkeypatch.setattr(importlib.import_module("comfy.model_management"), "load_models_gpu", lambda *_, **__: None)
@@ -113,7 +113,7 @@ def test_merges_are_those_of_the_expanded_weights(pack, stock, out, path, form, 
         pytest.skip("the others merge by the same steps")
 
     def pair(quantised):
-        plain = pack.host_model.load_model(NANO, torch.float32)
+        plain = pack.bridge.model.load_model(NANO, torch.float32)
         plain.model.diffusion_model.get_parameter("layers.0.attention.qkv.weight").data.mul_(3)
         return {
             "quantised and plain": lambda: (quantised(), plain),
@@ -121,13 +121,13 @@ def test_merges_are_those_of_the_expanded_weights(pack, stock, out, path, form, 
             "both quantised": lambda: (quantised(), quantised()),
         }[kinds]()
 
-    ours, exact = pair(lambda: pack.host_model.load_model(path)), pair(lambda: reference(pack, path))
+    ours, exact = pair(lambda: pack.bridge.model.load_model(path)), pair(lambda: reference(pack, path))
     merged, right = (stock.ModelMergeBlocks().merge(*two, input=0.3, layers=0.6)[0] for two in (ours, exact))
     assert relative(predict(loaded(merged)), predict(loaded(right))) <= 1e-5
     merged, right = (stock.ModelAdd().merge(*two)[0] for two in (ours, exact))
     found = predict(loaded(merged))
     assert relative(found, predict(loaded(right))) <= 1e-5
-    again = pack.host_model.load_model(save(stock.ModelSave, out, merged))
+    again = pack.bridge.model.load_model(save(stock.ModelSave, out, merged))
     assert relative(predict(loaded(again)), found) <= 2 * AGAIN[form]
     assert relative(predict(loaded(ours[0])), found) > 0.5
 
@@ -135,7 +135,7 @@ def test_merges_are_those_of_the_expanded_weights(pack, stock, out, path, form, 
 @pytest.mark.parametrize("share", [None, PARTLY])
 def test_a_lora_is_extracted_from_what_the_weights_mean(pack, stock, out, path, form, lora, share, monkeypatch):
     difference = stock.ModelSubtract().merge(
-        with_lora(pack, pack.host_model.load_model(path)), pack.host_model.load_model(path), 1.0
+        with_lora(pack, pack.bridge.model.load_model(path)), pack.bridge.model.load_model(path), 1.0
     )[0]
     loaded(difference, share)
     if share is not None:
@@ -151,11 +151,11 @@ def test_a_lora_is_extracted_from_what_the_weights_mean(pack, stock, out, path, 
 def test_a_checkpoint_holds_quantised_model_and_encoder(pack, stock, out, path, form, lora, tmp_path):
     with torch.inference_mode(False):
         encoder = encoder_of(tmp_path, "gguf" if form == "gguf" else "old")
-    model, clip = with_lora(pack, pack.host_model.load_model(path)), pack.host_clip.load_clip(encoder)
+    model, clip = with_lora(pack, pack.bridge.model.load_model(path)), pack.bridge.clip.load_clip(encoder)
     before, features = predict(loaded(model)), encoded(clip)
-    file = save(stock.CheckpointSave, out, model, clip, pack.host_vae.ZImageVAE(NANO))
-    assert relative(encoded(pack.host_clip.load_clip(file)), features) <= 0.02
-    assert relative(predict(loaded(pack.host_model.load_model(file))), before) <= AGAIN[form]
+    file = save(stock.CheckpointSave, out, model, clip, pack.bridge.vae.ZImageVAE(NANO))
+    assert relative(encoded(pack.bridge.clip.load_clip(file)), features) <= 0.02
+    assert relative(predict(loaded(pack.bridge.model.load_model(file))), before) <= AGAIN[form]
 
 
 # Text encoders
@@ -172,14 +172,14 @@ def test_merged_text_encoders_are_saved_as_they_encode(pack, stock, out, tmp_pat
         file = encoder_of(tmp_path, encoder)
 
     def quantised():
-        return pack.host_clip.load_clip(file)
+        return pack.bridge.clip.load_clip(file)
 
     def plain():
-        clip = pack.host_clip.load_clip(NANO, torch.float32)
+        clip = pack.bridge.clip.load_clip(NANO, torch.float32)
         clip.cond_stage_model.encoder.get_parameter("model.layers.0.mlp.up_proj.weight").data.mul_(3)
         return clip
 
-    exact = pack.host_clip.load_clip(NANO, torch.float32)
+    exact = pack.bridge.clip.load_clip(NANO, torch.float32)
     exact.cond_stage_model.encoder.load_state_dict(open_component(file, "text_encoder").state_dict(torch.float32))
     merge = stock.CLIPMergeSimple().merge
     merged, other, right = (
@@ -188,7 +188,7 @@ def test_merged_text_encoders_are_saved_as_they_encode(pack, stock, out, tmp_pat
     found = encoded(merged)
     assert relative(found, encoded(right)) <= 1e-5
     assert relative(encoded(other), encoded(right)) <= 1e-5
-    again = encoded(pack.host_clip.load_clip(save(stock.CLIPSave, out, merged)))
+    again = encoded(pack.bridge.clip.load_clip(save(stock.CLIPSave, out, merged)))
     limit = 0.01 if encoder == "gguf" else 0.15
     assert relative(again, found) <= limit
     assert relative(encoded(quantised()), found) > 2 * limit
@@ -202,9 +202,9 @@ def test_hooks_change_quantised_weights_for_their_steps(pack, tmp_path, lora, lo
     hooks = importlib.import_module("comfy.hooks")
     with torch.inference_mode(False):
         path = file_of(tmp_path, form)
-    patcher = pack.host_model.load_model(path)
+    patcher = pack.bridge.model.load_model(path)
     before = predict(loaded(patcher))
-    right = predict(loaded(with_lora(pack, pack.host_model.load_model(path))))
+    right = predict(loaded(with_lora(pack, pack.bridge.model.load_model(path))))
     hooked, _, group = hooks.load_hook_lora_for_models(patcher, None, load_file(loras / "l.safetensors"), 1.0, 0.0)
     loaded(hooked)
     for _ in range(2):  # the second time from the host's memory of them

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zimage_core.checkpoint import Snapshot
+from zimage_core.weights.checkpoint import Snapshot
 
 from ..poisoning import poison
 from .prompts import NANO, TEXT, encode, entries, is_loaded, random, restart
@@ -23,14 +23,14 @@ from .prompts import NANO, TEXT, encode, entries, is_loaded, random, restart
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16], ids=str)
 def test_a_known_prompt_neither_loads_nor_reads_the_encoder(pack, comfy, user, model, dtype):
-    clip = pack.host_clip.load_clip(model, dtype)
+    clip = pack.bridge.clip.load_clip(model, dtype)
     assert not is_loaded(comfy, clip)
     features = encode(pack, clip)
     assert is_loaded(comfy, clip) and entries(user) == 1
 
     poison(model / "text_encoder" / "model.safetensors")
     restart(pack, comfy)
-    clip = pack.host_clip.load_clip(model, dtype)
+    clip = pack.bridge.clip.load_clip(model, dtype)
     for _ in range(2):  # from disk, then from memory
         assert torch.equal(encode(pack, clip), features)
     assert not is_loaded(comfy, clip)
@@ -42,7 +42,7 @@ def test_a_known_prompt_neither_loads_nor_reads_the_encoder(pack, comfy, user, m
 
 
 def test_hit_miss_and_no_cache_give_the_same_conditioning(pack, model):
-    clip = pack.host_clip.load_clip(model)
+    clip = pack.bridge.clip.load_clip(model)
     stock = clip.encode_from_tokens_scheduled(clip.tokenize(TEXT))
     for cache in (False, True, True):
         (conditioning,) = pack.conditioning.ZImageTextEncode.execute(clip, TEXT, cache).args
@@ -55,7 +55,7 @@ def test_hit_miss_and_no_cache_give_the_same_conditioning(pack, model):
 
 
 def test_the_switch_bypasses_it(pack, comfy, user, model):
-    clip = pack.host_clip.load_clip(model)
+    clip = pack.bridge.clip.load_clip(model)
     encode(pack, clip, cache=False)
     assert entries(user) == 0
     encode(pack, clip)
@@ -65,7 +65,7 @@ def test_the_switch_bypasses_it(pack, comfy, user, model):
 
 
 def test_what_other_nodes_write_into_a_conditioning_stays_there(pack, comfy, model):
-    clip = pack.host_clip.load_clip(model)
+    clip = pack.bridge.clip.load_clip(model)
     expected = encode(pack, clip, cache=False)
     for _ in range(3):
         features = encode(pack, clip)
@@ -78,7 +78,7 @@ def test_what_other_nodes_write_into_a_conditioning_stays_there(pack, comfy, mod
 
 
 def test_a_long_prompt_is_told_each_time(pack, model, caplog):
-    clip = pack.host_clip.load_clip(model)
+    clip = pack.bridge.clip.load_clip(model)
     for _ in range(2):
         with caplog.at_level(logging.WARNING):
             encode(pack, clip, "a red circle, " * 300)
@@ -88,21 +88,21 @@ def test_a_long_prompt_is_told_each_time(pack, model, caplog):
 
 def test_a_changed_file_and_another_encoder_miss(pack, user, model):
     file = model / "text_encoder" / "model.safetensors"
-    encode(pack, pack.host_clip.load_clip(model))
-    encode(pack, pack.host_clip.load_clip(model))
+    encode(pack, pack.bridge.clip.load_clip(model))
+    encode(pack, pack.bridge.clip.load_clip(model))
     assert entries(user) == 1
     os.utime(file, ns=(1, 1))
-    encode(pack, pack.host_clip.load_clip(model))
+    encode(pack, pack.bridge.clip.load_clip(model))
     assert entries(user) == 2
-    encode(pack, pack.host_clip.load_clip(model, torch.float16))
+    encode(pack, pack.bridge.clip.load_clip(model, torch.float16))
     assert entries(user) == 3
-    encode(pack, pack.host_clip.load_clip(NANO))
+    encode(pack, pack.bridge.clip.load_clip(NANO))
     assert entries(user) == 4
-    clip = pack.host_clip.load_clip(model)
+    clip = pack.bridge.clip.load_clip(model)
     clip.clip_layer(-3)
     encode(pack, clip)
     assert entries(user) == 5
-    clip.tokenizer = pack.host_clip.HostTokenizer(Snapshot(model).tokenizer())
+    clip.tokenizer = pack.bridge.clip.HostTokenizer(Snapshot(model).tokenizer())
     clip.tokenizer.tokenizer.inner.add_prefix_space = True  # changes no ids
     encode(pack, clip)
     assert entries(user) == 5
@@ -126,13 +126,13 @@ def stock(pack, comfy, tmp_path, monkeypatch):
 
     def host_starts():
         time.sleep(0.02)  # the file system's clock is coarse
-        monkeypatch.setattr(pack.host_prompts, "STARTED", time.time_ns())
+        monkeypatch.setattr(pack.bridge.prompts, "STARTED", time.time_ns())
 
     host_starts()
 
     def load():
         clip = comfy.sd.load_clip([str(path)])
-        clip.tokenizer = pack.host_clip.HostTokenizer(Snapshot(NANO).tokenizer())  # of ids in that vocabulary
+        clip.tokenizer = pack.bridge.clip.HostTokenizer(Snapshot(NANO).tokenizer())  # of ids in that vocabulary
         return clip
 
     return SimpleNamespace(load=load, path=path, host_starts=host_starts)
@@ -174,16 +174,16 @@ def test_a_stock_file_that_may_have_changed_since_it_was_read_is_not_cached(pack
 
 def test_the_size_comes_from_the_environment(pack, user, model, monkeypatch, caplog):
     variable, mega = "ZIMAGE_PROMPT_CACHE_MB", 2**20
-    assert pack.host_prompts.cache().disk_bytes == 512 * mega and pack.host_prompts.cache().folder == user
+    assert pack.bridge.prompts.cache().disk_bytes == 512 * mega and pack.bridge.prompts.cache().folder == user
     monkeypatch.setenv(variable, "7")
-    assert pack.host_prompts.cache().disk_bytes == 7 * mega
+    assert pack.bridge.prompts.cache().disk_bytes == 7 * mega
     monkeypatch.setenv(variable, "lots")
     for _ in range(2):
-        assert pack.host_prompts.cache().disk_bytes == 512 * mega
+        assert pack.bridge.prompts.cache().disk_bytes == 512 * mega
     (record,) = caplog.records
     assert "ZIMAGE_PROMPT_CACHE_MB is 'lots', expected a whole number of MB from 0" in record.getMessage()
     monkeypatch.setenv(variable, "0")
-    clip = pack.host_clip.load_clip(model)
+    clip = pack.bridge.clip.load_clip(model)
     features = encode(pack, clip)
     poison(model / "text_encoder" / "model.safetensors")
     assert torch.equal(encode(pack, clip), features) and not user.exists()

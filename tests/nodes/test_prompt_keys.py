@@ -18,13 +18,13 @@ LAYER = "qwen3_4b.transformer.model.layers.1.self_attn.q_proj.weight"
 
 def test_our_loras_are_known_by_content_and_strength(pack, comfy, user, model, loras):
     write_lora(loras / "l.safetensors")
-    patcher = pack.host_model.load_model(model)
+    patcher = pack.bridge.model.load_model(model)
 
     def with_lora(strength: float, name: str = "l.safetensors"):
-        clip = pack.host_clip.load_clip(model)
+        clip = pack.bridge.clip.load_clip(model)
         return pack.lora.ZImageLoraLoader.execute(patcher, name, 1.0, clip=clip, strength_clip=strength).args[1]
 
-    plain = encode(pack, pack.host_clip.load_clip(model))
+    plain = encode(pack, pack.bridge.clip.load_clip(model))
     changed = encode(pack, with_lora(0.8))
     assert entries(user) == 2 and not torch.allclose(changed, plain, atol=1e-3)
     assert not torch.equal(encode(pack, with_lora(0.7)), changed)
@@ -50,7 +50,7 @@ def stock_lora(comfy, clip, strength: float, seed: int = 1, **more: torch.Tensor
 
 def test_stock_loras_are_known_by_content_and_strength(pack, comfy, user, model):
     def clip():
-        return pack.host_clip.load_clip(model)
+        return pack.bridge.clip.load_clip(model)
 
     plain, changed = encode(pack, clip()), encode(pack, stock_lora(comfy, clip(), 0.8))
     assert entries(user) == 2 and not torch.allclose(changed, plain, atol=1e-3)
@@ -76,7 +76,7 @@ def patched(clip, value, strength: float = 1.0, strength_model: float = 1.0, key
 
 
 def test_plain_patches_are_known_by_content(pack, user, model):
-    clip = pack.host_clip.load_clip(model)
+    clip = pack.bridge.clip.load_clip(model)
     differ = [
         ("diff", (random(128, 128),)),
         (random(128, 128, seed=1),),
@@ -204,18 +204,18 @@ class OddAdapter:
     "object patch|option|unknown adapter|function".split("|"),
 )
 def test_what_can_not_be_known_is_encoded_each_time(pack, comfy, user, model, change):
-    clip = change(comfy, pack.host_clip.load_clip(model))
+    clip = change(comfy, pack.bridge.clip.load_clip(model))
     tokens = clip.tokenize(TEXT)
-    assert pack.host_prompts.key(clip, tokens) is None
+    assert pack.bridge.prompts.key(clip, tokens) is None
     expected = clip.encode_from_tokens_scheduled(tokens)[0][0]
     assert torch.equal(encode(pack, clip), expected)
     assert entries(user) == 0
-    encode(pack, pack.host_clip.load_clip(model))
+    encode(pack, pack.bridge.clip.load_clip(model))
     assert entries(user) == 1
 
 
 def test_tokens_that_are_no_numbers_are_not_looked_up(pack, model):
     """Embeddings in a prompt, say: tensors among its tokens."""
-    clip = pack.host_clip.load_clip(model)
-    assert pack.host_prompts.key(clip, {"qwen3_4b": [[(5, 1.0)]]}) is not None
-    assert pack.host_prompts.key(clip, {"qwen3_4b": [[(5, 1.0), (torch.zeros(2, 128), 1.0)]]}) is None
+    clip = pack.bridge.clip.load_clip(model)
+    assert pack.bridge.prompts.key(clip, {"qwen3_4b": [[(5, 1.0)]]}) is not None
+    assert pack.bridge.prompts.key(clip, {"qwen3_4b": [[(5, 1.0), (torch.zeros(2, 128), 1.0)]]}) is None

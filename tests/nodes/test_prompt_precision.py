@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from zimage_core.config import TransformerConfig
-from zimage_core.transformer import ZImageTransformer
+from zimage_core.model.transformer import ZImageTransformer
 
 from ..test_config import TURBO
 from .prompts import NANO, encode, entries, random, restart
@@ -33,7 +33,7 @@ def gpu(comfy, monkeypatch):
 
 
 def test_the_cpu_computes_in_float32(pack):
-    assert pack.host_prompts.kept_dtype() == torch.float32
+    assert pack.bridge.prompts.kept_dtype() == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -52,12 +52,12 @@ def test_the_cpu_computes_in_float32(pack):
     ids=str,
 )
 def test_features_are_kept_in_what_the_transformer_computes_in(pack, gpu, major, flags, expected):
-    component = pack.host_model.open_component(NANO, "transformer")
+    component = pack.bridge.model.open_component(NANO, "transformer")
     gpu(major, *flags)
-    config = pack.host_model.ZImageModelConfig(NANO, component.config, pack.host_model.schedule_of(NANO))
+    config = pack.bridge.model.ZImageModelConfig(NANO, component.config, pack.bridge.model.schedule_of(NANO))
     supported = config.supported_inference_dtypes
-    storage, compute = pack.host_model._dtypes(None, component, supported, torch.device("cuda"))
-    kept = pack.host_prompts.kept_dtype()
+    storage, compute = pack.bridge.model._dtypes(None, component, supported, torch.device("cuda"))
+    kept = pack.bridge.prompts.kept_dtype()
     assert kept == expected
     if (compute or storage).itemsize <= kept.itemsize:
         assert kept in (compute or storage, torch.float32)
@@ -65,14 +65,14 @@ def test_features_are_kept_in_what_the_transformer_computes_in(pack, gpu, major,
 
 def test_the_size_that_the_policy_is_asked_for_is_the_published_one(pack):
     network = ZImageTransformer(TransformerConfig.from_dict(TURBO, "config.json"), device="meta")
-    assert sum(parameter.numel() for parameter in network.parameters()) == pack.host_prompts.PARAMETERS
+    assert sum(parameter.numel() for parameter in network.parameters()) == pack.bridge.prompts.PARAMETERS
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_features_are_rounded_once_as_the_transformer_would(pack, comfy, user, model, monkeypatch, dtype):
-    clip, transformer = pack.host_clip.load_clip(model), pack.host_model.load_model(model)
+    clip, transformer = pack.bridge.clip.load_clip(model), pack.bridge.model.load_model(model)
     exact = encode(pack, clip, cache=False)
-    monkeypatch.setattr(pack.host_prompts, "kept_dtype", lambda: dtype)
+    monkeypatch.setattr(pack.bridge.prompts, "kept_dtype", lambda: dtype)
     miss = encode(pack, clip)
     hit = encode(pack, clip)
     restart(pack, comfy)
@@ -81,7 +81,7 @@ def test_features_are_rounded_once_as_the_transformer_would(pack, comfy, user, m
     assert not torch.equal(miss, exact) and torch.equal(encode(pack, clip, cache=False), exact)
     (file,) = user.glob("*.safetensors")
     assert file.stat().st_size <= 2.1 * exact.numel() + 300  # a width of 128 makes the header count
-    monkeypatch.setattr(pack.host_prompts, "kept_dtype", lambda: torch.float32)
+    monkeypatch.setattr(pack.bridge.prompts, "kept_dtype", lambda: torch.float32)
     assert torch.equal(encode(pack, clip), exact)
 
     transformer.set_model_compute_dtype(dtype)
@@ -96,9 +96,9 @@ def test_features_are_rounded_once_as_the_transformer_would(pack, comfy, user, m
 
 
 def test_features_beyond_float16_are_handed_out_whole(pack, user, model, monkeypatch):
-    clip = pack.host_clip.load_clip(model, torch.float32)
+    clip = pack.bridge.clip.load_clip(model, torch.float32)
     last = clip.cond_stage_model.encoder.model.layers[-1].mlp.down_proj
     last.weight = torch.nn.Parameter(last.weight * 1e7, requires_grad=False)
-    monkeypatch.setattr(pack.host_prompts, "kept_dtype", lambda: torch.float16)
+    monkeypatch.setattr(pack.bridge.prompts, "kept_dtype", lambda: torch.float16)
     features = encode(pack, clip)
     assert features.isfinite().all() and features.abs().max() > 65504 and entries(user) == 0

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zimage_core.config import SchedulerConfig
-from zimage_core.scheduler import sigmas
+from zimage_core.sampling.schedule import sigmas
 
 NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
 
@@ -22,14 +22,14 @@ NANO = Path(__file__).resolve().parents[2] / "nano" / "snapshot"
 @pytest.fixture(scope="module")
 def parts(pack) -> SimpleNamespace:
     """MODEL, VAE and conditioning of the nano model in float32."""
-    clip = pack.host_clip.load_clip(NANO, torch.float32)
+    clip = pack.bridge.clip.load_clip(NANO, torch.float32)
 
     def encode(text: str):
         return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
     return SimpleNamespace(
-        model=pack.host_model.load_model(NANO, torch.float32),
-        vae=pack.host_vae.ZImageVAE(NANO),
+        model=pack.bridge.model.load_model(NANO, torch.float32),
+        vae=pack.bridge.vae.ZImageVAE(NANO),
         encode=encode,
         positive=encode("a red circle on a blue background"),
         negative=encode("a green square in the corner"),
@@ -74,7 +74,7 @@ def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
 def test_denoise_means_what_it_means_in_the_ksampler(pack, comfy, parts, steps, denoise):
     """Steps that divide 1000 in all: there the stock `simple` schedule is the exact one."""
     stock = comfy.samplers.KSampler(parts.model, steps, torch.device("cpu"), "euler", "simple", denoise)
-    config = pack.host_sampler.scheduler_config(parts.model)
+    config = pack.bridge.sampler.scheduler_config(parts.model)
     ours = pack.sampling.noise_levels(steps, denoise, config, torch.zeros(1, 16, 16, 16))
     assert len(ours) == steps + 1
     assert torch.allclose(ours, stock.sigmas, atol=1e-6)
@@ -85,8 +85,8 @@ def test_dynamic_shift_of_the_snapshot_is_followed_unless_a_node_sets_another(pa
     path = folder / "scheduler" / "scheduler_config.json"
     raw = {**json.loads(path.read_text()), "use_dynamic_shifting": True}
     path.write_text(json.dumps(raw))
-    model = pack.host_model.load_model(folder, torch.float32)
-    config = pack.host_sampler.scheduler_config(model)
+    model = pack.bridge.model.load_model(folder, torch.float32)
+    config = pack.bridge.sampler.scheduler_config(model)
     levels = pack.sampling.noise_levels(6, 1.0, config, torch.zeros(1, 16, 64, 32))
     assert torch.equal(levels, sigmas(6, SchedulerConfig.from_dict(raw, "test"), 32 * 16))
 
@@ -94,7 +94,7 @@ def test_dynamic_shift_of_the_snapshot_is_followed_unless_a_node_sets_another(pa
         shift = 6.0
 
     model.add_object_patch("model_sampling", Shifted())
-    config = pack.host_sampler.scheduler_config(model)
+    config = pack.bridge.sampler.scheduler_config(model)
     assert config.shift == 6.0 and not config.use_dynamic_shifting
 
 
@@ -248,7 +248,7 @@ def test_decoding_takes_odd_cells_and_names_foreign_channels(pack, parts):
 
 
 def test_encoding_gives_the_mean_of_the_core_whatever_the_alpha_channel(pack, parts):
-    core = importlib.import_module("zimage_core.checkpoint").Snapshot(NANO).vae(dtype=torch.float32)
+    core = importlib.import_module("zimage_core.weights.checkpoint").Snapshot(NANO).vae(dtype=torch.float32)
     pixels = torch.rand(2, 64, 96, 4, generator=torch.Generator().manual_seed(5))
     (latent,) = pack.vae.ZImageVAEEncode.execute(vae=parts.vae, pixels=pixels).args
     mean = core.encode(pixels[..., :3].movedim(-1, 1) * 2 - 1)
@@ -281,17 +281,17 @@ def test_extra_model_paths_are_offered(pack, tmp_path):
     before = {kind: list(folder_paths.get_folder_paths(kind)) for kind in ("zimage", "diffusers")}
     extra_config.load_extra_path_config(str(tmp_path / "paths.yaml"))
     try:
-        choices = pack.host.model_choices("transformer")
+        choices = pack.bridge.folders.model_choices("transformer")
         assert choices[0] == "Z-Image-Nano (built in)" and {"Alpha", "Beta"} <= set(choices)
-        assert pack.host.model_path("Beta", "vae") == tmp_path / "theirs" / "Beta"
-        empty_print = pack.host.fingerprint("Alpha", "transformer")
+        assert pack.bridge.folders.model_path("Beta", "vae") == tmp_path / "theirs" / "Beta"
+        empty_print = pack.bridge.folders.fingerprint("Alpha", "transformer")
         (tmp_path / "mine" / "Alpha" / "transformer" / "config.json").write_text("{}")
-        assert pack.host.fingerprint("Alpha", "transformer") != empty_print
+        assert pack.bridge.folders.fingerprint("Alpha", "transformer") != empty_print
     finally:
         for kind, paths in before.items():
             folder_paths.folder_names_and_paths[kind][0][:] = paths
     with pytest.raises(FileNotFoundError, match="no model 'Alpha'.*zimage.*models/diffusion_models.*press R"):
-        pack.host.model_path("Alpha", "transformer")
+        pack.bridge.folders.model_path("Alpha", "transformer")
 
 
 def test_single_files_are_offered_by_the_loader_made_for_them(pack, tmp_path):
@@ -314,7 +314,7 @@ def test_single_files_are_offered_by_the_loader_made_for_them(pack, tmp_path):
             folder_paths.add_model_folder_path(kind, str(tmp_path / kind))
         for part, (loader, kind, settings) in nodes.items():
             choice = f"{kind}/nano.safetensors"
-            choices = pack.host.model_choices(part)
+            choices = pack.bridge.folders.model_choices(part)
             assert choice in choices and not any(other.endswith(".ckpt") for other in choices)
             assert loader.fingerprint_inputs(choice, **settings)[0][0] == str(tmp_path / kind / "nano.safetensors")
             ours, theirs = (_weights(loader.execute(name, **settings).args[0]) for name in (choice, choices[0]))
@@ -336,7 +336,11 @@ def _weights(loaded: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ["transformer", "text_encoder", "vae"])
 def test_a_weight_that_is_not_finite_is_named(pack, kind):
     """Not when it is loaded, which need not read it, but where it spoils the result."""
-    clip, model, vae = pack.host_clip.load_clip(NANO), pack.host_model.load_model(NANO), pack.host_vae.ZImageVAE(NANO)
+    clip, model, vae = (
+        pack.bridge.clip.load_clip(NANO),
+        pack.bridge.model.load_model(NANO),
+        pack.bridge.vae.ZImageVAE(NANO),
+    )
     module, name = {
         "transformer": (model.model.diffusion_model, "layers.1.attention.qkv.weight"),
         "text_encoder": (clip.cond_stage_model.encoder, "model.layers.0.mlp.up_proj.weight"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zimage_core.checkpoint import Snapshot
+from zimage_core.weights.checkpoint import Snapshot
 
 from .. import gguf_writing
 from ..poisoning import poison
@@ -51,8 +51,8 @@ def load(pack, tmp_path, request):
         path = converted(request.param, tmp_path)
 
     def load(**settings):
-        clip = pack.host_clip.load_clip(path, torch.float32 if request.param == "float32" else None, **settings)
-        clip.tokenizer = pack.host_clip.HostTokenizer(Snapshot(NANO).tokenizer())  # of ids in its vocabulary
+        clip = pack.bridge.clip.load_clip(path, torch.float32 if request.param == "float32" else None, **settings)
+        clip.tokenizer = pack.bridge.clip.HostTokenizer(Snapshot(NANO).tokenizer())  # of ids in its vocabulary
         return clip
 
     return SimpleNamespace(load=load, path=path, form=request.param)
@@ -98,7 +98,7 @@ def test_converted_weights_are_not_read_for_a_known_prompt(pack, comfy, load):
 
 def test_lora_goes_onto_an_encoder_that_is_not_read(pack, load, loras):
     write_lora(loras / "l.safetensors")
-    transformer = pack.host_model.load_model(NANO)
+    transformer = pack.bridge.model.load_model(NANO)
 
     def with_lora(clip):
         return pack.lora.ZImageLoraLoader.execute(transformer, "l.safetensors", 1.0, clip=clip).args[1]
@@ -170,7 +170,7 @@ def test_a_patcher_to_be_taken_apart_has_its_values(load):
 
 def test_weights_that_stay_as_they_are_are_mapped_at_once(pack, model):
     """Then the host's own patchers do."""
-    clip = pack.host_clip.load_clip(model)
+    clip = pack.bridge.clip.load_clip(model)
     assert unread(clip) == 0
     assert type(clip.patcher).load is type(clip.patcher).__mro__[0].load
     assert type(clip.patcher).__module__ == "comfy.model_patcher"

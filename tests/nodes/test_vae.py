@@ -20,7 +20,7 @@ PUBLISHED = json.loads((ROOT / "tests" / "published_configs.json").read_text())[
 
 @pytest.fixture
 def vae(pack):
-    return pack.host_vae.ZImageVAE(NANO)
+    return pack.bridge.vae.ZImageVAE(NANO)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def samples() -> dict[str, torch.Tensor]:
 def in_bands(pack, monkeypatch) -> list[str]:
     """What ran in bands, in order."""
     found: list[str] = []
-    bands = pack.host_vae.vae_bands
+    bands = pack.bridge.vae.vae_bands
     for name in ("decode", "encode"):
         plain = getattr(bands, name)
 
@@ -62,7 +62,7 @@ def test_the_switch_of_the_node(pack, vae, samples, in_bands):
 
 def test_a_cpu_decodes_in_bands_what_is_more_than_one(pack, vae, samples, in_bands, monkeypatch):
     plain = decode(pack, vae, samples)
-    monkeypatch.setattr(pack.host_vae.vae_bands, "WORKSPACE", 2**20)
+    monkeypatch.setattr(pack.bridge.vae.vae_bands, "WORKSPACE", 2**20)
     assert (decode(pack, vae, samples) - plain).abs().max() <= 1e-5
     assert set(in_bands) == {"decode"}
     in_bands.clear()
@@ -104,10 +104,10 @@ def test_short_memory_is_seen_by_stock_nodes_too(pack, comfy, vae, samples, in_b
 
 def test_the_host_is_asked_for_less_memory(pack, vae, monkeypatch):
     shape = (1, 16, 512, 512)  # of a picture of 4096x4096
-    monkeypatch.setattr(pack.host_vae.vae_bands, "faster", lambda *_: False)  # so that memory alone decides
-    monkeypatch.setattr(pack.host_vae.mm, "get_free_memory", lambda *_: 2**40)
+    monkeypatch.setattr(pack.bridge.vae.vae_bands, "faster", lambda *_: False)  # so that memory alone decides
+    monkeypatch.setattr(pack.bridge.vae.mm, "get_free_memory", lambda *_: 2**40)
     plain = vae.memory_used_decode(shape, torch.float32)
-    monkeypatch.setattr(pack.host_vae.mm, "get_free_memory", lambda *_: 2**20)
+    monkeypatch.setattr(pack.bridge.vae.mm, "get_free_memory", lambda *_: 2**20)
     channels = vae.first_stage_model.config.block_out_channels[0]
     maps = 2 * channels * 4096 * 4096 * 4
     assert maps < vae.memory_used_decode(shape, torch.float32) < maps + 2**30 < plain
@@ -117,7 +117,7 @@ def test_a_batch_that_does_not_fit_goes_in_bands(pack, vae, in_bands, monkeypatc
     """The host sizes a batch before it frees memory, and by one picture."""
     module, one = vae.first_stage_model, 2178 * 128 * 128 * 4
     latents = torch.zeros(4, 16, 16, 16)
-    monkeypatch.setattr(pack.host_vae.mm, "get_free_memory", lambda *_: one * 3 // 2)
+    monkeypatch.setattr(pack.bridge.vae.mm, "get_free_memory", lambda *_: one * 3 // 2)
     module.decode(latents[:1])
     assert in_bands == []
     module.decode(latents)
@@ -134,7 +134,7 @@ def test_another_vae_can_not_be_forced(pack, samples):
 def test_a_vae_that_was_changed_to_tile_is_not_cut_into_bands(pack, vae, samples, in_bands, monkeypatch):
     """As nodes for pictures that tile do it: each convolution pads with what lies at the other edge."""
     straight = decode(pack, vae, samples)
-    monkeypatch.setattr(pack.host_vae.vae_bands, "WORKSPACE", 2**20)
+    monkeypatch.setattr(pack.bridge.vae.vae_bands, "WORKSPACE", 2**20)
     for module in vae.first_stage_model.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.padding_mode = "circular"
@@ -221,7 +221,7 @@ def test_the_figure_is_that_of_the_device_which_a_copy_was_moved_to(vae, monkeyp
 def native(pack, comfy):
     """The host's own VAE for the published autoencoder; its weights don't matter here."""
     config = importlib.import_module("zimage_pack.zimage_core.config").VAEConfig.from_dict(PUBLISHED, "here")
-    shapes = pack.host_vae.AutoencoderKL(config, device="meta").state_dict()
+    shapes = pack.bridge.vae.AutoencoderKL(config, device="meta").state_dict()
     return comfy.sd.VAE(sd={name: torch.zeros(()).expand(value.shape) for name, value in shapes.items()})
 
 
@@ -233,7 +233,7 @@ def test_the_precision_is_what_the_host_gives_its_own_vae(pack, comfy, native, m
     monkeypatch.setattr(management, "should_use_bf16", lambda *_, **__: bf16)
     if flag:
         monkeypatch.setattr(management.args, flag, True)
-    ours = pack.host_vae.ZImageVAE(NANO)
+    ours = pack.bridge.vae.ZImageVAE(NANO)
     assert ours.vae_dtype == management.vae_dtype(native.device, native.working_dtypes)
     assert ours.vae_dtype == ours.first_stage_model.decoder.conv_in.weight.dtype
     assert (ours.vae_dtype == torch.float16) == (flag == "fp16_vae")

@@ -45,10 +45,10 @@ def main() -> None:
 
 
 def load(pack):
-    clip = pack.host_clip.load_clip(NANO, torch.float32)
-    model = pack.host_model.load_model(NANO, torch.float32)
+    clip = pack.bridge.clip.load_clip(NANO, torch.float32)
+    model = pack.bridge.model.load_model(NANO, torch.float32)
     model.model.memory_usage_factor = 0  # activations are tiny here; the budget is for weights
-    return clip, model, pack.host_vae.ZImageVAE(NANO)
+    return clip, model, pack.bridge.vae.ZImageVAE(NANO)
 
 
 def encode(clip):
@@ -116,7 +116,7 @@ def lora(pack, mm, share: float, cond) -> dict[str, Any]:
         mm.unload_all_models()
         model = load(pack)[1]
         free_on_device = int(model.model_size() * share) if there else PLENTY
-        model = pack.host_lora.add_lora(model, None, pack.host.NANO_LORA, 0.8, 0.0)[0]
+        model = pack.bridge.lora.add_lora(model, None, pack.bridge.folders.NANO_LORA, 0.8, 0.0)[0]
         results.append(sample(pack, model, cond))
     left = sum(weight.nbytes for weight in model.model.parameters() if weight.device != DEVICE)
     given = torch.zeros(1, 16, 16, 16).to(DEVICE), torch.tensor([0.7]).to(DEVICE), torch.zeros(1, 21, 128).to(DEVICE)

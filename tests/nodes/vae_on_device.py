@@ -33,7 +33,7 @@ def main() -> None:
     import comfy.sd
 
     with torch.inference_mode():
-        reference = pack.host_vae.ZImageVAE(NANO)
+        reference = pack.bridge.vae.ZImageVAE(NANO)
         image = reference.decode(LATENTS)
         latents = reference.encode(image)
         two_devices.take_over(mm)
@@ -46,7 +46,7 @@ def main() -> None:
             ]
         }
         seen = Seen(pack, mm, image, latents)
-        need = pack.host_vae.vae_bands.plain_bytes(reference.first_stage_model, 96, 80, torch.float32)
+        need = pack.bridge.vae.vae_bands.plain_bytes(reference.first_stage_model, 96, 80, torch.float32)
         report["room"] = seen.run()
         report["on, room"] = seen.run(low_memory="on")
         report["little"] = seen.run(free=seen.weights + need * 0.5)
@@ -69,7 +69,7 @@ class Seen:
 
     def __init__(self, pack: Any, mm: Any, image: torch.Tensor, latents: torch.Tensor):
         self.pack, self.mm, self.image, self.latents = pack, mm, image, latents
-        self.weights = pack.host_vae.ZImageVAE(NANO).patcher.model_size()
+        self.weights = pack.bridge.vae.ZImageVAE(NANO).patcher.model_size()
 
     def run(
         self,
@@ -89,17 +89,17 @@ class Seen:
         mm.unload_all_models()
         gc.collect()
         two_devices.free_on_device = int(free)
-        vae = pack.host_vae.ZImageVAE(NANO)
+        vae = pack.bridge.vae.ZImageVAE(NANO)
         if pages:
             real = vae.patcher.get_free_memory
             vae.patcher.get_free_memory = lambda device: real(device) + int(pages)
         found: dict[str, Any] = {"asked": [], "in bands": [], "tiles": 0, "peaks": [], "before": live()}
         if beside:
-            model = pack.host_model.load_model(NANO, torch.float32)
+            model = pack.bridge.model.load_model(NANO, torch.float32)
             two_devices.free_on_device += model.model_size()
             mm.load_models_gpu([model])
             found["before"] = model.loaded_size()
-        token = pack.host_vae._low_memory.set(low_memory)
+        token = pack.bridge.vae._low_memory.set(low_memory)
         with self.watched(vae, found, budget):
             results = []
             for index, (call, x) in enumerate(((vae.decode, LATENTS), (vae.encode, self.image))):
@@ -108,7 +108,7 @@ class Seen:
                 results.append(call(torch.cat([x] * batch)))
                 fake_accelerator.capacity = None
                 found["peaks"].append(peak() - self.weights)
-        pack.host_vae._low_memory.reset(token)
+        pack.bridge.vae._low_memory.reset(token)
         found["loaded"] = vae.patcher.loaded_size() / self.weights
         if beside:
             found["left"] = model.loaded_size()
@@ -120,7 +120,7 @@ class Seen:
 
     @contextmanager
     def watched(self, vae: Any, found: dict[str, Any], budget: int | None) -> Iterator[None]:
-        bands, load = self.pack.host_vae.vae_bands, self.mm.load_models_gpu
+        bands, load = self.pack.bridge.vae.vae_bands, self.mm.load_models_gpu
 
         def counted(name: str) -> Any:
             real = getattr(bands, name)

@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 
 from zimage_core.config import SchedulerConfig
-from zimage_core.scheduler import sigmas
+from zimage_core.sampling.schedule import sigmas
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])

@@ -9,8 +9,8 @@ import tokenizers
 import torch
 import transformers
 
-from zimage_core.checkpoint import Snapshot
-from zimage_core.tokenizer import PROMPT_TEMPLATE, Tokenizer
+from zimage_core.model.tokenizer import PROMPT_TEMPLATE, Tokenizer
+from zimage_core.weights.checkpoint import Snapshot
 
 from .conftest import NANO, relative
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from zimage_core.checkpoint import Snapshot, open_component
 from zimage_core.config import TransformerConfig
-from zimage_core.detect import PUBLISHED_TRANSFORMER, transformer_config
-from zimage_core.transformer import ZImageTransformer
+from zimage_core.model.transformer import ZImageTransformer
+from zimage_core.weights.checkpoint import Snapshot, open_component
+from zimage_core.weights.identify import PUBLISHED_TRANSFORMER, transformer_config
 
 from .conftest import TRANSFORMERS, relative
 

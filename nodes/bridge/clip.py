@@ -1,0 +1,323 @@
+"""CLIP: the Qwen3 encoder and its tokenizer as ComfyUI's own kind of text encoder."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.ops
+import comfy.sd
+import comfy.supported_models_base
+import comfy.text_encoders
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import nn
+
+from ...zimage_core.errors import CheckpointError
+from ...zimage_core.model.text_encoder import LAYER, TextEncoder
+from ...zimage_core.model.tokenizer import Tokenizer
+from ...zimage_core.prompts.cache import Stamp, stamps
+from ...zimage_core.weights.checkpoint import Component, not_finite, open_component, open_tokenizer, snapshot_folder
+from . import files as bridge_files
+from . import layers, prompts, quantized, quantized_patcher
+
+logger = logging.getLogger(__name__)
+
+NAME = "qwen3_4b"  # the host's name for this encoder: key of its tokens, prefix of its parameters, so LoRA files fit
+# the tokenizer that comes with the host: Qwen's, whose ids are those of Qwen3 for every text
+QWEN_TOKENIZER = Path(next(iter(comfy.text_encoders.__path__))) / "qwen25_tokenizer"
+_reading = threading.RLock()  # the host may run nodes in several threads
+
+
+class HostTextModel(nn.Module):
+    """The calls that `comfy.sd.CLIP` makes of a text model. Computes in float32, whatever the weights are stored in."""
+
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        dtype: torch.dtype,
+        identity: dict[str, Any],
+        read: Callable[[], None] | None = None,
+    ):
+        """identity: of what its weights are. read: gives values to those weights that have none yet."""
+        super().__init__()
+        named = nn.Module()
+        named.transformer = encoder
+        setattr(self, NAME, named)
+        self.encoder_config = encoder.config
+        self.dtypes = {dtype}
+        self.identity = identity
+        self._read = read
+        self._names_suffice = False
+        self.reset_clip_options()
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """With the values of all its weights."""
+        self.fill()
+        return getattr(self, NAME).transformer
+
+    def fill(self) -> None:
+        """Reads what has been left in the file until now."""
+        with _reading:
+            if self._read is not None:
+                self._read()
+                self._read = None
+                mm.archive_model_dtypes(self)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        self.fill()  # only values can be moved
+        return super()._apply(fn, recurse)
+
+    def state_dict(self, *arguments: Any, **settings: Any) -> dict[str, Any]:
+        if not self._names_suffice:
+            self.fill()
+        return super().state_dict(*arguments, **settings)
+
+    @contextmanager
+    def names_suffice(self) -> Iterator[None]:
+        """Within it, a state dict is asked for names, shapes and dtypes only."""
+        with _reading:
+            self._names_suffice = True
+            try:
+                yield
+            finally:
+                self._names_suffice = False
+
+    def set_clip_options(self, options: dict[str, Any]) -> None:
+        self.execution_device = options.get("execution_device", self.execution_device)
+        self.layer = options.get("layer", self.layer)
+
+    def reset_clip_options(self) -> None:
+        self.execution_device: torch.device | None = None
+        self.layer: int | None = None
+
+    def encode_token_weights(self, tokens: dict[str, list]) -> tuple[torch.Tensor, None, dict[str, torch.Tensor]]:
+        """Token ids to features [1, N, hidden_size] float32, unpadded: the transformer pads captions itself."""
+        ids = [[token[0] for token in row] for row in tokens[NAME]]
+        input_ids = torch.tensor(ids, dtype=torch.long, device=self.execution_device)
+        features = self._hidden_state(input_ids).float().to(mm.intermediate_device())
+        return features, None, {"attention_mask": torch.ones_like(input_ids, device=features.device)}
+
+    def _hidden_state(self, input_ids: torch.Tensor) -> torch.Tensor:
+        layer = LAYER if self.layer is None else self.layer  # another one is asked for by CLIPSetLastLayer
+        count = self.encoder_config.num_hidden_layers
+        if not -count <= layer <= LAYER:  # -1 doesn't exist: ours ends where LAYER does
+            raise ValueError(
+                f"stop_at_clip_layer is {layer}; this text encoder has the layers {LAYER} (Z-Image's own) "
+                f"to {-count}. Remove the node that sets it."
+            )
+        return self.encoder(input_ids, dtype=torch.float32, layer=layer)
+
+    def load_sd(self, state_dict: dict[str, torch.Tensor]):
+        return self.encoder.load_state_dict(state_dict, strict=False, assign=True)
+
+    def memory_estimation_function(self, tokens: dict[str, list], device: torch.device | None = None) -> int:
+        """Bytes for one layer in float32: activations of every token (twice, for copies) and its largest weight."""
+        config = self.encoder_config
+        longest = max((len(row) for row in tokens.get(NAME, [])), default=0)
+        activations = longest * (8 * config.hidden_size + 3 * config.intermediate_size) * 2
+        return 4 * (activations + config.hidden_size * config.intermediate_size)
+
+
+class HostTokenizer:
+    """The calls that `comfy.sd.CLIP` makes of a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, llama_template: str | None = None, **_):
+        """Ids with the weight 1.0: prompt weights like (this:1.2) are ordinary text to Z-Image.
+
+        llama_template: another chat template with one {}, as some stock nodes pass it.
+        """
+        if llama_template is None:
+            ids = self.tokenizer(text)
+        else:
+            ids = self.tokenizer.inner(llama_template.format(text))["input_ids"]
+        rows = [(token, 1.0, place + 1) if return_word_ids else (token, 1.0) for place, token in enumerate(ids)]
+        return {NAME: [rows]}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def decode(self, token_ids, skip_special_tokens: bool = True) -> str:
+        return self.tokenizer.inner.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+
+def load_clip(
+    path: str | Path,
+    weight_dtype: torch.dtype | None = None,
+    cache_converted: bool = False,
+    disable_dynamic: bool = False,
+) -> comfy.sd.CLIP:
+    """A CLIP of a snapshot's text encoder and tokenizer, or of a single file with the host's Qwen tokenizer.
+
+    weight_dtype: of the weights in memory, None the file's. No weight is read here: they stay mapped, and those that
+    have to be converted are left in the file until the encoder is loaded onto its device. cache_converted: they are
+    mapped as well, from a file that is written for it.
+    """
+    component = open_component(path, "text_encoder", map_file=bridge_files.map_file())
+    files = stamps(component.files.paths)
+    config, tokenizer = component.config, HostTokenizer(_tokenizer(path))
+    dtype = weight_dtype or component.dtype()
+    if dtype.itemsize == 1:  # fp8 without scales: an Embedding can't look rows up in it
+        dtype = torch.bfloat16
+    quantised = weight_dtype is None and quantized.keeps(component)
+    if cache_converted and not quantised:
+        component = bridge_files.cache_converted(component, dict.fromkeys(component.shapes, dtype))
+    operations = layers.for_device(mm.text_encoder_device(), comfy.ops.manual_cast)
+    build_device = torch.device("meta")
+    if quantised:
+        operations, build_device = quantized.operations(component, torch.float32, mm.text_encoder_device(), exact=True)
+    encoder = TextEncoder(config, ops=operations, device=build_device, dtype=dtype).requires_grad_(False)
+    left = _map_weights(encoder, component, dtype, quantised)
+    identity = {"config": repr(config), "weights": str(dtype), "quantised": quantised, "files": files}
+    read = functools.partial(_read_weights, encoder, component, dtype, left, files) if left else None
+    model = HostTextModel(encoder.eval(), dtype, identity, read)
+
+    clip = comfy.sd.CLIP(
+        comfy.supported_models_base.ClipTarget(lambda **_: tokenizer, lambda **_: model),
+        parameters=sum(math.prod(shape) for shape in component.shapes.values()),
+        # no device to compute on: where that is the CPU, the host would load the encoder at once
+        model_options={"dtype": dtype, "initial_device": torch.device("meta")},
+        disable_dynamic=disable_dynamic,
+    )
+    if quantised:
+        quantized_patcher.keep_packed(clip.patcher)
+    if disable_dynamic:  # this one is taken apart, its model put into a patcher of the host's own kind
+        model.fill()
+    elif left:
+        clip.patcher.__class__ = _filling(type(clip.patcher))
+    clip.patcher.cached_patcher_init = (load_clip_patcher, (str(path), weight_dtype, cache_converted))
+    return clip
+
+
+def _map_weights(encoder: TextEncoder, component: Component, dtype: torch.dtype, quantised: bool) -> list[str]:
+    """Gives the layers all weights that can stay as the file has them; the others get a shape and a dtype.
+
+    Returns the names of the latter. Checks every key, and the shape of what is not quantised.
+    """
+    left = []
+    for name, shape in component.shapes.items():
+        path, _, last = name.rpartition(".")
+        layer = encoder.get_submodule(path)
+        # the host's layers for quantised weights hold others in the dtype that they compute in
+        held = getattr(layer, "factory_kwargs", {}).get("dtype", dtype)
+        tensors = quantized.kept_tensors(component, name, shape, torch.float32) if quantised else {}
+        if not tensors and not component.packed(name):
+            mapped = component.tensor(name, shape)
+            tensors = {name: mapped} if mapped.dtype == held else {}
+        if tensors:
+            _load(layer, path, tensors)
+        else:
+            setattr(layer, last, nn.Parameter(torch.empty(shape, dtype=held, device="meta"), requires_grad=False))
+            left.append(name)
+    return left
+
+
+def _read_weights(
+    encoder: TextEncoder, component: Component, dtype: torch.dtype, names: list[str], files: list[Stamp]
+) -> None:
+    if stamps(component.files.paths) != files:
+        raise CheckpointError(f"{component.source}: the file has changed since it was opened; queue the prompt again")
+    for name in names:
+        path = name.rpartition(".")[0]
+        tensor = component.tensor(name, component.shapes[name], dtype=dtype)
+        _load(encoder.get_submodule(path), path, {name: tensor})
+
+
+def _load(layer: nn.Module, path: str, tensors: dict[str, torch.Tensor]) -> None:
+    own = {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()}
+    layer.load_state_dict(own, strict=True, assign=True)
+
+
+@functools.cache
+def _filling(kind: type[ModelPatcher]) -> type[ModelPatcher]:
+    """A patcher of the host as it is for its device, that has the model filled before it touches weights."""
+
+    class Filling(kind):
+        def load(self, *arguments, **settings):
+            self.model.fill()
+            return super().load(*arguments, **settings)
+
+        def patch_weight_to_device(self, *arguments, **settings):
+            self.model.fill()
+            return super().patch_weight_to_device(*arguments, **settings)
+
+        def add_patches(self, *arguments, **settings):
+            with self.model.names_suffice():
+                return super().add_patches(*arguments, **settings)
+
+        def model_size(self):
+            with self.model.names_suffice():
+                return super().model_size()
+
+    return Filling
+
+
+def encode(clip: comfy.sd.CLIP, text: str, cached: bool = True) -> list[Any]:
+    """CONDITIONING of a prompt, checked: a damaged weight is named.
+
+    cached: for a prompt that is known, the encoder is neither read nor loaded. Features are then kept, and given out,
+    in the precision that Z-Image computes in here (`prompts.kept_dtype`), the first time as well; without, they
+    are float32's.
+    """
+    tokens = clip.tokenize(text)
+    key = prompts.key(clip, tokens) if cached else None
+    known = None if key is None else prompts.cache().get(key)
+    if known is not None:
+        logger.debug("Prompt known, text encoder not used: %.60r", text)
+        return _conditioning(known)
+    conditioning = clip.encode_from_tokens_scheduled(tokens)
+    if any(isinstance(cond, torch.Tensor) and not cond.isfinite().all() for cond, _ in conditioning):
+        # as the host computes every text encoder, so there is no safer way
+        raise not_finite("the text encoder", "float32 with plain attention", text_encoder=clip.cond_stage_model)
+    if key is None or not _is_plain(conditioning):
+        return conditioning
+    features = conditioning[0][0].to(prompts.kept_dtype())
+    if not features.isfinite().all():  # beyond the range of float16
+        return conditioning
+    prompts.cache().put(key, features)
+    return _conditioning(features)
+
+
+def _conditioning(features: torch.Tensor) -> list[Any]:
+    """As `clip.encode_from_tokens_scheduled` gives it. float32, since other nodes add and concatenate them."""
+    cond = features.float().to(mm.intermediate_device())
+    mask = torch.ones(cond.shape[:2], dtype=torch.long, device=cond.device)
+    return [[cond, {"pooled_output": None, "attention_mask": mask}]]
+
+
+def _is_plain(conditioning: list[Any]) -> bool:
+    """Whether its features tell all of it."""
+    if len(conditioning) != 1 or conditioning[0][0].dtype != torch.float32:
+        return False
+    ((cond, extra),) = conditioning
+    mask = extra.get("attention_mask")
+    return (
+        extra.keys() == {"pooled_output", "attention_mask"}
+        and extra["pooled_output"] is None
+        and mask.shape == cond.shape[:2]
+        and bool(mask.all())
+    )
+
+
+def _tokenizer(path: str | Path) -> Tokenizer:
+    return open_tokenizer(path) if snapshot_folder(path) else Tokenizer(QWEN_TOKENIZER)
+
+
+def load_clip_patcher(
+    path: str,
+    weight_dtype: torch.dtype | None = None,
+    cache_converted: bool = False,
+    disable_dynamic: bool = False,
+):
+    return load_clip(path, weight_dtype, cache_converted, disable_dynamic).patcher

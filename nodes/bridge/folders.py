@@ -1,0 +1,225 @@
+"""The host's model folders: which snapshots and files the loaders offer, where they are, whether they changed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import comfy.model_management as mm
+import folder_paths
+import torch
+from comfy.cli_args import args
+
+from ...zimage_core.errors import CheckpointError
+from ...zimage_core.hub.download import KNOWN, Repository, is_complete
+from ...zimage_core.weights.checkpoint import snapshot_folder
+from . import download as bridge_download
+
+logger = logging.getLogger(__name__)
+
+NANO = "Z-Image-Nano (built in)"
+NANO_FOLDER = Path(__file__).parents[2] / "nano" / "snapshot"
+NANO_LORA = "Z-Image-Nano moon (built in)"
+NANO_LORA_FILE = NANO_FOLDER.parent / "zimage_nano_moon.safetensors"
+
+FOLDER_KINDS = ("zimage", "diffusers")  # sub-folders of models/, in the order in which equal names win
+MARKS = ("transformer", "text_encoder", "vae", "snapshots")  # one of these is in a snapshot, or in a cached one
+# the host's folders of single files, by what the file may hold
+FILE_KINDS = {
+    "transformer": ("diffusion_models", "checkpoints"),
+    "text_encoder": ("text_encoders", "checkpoints"),
+    "vae": ("vae", "checkpoints"),
+}
+FILE_SUFFIXES = (".safetensors", ".sft")
+DEPTH = 2  # models/zimage/<name> and models/zimage/<author>/<name>
+
+# Known to the host from now on: extra_model_paths.yaml may add further folders under the same name.
+folder_paths.add_model_folder_path("zimage", os.path.join(folder_paths.models_dir, "zimage"))
+# GGUF files lie in the same folders, but the host does not list them; the lists of folders are shared, not copied
+GGUF_KINDS = {kind: f"zimage_gguf_{kind}" for kind in ("diffusion_models", "text_encoders")}
+for _kind, _own in GGUF_KINDS.items():
+    folder_paths.folder_names_and_paths[_own] = (folder_paths.folder_names_and_paths[_kind][0], {".gguf"})
+
+
+def model_choices(component: str) -> list[str]:
+    """The built-in model, snapshots under the host's folders, those that can be downloaded, then single files."""
+    snapshots = {*_snapshots(), *(Repository(name).folder_name for name in KNOWN)}
+    return [NANO, *sorted(snapshots, key=str.casefold), *sorted(_files(component), key=str.casefold)]
+
+
+def model_path(choice: str, component: str, repository: str = "", download: bool = False) -> Path:
+    """The folder or file behind an entry of `model_choices`, or of a repository of the hub (Org/Name@revision)."""
+    if choice == NANO and not repository.strip():
+        return NANO_FOLDER
+    path = _snapshots().get(choice) if not repository.strip() else None
+    wanted = bridge_download.repository_of(choice, repository)
+    if wanted is not None and (path is None or not is_complete(path, [component])):
+        path, fetched = bridge_download.snapshot(wanted, component, allowed=download)
+        if fetched:
+            _downloaded[path, component] = _stamps(path, component)
+    if path is None and (file := _files(component).get(choice)) is not None:
+        path = Path(folder_paths.get_full_path_or_raise(*file))
+    if path is None:
+        searched = ", ".join(str(root) for root in _roots())
+        raise FileNotFoundError(
+            f"There is no model {choice!r}. Put the whole Z-Image snapshot (model_index.json, transformer/, "
+            f"text_encoder/, tokenizer/, vae/, scheduler/) into {searched}, or a single file into models/"
+            f"{' or models/'.join(FILE_KINDS[component])}, and press R to refresh the list."
+        )
+    return path
+
+
+def fingerprint(choice: str, component: str, repository: str = "") -> list[tuple[str, int, int]]:
+    """(file, modification time in ns, size) of all that is read: a changed file is loaded again.
+
+    What this server has downloaded counts as what was there before, nothing: it was loaded when it came.
+    """
+    try:
+        path = model_path(choice, component, repository)
+        stamps = _stamps(path, component)
+    except CheckpointError:  # a repository that is not here yet
+        return []
+    return [] if _downloaded.get((path, component)) == stamps else stamps
+
+
+# what was downloaded since the host started -> what `_stamps` said right after
+_downloaded: dict[tuple[Path, str], list[tuple[str, int, int]]] = {}
+READ = {  # component -> folder of a snapshot -> files in it
+    "transformer": {"transformer": "*", "scheduler": "*", "vae": "config.json"},
+    "text_encoder": {"text_encoder": "*", "tokenizer": "*"},
+    "vae": {"vae": "*"},
+}
+
+
+def _stamps(path: Path, component: str) -> list[tuple[str, int, int]]:
+    folder = snapshot_folder(path)
+    if folder is None:
+        return [_stamp(path)]
+    entries = (
+        entry
+        for part, pattern in READ[component].items()
+        for entry in _listed(folder / part)
+        if fnmatchcase(entry.name, pattern) and entry.is_file()
+    )
+    return sorted(_stamp(Path(entry.path)) for entry in entries)
+
+
+def lora_choices() -> list[str]:
+    """The LoRA files of the host's own folder, then the built-in model's."""
+    return [*_names("loras"), NANO_LORA]
+
+
+def lora_path(name: str) -> Path:
+    """The file behind an entry of `lora_choices`."""
+    return NANO_LORA_FILE if name == NANO_LORA else Path(folder_paths.get_full_path_or_raise("loras", name))
+
+
+def lora_fingerprint(name: str) -> tuple[str, int, int]:
+    """(file, modification time in ns, size): a changed file is read again."""
+    return _stamp(lora_path(name))
+
+
+def _stamp(file: Path) -> tuple[str, int, int]:
+    state = file.stat()
+    return (str(file), state.st_mtime_ns, state.st_size)
+
+
+def asked_dtype() -> torch.dtype | None:
+    """What the host's flags (--fp32-unet and the like, --force-fp32) want a transformer stored in; None without one."""
+    asked = args.force_fp32 or any(name.endswith("_unet") and value for name, value in vars(args).items())
+    return mm.unet_dtype() if asked else None
+
+
+def _roots() -> list[Path]:
+    return [Path(root) for kind in FOLDER_KINDS for root in folder_paths.get_folder_paths(kind)]
+
+
+def _files(component: str) -> dict[str, tuple[str, str]]:
+    """Name, as the combo shows it ("folder/file"), to (the host's folder kind, the file's name in it)."""
+    found: dict[str, tuple[str, str]] = {}
+    for kind in FILE_KINDS[component]:
+        found |= {f"{kind}/{name}": (kind, name) for name in _names(kind)}
+        if kind in GGUF_KINDS:
+            own = GGUF_KINDS[kind]
+            found |= {f"{kind}/{name}": (own, name) for name in _names(own, (".gguf",))}
+    return found
+
+
+def _names(kind: str, suffixes: tuple[str, ...] = FILE_SUFFIXES) -> list[str]:
+    """The files of a kind as the host lists them, or as we do where it gives up over a folder that it can't read."""
+    try:
+        names: Iterable[str] = folder_paths.get_filename_list(kind)
+    except OSError:
+        names = {
+            os.path.relpath(os.path.join(folder, name), root)
+            for root in folder_paths.get_folder_paths(kind)
+            for folder, _, files in os.walk(root, onerror=lambda error: _skip(error.filename, error), followlinks=True)
+            for name in files
+        }
+    return [name for name in sorted(names) if name.lower().endswith(suffixes) and _is_text(name, kind)]
+
+
+def _snapshots() -> dict[str, Path]:
+    """Name, as the combo shows it, to folder. Runs whenever the host asks for the schema, so it only lists folders."""
+    found: dict[str, Path] = {}
+    for root in _roots():
+        for folder in _snapshots_in(_listed(root), DEPTH):
+            found.setdefault(folder.relative_to(root).as_posix(), folder)
+    return found
+
+
+def _snapshots_in(entries: list[os.DirEntry[str]], depth: int) -> Iterator[Path]:
+    for entry in entries:
+        if entry.name.startswith(".") or not entry.is_dir():
+            continue
+        inner = _listed(Path(entry.path))
+        if any(e.is_dir() if e.name in MARKS else e.is_file() and e.name == "model_index.json" for e in inner):
+            yield Path(entry.path)
+        elif depth > 1:
+            yield from _snapshots_in(inner, depth - 1)
+
+
+def _listed(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder. What can't be read is left out and the log says so once: it may not end a whole list."""
+    found = []
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry for entry in entries if _is_text(entry.name, folder) and _is_reachable(entry)]
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        _skip(folder, error)
+    return found
+
+
+def _is_reachable(entry: os.DirEntry[str]) -> bool:
+    try:
+        entry.is_dir()  # follows links, and remembers where they led
+    except OSError as error:
+        _skip(entry.path, error)
+        return False
+    return True
+
+
+def _is_text(name: str, folder: str | Path) -> bool:
+    """Whether a workflow can hold this name."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        _skip(os.path.join(folder, name), "its name is not UTF-8, rename it")
+        return False
+    return True
+
+
+def _skip(path: str | os.PathLike[str], why: OSError | str) -> None:
+    said = os.fsencode(path).decode(errors="backslashreplace")
+    if said not in _skipped:
+        _skipped.add(said)
+        reason = why if isinstance(why, str) else f"{why.strerror}; check its permissions, or the drive that it is on"
+        logger.warning("%s is left out of the lists of models: %s.", said, reason)
+
+
+_skipped: set[str] = set()

@@ -1,0 +1,347 @@
+"""MODEL: the S3-DiT as ComfyUI's own kind of model, so that its memory manager, samplers, LoRA and patches apply.
+
+The class derives from the host's native Z-Image model and keeps its parameter names; only the network is ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import comfy.latent_formats
+import comfy.ldm.common_dit
+import comfy.model_base
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.ops
+import comfy.patcher_extension
+import comfy.supported_models
+import torch
+from comfy.ldm.modules.attention import optimized_attention_masked
+from torch import Tensor
+
+from ...zimage_core.config import SchedulerConfig, TransformerConfig
+from ...zimage_core.model.transformer import Block, Captions, JointAttention, ZImageTransformer, norm_and_rotate
+from ...zimage_core.sampling.loop import model_time, velocity
+from ...zimage_core.weights.checkpoint import Component, Snapshot, open_component, schedule_of, snapshot_folder
+from . import files, folders, layers, quantized, quantized_patcher
+
+try:  # the host's kernel package; older ones lack these two
+    from comfy_kitchen import rms_rope, rms_rope1
+except ImportError:
+    rms_rope = rms_rope1 = None
+
+logger = logging.getLogger(__name__)
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+HALF = 2  # bytes
+NATIVE_DIM = 3840  # the width for which the host measured memory_usage_factor
+
+
+class HostTransformer(ZImageTransformer):
+    """The S3-DiT behind the call that the host makes of a diffusion model."""
+
+    def __init__(self, config: TransformerConfig, *, operations: Any, device: Any, dtype: Any, **_unused: Any):
+        super().__init__(config, ops=operations, device=device, dtype=dtype)
+        self.dtype = dtype
+        self.run_captions = _RunCaptions()
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.gain = _gain
+            if isinstance(module, JointAttention):
+                module.norm_and_rotate = _norm_and_rotate
+
+    def forward(self, x, timesteps, context, num_tokens=None, attention_mask=None, **kwargs):
+        """Latents [B, 16, h, w], sigma [B], captions [B, L, cap_feat_dim] -> dlatents/dsigma [B, 16, h, w].
+
+        The positional order is the native model's: wrappers installed by other nodes (EasyCache, ...) rely on it.
+        """
+        options = kwargs.get("transformer_options", {})
+        kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+        wrappers = comfy.patcher_extension.get_all_wrappers(kind, options)
+        if wrappers:
+            x = x.clone()  # EasyCache writes into it, and where nothing was cast the host still computes with it
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._velocity, self, wrappers)
+        return executor.execute(x, timesteps, context, num_tokens, attention_mask, **kwargs)
+
+    def _velocity(self, x, timesteps, context, num_tokens=None, attention_mask=None, **kwargs):
+        options = kwargs.get("transformer_options", {})
+        self._check(context, kwargs)
+        height, width = x.shape[-2:]
+        patch = self.config.patch_size
+        if height % patch or width % patch:
+            # Areas of a picture may have odd sizes; like the native model, make them even and cut the excess off.
+            x = comfy.ldm.common_dit.pad_to_patch_size(x, (patch, patch))
+        out = super().forward(
+            x,
+            model_time(timesteps),
+            self.run_captions.refined(self, x, context, options),
+            attention=partial(_attention, options),
+            block_hook=_BlockHook(options, self.config),
+            rope_options=options.get("rope_options"),
+        )
+        return velocity(out)[:, :, :height, :width]
+
+    def _check(self, context: Tensor, conds: dict[str, Any]) -> None:
+        if context.shape[-1] != self.config.cap_feat_dim:
+            raise ValueError(
+                f"The prompt was encoded with a width of {context.shape[-1]}, this model expects "
+                f"{self.config.cap_feat_dim}. Load text encoder and transformer from the same Z-Image snapshot."
+            )
+        if conds.get("ref_latents") or conds.get("siglip_feats"):
+            raise ValueError("This Z-Image model takes no reference pictures. Remove the node that attaches them.")
+
+
+def _norm_and_rotate(
+    q: Tensor, k: Tensor, rotation: Tensor, q_norm: Any, k_norm: Any, shrink: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """What `transformer.norm_and_rotate` does, in one pass by the kernel of the host."""
+    if rms_rope is None or q.device.type == "cpu" or torch.is_grad_enabled():
+        return norm_and_rotate(q, k, rotation, q_norm, k_norm, shrink, _gain)
+    return _by_kernel(q, k, rotation, q_norm, k_norm, shrink)
+
+
+def _by_kernel(
+    q: Tensor, k: Tensor, rotation: Tensor, q_norm: Any, k_norm: Any, shrink: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    eps = q_norm.eps * shrink**2
+    (q_gain, q_bias, q_lent), (k_gain, k_bias, k_lent) = _cast(q_norm, q), _cast(k_norm, k)
+    if q.shape == k.shape:
+        q, k = rms_rope(q, k, rotation, q_gain, k_gain, eps)
+    else:
+        q = rms_rope1(q, rotation[:, : q.shape[1]], q_gain, eps)
+        k = rms_rope1(k, rotation, k_gain, eps)
+    comfy.ops.uncast_bias_weight(q_norm, q_gain, q_bias, q_lent)
+    comfy.ops.uncast_bias_weight(k_norm, k_gain, k_bias, k_lent)
+    return q, k
+
+
+def _gain(norm: Any, like: Tensor) -> Tensor:
+    """What `fused.norm_gain` tells, where the host moves, casts and patches weights as they are used."""
+    weight, bias, lent = _cast(norm, like)
+    is_lent = lent[0] is not None or "_v" in vars(norm)  # by a stream or the paging of weights
+    gain = weight.clone() if is_lent else weight
+    comfy.ops.uncast_bias_weight(norm, weight, bias, lent)
+    return gain
+
+
+def _cast(norm: Any, like: Tensor) -> Any:
+    """(weight, bias, what `uncast_bias_weight` wants): itself where nothing is to be done, so nothing is launched."""
+    return comfy.ops.cast_bias_weight(norm, like, offloadable=True)
+
+
+def _attention(options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The host's attention of choice; the options carry overrides that other nodes set."""
+    return optimized_attention_masked(q, k, v, q.shape[1], mask, skip_reshape=True, transformer_options=options)
+
+
+class _RunCaptions:
+    """Refined captions, from the start of a sampling run to its end; only on a CPU.
+
+    The host hands the same prompts over in new tensors at every step, and other nodes may change them on the way: only
+    their content tells whether they are the same. On a GPU looking would make the host wait for it, for a hundredth of
+    a step at most.
+    """
+
+    MOST = 8  # prompts of areas and schedules; more than any graph in use, and a bound
+
+    def __init__(self) -> None:
+        self.patcher: Any = None  # of the run
+        self.known: list[tuple[Tensor, torch.dtype, Captions]] = []
+
+    def begin(self, patcher: Any) -> None:
+        self.patcher, self.known = patcher, []
+
+    def end(self, _patcher: Any) -> None:
+        self.patcher, self.known = None, []
+
+    def refined(
+        self, model: ZImageTransformer, x: Tensor, context: Tensor, options: dict[str, Any]
+    ) -> Captions | Tensor:
+        """What the transformer takes in place of `context`."""
+        # the host's hooks change weights, other nodes' overrides the attention and what they put into the blocks
+        # anything, all perhaps by the step
+        steady = self.patcher is not None and self.patcher.current_hooks is None
+        steady = steady and getattr(options.get("optimized_attention_override", self), "steady", False)
+        steady = steady and model.refines_as_built()
+        if not steady or x.device.type != "cpu" or torch.compiler.is_compiling() or len(context) != len(x):
+            return context
+        for features, dtype, captions in self.known:
+            if dtype == x.dtype and features.dtype == context.dtype and torch.equal(features, context):
+                return captions
+        captions = model.refine_captions(context, x.dtype, attention=partial(_attention, options))
+        self.known = [*self.known[1 - self.MOST :], (context, x.dtype, captions)]
+        return captions
+
+
+class _BlockHook:
+    """Keeps the options current and runs the patches of other nodes after a block, as the native model does."""
+
+    def __init__(self, options: dict[str, Any], config: TransformerConfig):
+        self.options = options
+        self.config = config
+        self.patches = options.get("patches", {})
+        self.reads_tokens = any(self.patches.get(name) for name in ("noise_refiner", "double_block"))
+
+    def __call__(self, stage: str, index: int, state: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            mm.throw_exception_if_processing_interrupted()  # a step can take minutes; only newer hosts look inside it
+        if stage == "noise_refiner":
+            for patch in self.patches.get("noise_refiner", []):
+                out = patch(self._arguments(state, index, block_type="noise_refiner"))
+                if "img" in out:
+                    state["img"] = out["img"]
+            if index == self.config.n_refiner_layers - 1:
+                self.options.update(total_blocks=self.config.n_layers, block_type="double", block_index=0)
+            return
+        for patch in self.patches.get("double_block", []):
+            out = patch(self._arguments(state, index))
+            for name in ("img", "txt"):
+                if name in out and out[name] is not state[name]:
+                    state[name][:] = out[name]
+        if index + 1 < self.config.n_layers:
+            self.options["block_index"] = index + 1
+
+    def _arguments(self, state: dict[str, Any], index: int, **extra: Any) -> dict[str, Any]:
+        return {**state, "block_index": index, "transformer_options": self.options, **extra}
+
+
+class ZImageModel(comfy.model_base.Lumina2):
+    """The host's native model class around our network: being a Lumina2 is what makes the host map Z-Image's LoRA."""
+
+    def __init__(
+        self,
+        model_config: ZImageModelConfig,
+        config: TransformerConfig,
+        scheduler: SchedulerConfig,
+        device: torch.device,
+    ):
+        comfy.model_base.BaseModel.__init__(
+            self,
+            model_config,
+            comfy.model_base.ModelType.FLOW,
+            device=device,
+            unet_model=partial(HostTransformer, config),
+        )
+        self.memory_usage_factor_conds = ("ref_latents",)  # read by the inherited extra_conds_shapes
+        self.scheduler_config = scheduler
+
+
+class ZImageModelConfig(comfy.supported_models.ZImage):
+    """What the host wants to know of a model, from the snapshot's files instead of from a detected state dict."""
+
+    def __init__(self, path: str | Path, config: TransformerConfig, scheduler: SchedulerConfig):
+        super().__init__(
+            {
+                "image_model": "lumina2",
+                "in_channels": config.in_channels,
+                "dim": config.dim,  # this and the next two: read by the host's map of LoRA keys
+                "n_layers": config.n_layers,
+                "n_refiner_layers": config.n_refiner_layers,
+                # float16 where the device has no bfloat16. The host judges by one norm whether its own network would
+                # overflow; ours doesn't, whatever the weights.
+                "allow_fp16": True,
+            }
+        )
+        self.sampling_settings = {"multiplier": 1.0, "shift": scheduler.shift}  # multiplier 1: the network gets sigma
+        self.memory_usage_factor = type(self).memory_usage_factor * config.dim / NATIVE_DIM
+        if folder := snapshot_folder(path):  # a single file has the published factors, which are the host's defaults
+            vae = Snapshot(folder).vae_config()
+            self.latent_format.scale_factor = vae.scaling_factor
+            self.latent_format.shift_factor = vae.shift_factor
+
+
+def load_model(
+    path: str | Path,
+    weight_dtype: torch.dtype | None = None,
+    compiled: bool = False,
+    cache_converted: bool = False,
+    disable_dynamic: bool = False,
+):
+    """A ModelPatcher of the transformer in a snapshot or single file, whose tensors stay mapped where nothing is cast.
+
+    weight_dtype: of the weights in memory; None is the file's, fitted to the device. compiled: see `ZImageTransformer`.
+    cache_converted: weights that have to be cast or fused are mapped as well, from a file that is written for it.
+    """
+    component, scheduler = open_component(path, "transformer", map_file=files.map_file()), schedule_of(path)
+    config = component.config
+    model_config = ZImageModelConfig(path, config, scheduler)
+    device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
+    quantised = weight_dtype is None and quantized.keeps(component)
+    if quantised:
+        asked = folders.asked_dtype()  # of the weights that are not quantised
+        storage = component.dtype() if asked in (None, *FP8) else asked
+        compute = mm.unet_manual_cast(None, device, model_config.supported_inference_dtypes)
+        model_config.custom_operations, build_device = quantized.operations(component, compute, device)
+        weights = quantized.state_dict(component, storage, compute)
+    else:
+        storage, compute = _dtypes(
+            weight_dtype or folders.asked_dtype(), component, model_config.supported_inference_dtypes, device
+        )
+        model_config.custom_operations = layers.for_device(device)  # None: the host picks
+        build_device = torch.device("meta")
+        dtypes = _dtypes_in_memory(component, storage)
+        stored = files.cache_converted(component, dtypes) if cache_converted else component
+        weights = {name: stored.tensor(name, shape, dtype=dtypes[name]) for name, shape in component.shapes.items()}
+    model_config.set_inference_dtype(storage, compute)
+
+    model = ZImageModel(model_config, config, scheduler, build_device)
+    model.diffusion_model.requires_grad_(False).load_state_dict(weights, strict=True, assign=True)
+    model.diffusion_model.requires_grad_(False).eval()
+    model.diffusion_model.compiled = compiled
+    if (compute or storage) == torch.float16:
+        fits = model.diffusion_model.sums_fit_half = component.sums_fit_half()
+        logger.info(
+            "%s computes in float16, and adds up what its blocks put out in %s.",
+            component.source,
+            "float16 as well" if fits else "float32, as by its weights float16 might overflow",
+        )
+    model.device = offload_device  # until here "meta", where it was built
+    model.to(offload_device)
+
+    # The host rebinds CoreModelPatcher when it starts; it must be looked up at the time of the call.
+    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = kind(model, load_device=device, offload_device=offload_device)
+    if quantised:
+        quantized_patcher.keep_packed(patcher)
+    captions = model.diffusion_model.run_captions
+    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, captions.begin)
+    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_CLEANUP, captions.end)
+    patcher.cached_patcher_init = (load_model, (str(path), weight_dtype, compiled, cache_converted))
+    return patcher
+
+
+def _dtypes(
+    asked: torch.dtype | None,
+    component: Component,
+    supported: list[torch.dtype],
+    device: torch.device,
+) -> tuple[torch.dtype, torch.dtype | None]:
+    """(dtype of the weights in memory, dtype to which each layer casts them or None to compute in the former).
+
+    The host decides what is computed in. Weights that each layer would cast to that anyhow, or that would be held in
+    32 bits or more, stay as the file has them.
+    """
+    if asked is not None:
+        return asked, mm.unet_manual_cast(asked, device, supported)
+    stored = component.dtype()
+    parameters = sum(math.prod(shape) for shape in component.shapes.values())
+    storage = mm.unet_dtype(device=device, model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
+    compute = mm.unet_manual_cast(storage, device, supported) or storage
+    if not mm.supports_cast(device, storage):  # fp8, where memory is short on a device that has none
+        storage = compute
+    cast = compute != storage or storage.itemsize > HALF
+    if cast and stored.itemsize <= storage.itemsize and mm.supports_cast(device, stored):
+        storage = stored
+    return storage, None if compute == storage else compute
+
+
+def _dtypes_in_memory(component: Component, storage: torch.dtype) -> dict[str, torch.dtype | None]:
+    """Of each weight, None for the file's; only matrices become fp8, the rest is small and stays as it is."""
+    return {
+        name: storage if storage not in FP8 or (len(shape) == 2 and "." in name) else None
+        for name, shape in component.shapes.items()
+    }

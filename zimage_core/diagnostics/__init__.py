@@ -1,0 +1,1 @@
+"""What went wrong: values that are not finite."""

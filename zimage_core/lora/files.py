@@ -1,0 +1,432 @@
+"""LoRA files: every dialect's keys onto our weights, a report, and the changes onto a model (`adapters` has formulas).
+
+A key is a module's name in some dialect and a suffix that tells the part. Names are compared with underscores for dots
+and without the habitual prefixes, so that one table (`key_maps`) serves PEFT, kohya, LyCORIS and ComfyUI alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..weights import identify, key_maps, packed
+from ..weights.tensor_files import MapFile, TensorFiles, map_safetensors
+from .formulas import ALL, EXTRAS, FAMILIES, Adapter, Piece
+
+# suffix of a key -> the part of an adapter that it is; the first that fits wins
+SUFFIXES = {
+    ".lora_A.default.weight": "down",
+    ".lora_B.default.weight": "up",
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    ".lora_A": "down",
+    ".lora_B": "up",
+    ".alpha": "alpha",
+    ".dora_scale": "magnitude",
+    ".lora_magnitude_vector.default.weight": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_magnitude_vector": "magnitude",
+    **{f".lokr_{part}": f"lokr_{part}" for part in ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b")},
+    **{f".hada_{part}": f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b")},
+    **{f".{part}.weight": f"glora_{part}" for part in ("a1", "a2", "b1", "b2")},
+    ".oft_blocks": "oft_blocks",
+    ".rescale": "rescale",
+    ".diff": "diff",
+    ".w_norm": "diff",
+    ".diff_b": "diff_b",
+    ".b_norm": "diff_b",
+}
+# what may stand before a module's name, dots already underscores; taken off as often as one fits
+PREFIXES = (
+    "base_model_model_",
+    "model_diffusion_model_",
+    "diffusion_model_",
+    "transformer_",
+    "lora_unet_",
+    "lora_transformer_",
+    "lycoris_",
+    "text_encoders_qwen3_4b_transformer_",
+    "text_encoders_qwen3_4b_",
+    "text_encoder_",
+    "lora_te1_",
+    "lora_te_",
+)
+# modules of other models, dots as underscores -> whose they are
+FOREIGN = (
+    ("Flux", r"(double|single)_blocks_\d|single_transformer_blocks_\d"),
+    ("Qwen-Image", r"transformer_blocks_\d+_(img|txt)_m(lp|od)|transformer_blocks_\d+_attn_add_"),
+    ("Stable Diffusion 3", r"joint_blocks_\d"),
+    ("Wan or another video model", r"(^|_)blocks_\d+_(self|cross)_attn"),
+    ("SDXL", r"(input|output)_blocks_\d|lora_te2_|(down|up)_blocks_\d_attentions_\d_transformer_blocks_[1-9]"),
+    ("Stable Diffusion", r"(down|up|mid)_blocks?_|text_model_encoder"),
+)
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parameter of ours, or a third of the rows of a fused one."""
+
+    component: str  # transformer or text_encoder
+    name: str
+    part: int | None = None
+    parts: int = 1
+
+    def rows(self, out: int) -> tuple[int, int]:
+        """(first row, number of rows) of a parameter with `out` rows."""
+        count = out // self.parts
+        return (0 if self.part is None else self.part * count, count)
+
+
+# Reading a file
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A file's adapters by the weight that they change, and what was left over."""
+
+    path: Path
+    adapters: Mapping[Target, Adapter]
+    total: int  # keys in the file
+    left: tuple[str, ...]  # keys that have no place here
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def matched(self) -> int:
+        return self.total - len(self.left)
+
+    def of(self, component: str) -> dict[Target, Adapter]:
+        return {target: adapter for target, adapter in self.adapters.items() if target.component == component}
+
+    def report(self) -> str:
+        """What was matched, in lines: keys, parts, families, ranks, alphas, base model, trigger words, leftovers."""
+        kinds = Counter(_part(target) for target in self.adapters)
+        ranks = sorted({adapter.rank for adapter in self.adapters.values() if adapter.rank is not None})
+        alphas = sorted({adapter.alpha for adapter in self.adapters.values() if adapter.alpha is not None})
+        lines = [
+            f"{self.path.name}: {self.matched} of {self.total} keys matched, {len(self.adapters)} weights",
+            "parts: " + ", ".join(f"{name} {count}" for name, count in sorted(kinds.items())),
+            "family: " + ", ".join(sorted({adapter.family + _dora(adapter) for adapter in self.adapters.values()})),
+        ]
+        if ranks:
+            lines.append("rank: " + ", ".join(map(str, ranks)))
+        lines.append("alpha: " + (", ".join(f"{alpha:g}" for alpha in alphas) if alphas else "none (scale 1)"))
+        for label, keys in METADATA.items():
+            if value := next((self.metadata[key] for key in keys if self.metadata.get(key)), None):
+                lines.append(f"{label}: {value[:200]}")
+        if self.left:
+            lines.append(f"WARNING: {len(self.left)} keys have no place in this model: " + ", ".join(self.left))
+        return "\n".join(lines)
+
+
+METADATA = {
+    "base model": ("modelspec.architecture", "ss_base_model_version", "base_model", "ss_sd_model_name"),
+    "trigger words": ("modelspec.trigger_phrase", "trigger_words", "trigger_word", "activation text"),
+}
+
+
+def open_lora(
+    path: str | Path, shapes: Mapping[str, Mapping[str, Shape]], *, map_file: MapFile | None = map_safetensors
+) -> Lora:
+    """Reads a LoRA file for a model.
+
+    map_file: see `open_component`.
+    shapes: component ("transformer", "text_encoder") -> our parameter name -> shape.
+    Raises CheckpointError that names the file if nothing in it fits, or if a weight has another size.
+    """
+    path = Path(path)
+    files = TensorFiles([path], map_file)
+    places = _places(shapes)
+    groups: dict[str, dict[str, str]] = {}  # module in the file's words -> part -> key
+    left: list[str] = []
+    for key in files.entries:
+        module, part = _split(key)
+        group = groups.setdefault(module, {})
+        if part is None or part in group:
+            left.append(key)
+        else:
+            group[part] = key
+    adapters: dict[Target, Adapter] = {}
+    for module, group in groups.items():
+        target = places.get(_normalised(module))
+        made, unused = (None, list(group.values())) if target is None else _adapters(path, group, files)
+        left += unused
+        for suffix, adapter in (made or {}).items():
+            assert target is not None
+            aimed = Target(target.component, target.name + suffix, target.part, target.parts)
+            shape = shapes[aimed.component].get(aimed.name)
+            if shape is None or aimed in adapters:
+                left += [group[part] for part in group if part in (*adapter.tensors, "alpha")]
+                continue
+            _check(path, module, adapter, aimed, shape)
+            adapters[aimed] = adapter
+    if not adapters:
+        raise CheckpointError(_refusal(path, files))
+    return Lora(path, adapters, len(files.entries), tuple(sorted(left)), files.metadata)
+
+
+def shapes_of(**models: nn.Module | None) -> dict[str, dict[str, Shape]]:
+    """transformer=..., text_encoder=...: what `open_lora` wants to know of them."""
+    return {
+        kind: {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+        | {name: layer.shape for name, layer in packed.layers(model).items()}
+        for kind, model in models.items()
+        if model is not None
+    }
+
+
+def _split(key: str) -> tuple[str, str | None]:
+    for suffix, part in SUFFIXES.items():
+        if key.endswith(suffix):
+            return key.removesuffix(suffix), part
+    return key, None
+
+
+def _normalised(module: str) -> str:
+    name = module.replace(".", "_")
+    while start := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
+        name = name.removeprefix(start)
+    return name
+
+
+def _places(shapes: Mapping[str, Mapping[str, Shape]]) -> dict[str, Target]:
+    """Module, in each dialect's words as `_normalised` leaves them -> our module (`name` without .weight)."""
+    found: dict[str, Target] = {}
+    for component, parameters in shapes.items():
+        for parameter in parameters:
+            if not parameter.endswith(".weight"):
+                continue
+            for alias, part, parts in _aliases(component, parameter):
+                target = Target(component, parameter.removesuffix(".weight"), part, parts)
+                found.setdefault(alias.removesuffix(".weight").replace(".", "_"), target)
+    return found
+
+
+def _aliases(component: str, parameter: str) -> list[Any]:
+    """(name, part, parts) as `KeyMap.aliases` gives them."""
+    if component != "transformer":
+        return [(parameter, None, 1), (parameter.removeprefix("model."), None, 1)]
+    aliases = key_maps.TRANSFORMER.aliases(parameter)
+    # "to_out" without its number is a habit of some trainers
+    return aliases + [
+        (name.replace("to_out.0", "to_out"), part, parts) for name, part, parts in aliases if "to_out.0" in name
+    ]
+
+
+def _adapters(path: Path, group: Mapping[str, str], files: TensorFiles) -> tuple[dict[str, Adapter], list[str]]:
+    """(".weight" or ".bias" -> adapter, keys that belong to no whole adapter)."""
+    parts = set(group) - EXTRAS
+    made: dict[str, Adapter] = {}
+    if "diff_b" in parts:
+        parts.remove("diff_b")
+        made[".bias"] = Adapter("diff", {"diff": files.read(group["diff_b"])})
+    used = {"diff_b"} & set(group)
+    if family := next(
+        (name for name, entry in FAMILIES.items() if any(set(way) == parts for way in entry.needs)), None
+    ):
+        used |= parts | (EXTRAS & set(group))
+        tensors = {part: files.read(group[part]) for part in sorted(used - {"diff_b"})}
+        alpha = tensors.pop("alpha", None)
+        if alpha is not None and alpha.numel() != 1:
+            raise CheckpointError(
+                f"{path}: {group['alpha']} has shape {list(alpha.shape)}, expected one number; download the file again"
+            )
+        if family == "OFT" and tensors["oft_blocks"].ndim == 4:
+            family = "BOFT"
+        made[".weight"] = Adapter(family, tensors, None if alpha is None else float(alpha))
+    return made, [key for part, key in group.items() if part not in used]
+
+
+def _check(path: Path, module: str, adapter: Adapter, target: Target, shape: Shape) -> None:
+    """That the adapter's change has the size of the weight, tried on tensors without values."""
+    expected = (target.rows(shape[0])[1], *shape[1:])
+    tensors = {part: torch.empty_like(tensor, device="meta") for part, tensor in adapter.tensors.items()}
+    try:
+        found = tuple(
+            Adapter(adapter.family, tensors, adapter.alpha).change(torch.empty(expected, device="meta"), 1.0).shape
+        )
+        problem = f"a change of shape {list(found)}"
+    except (RuntimeError, IndexError, ValueError) as error:
+        found = None
+        problem = f"parts that don't fit together or the weight ({str(error).splitlines()[0]})"
+    if found != expected:
+        raise CheckpointError(
+            f"{path}: {module} has {problem}, but {target.name} of this model has {list(expected)}; "
+            "the LoRA is for a model of another size (Lumina 2, say), choose one made for this model"
+        )
+
+
+def _refusal(path: Path, files: TensorFiles) -> str:
+    metadata = next((files.metadata[key] for key in METADATA["base model"] if files.metadata.get(key)), None)
+    said = f" (its metadata says {metadata!r})" if metadata else ""
+    names = {_split(key)[0].replace(".", "_") for key in files.entries}
+    for what, pattern in FOREIGN:
+        if any(re.search(pattern, name) for name in names):
+            return f"{path}: this is a LoRA for {what}{said}, not for Z-Image; choose one made for Z-Image"
+    if all(_split(key)[1] is None for key in files.entries):
+        held = [
+            identify.NODES[kind] for kind in identify.COMPONENTS if identify.prefix(kind, files.entries) is not None
+        ]
+        return f"{path}: this is {held[0] if held else 'something else'}, not a LoRA; choose a LoRA made for Z-Image"
+    examples = ", ".join(sorted(files.entries)[:3])
+    return f"{path}: no key of this LoRA{said} belongs to this model (they begin with {examples}); is it for Z-Image?"
+
+
+def _part(target: Target) -> str:
+    if target.component == "text_encoder":
+        return "text encoder"
+    for fragment, name in ((".attention.", "attention"), (".feed_forward.", "feed forward"), ("adaLN", "modulation")):
+        if fragment in target.name:
+            return name
+    return "embedders and norms"
+
+
+def _dora(adapter: Adapter) -> str:
+    return " with DoRA" if "magnitude" in adapter.tensors else ""
+
+
+# Onto a model
+
+Change = tuple[Target, Adapter, float]  # at this strength
+PIECE = 2**21  # numbers that are changed at a time
+
+
+@torch.no_grad()
+def add(model: nn.Module, component: str, loras: Sequence[tuple[Lora, float]]) -> dict[str, Tensor]:
+    """Adds LoRAs with their strengths to a model's weights; returns the weights as they were, for `remove`.
+
+    Each change is computed from the original weight in float32, so the order of the LoRAs does not matter. Weights
+    that stay quantised are changed whenever they are expanded.
+    """
+    parameters = dict(model.named_parameters())
+    layers = packed.layers(model)
+    before: dict[str, Tensor] = {}
+    changes: dict[str, list[Change]] = {}
+    for lora, strength in loras:
+        for target, adapter in lora.of(component).items():
+            changes.setdefault(target.name, []).append((target, adapter, strength))
+    for name, together in changes.items():
+        if name in layers:
+            layers[name].changes = functools.partial(apply, changes=together)
+            continue
+        parameter = parameters[name]
+        before[name] = parameter.data
+        parameter.data = apply(parameter.data, together, torch.empty_like(parameter.data))
+    return before
+
+
+@torch.no_grad()
+def apply(weight: Tensor, changes: Sequence[Change], out: Tensor | None = None) -> Tensor:
+    """Writes the weight with all changes to `out` (None: over the weight), and returns that.
+
+    Each change is computed from the weight as it was, in float32, and the sum is rounded once. This goes by rows or by
+    columns, whichever all adapters allow, so that it takes little more memory than PIECE numbers a few times.
+    """
+    out = weight if out is None else out
+    exact = weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32))
+    axes = {0, 1} if weight.ndim > 1 else {0}
+    made: list[tuple[int, int, Piece]] = []  # first row, number of rows, what is added to pieces of them
+    for target, adapter, strength in changes:
+        first, count = target.rows(len(weight))
+        shape = (count, *weight.shape[1:])
+        axes &= adapter.axes(shape)
+        made.append((first, count, adapter.pieces(shape, exact, strength)))
+    axis = min(axes, default=0)
+    size = weight.shape[axis]
+    step = max(1, min(size, PIECE * size // max(1, weight.numel()))) if axes else max(1, size)
+    for begin in range(0, size, step):
+        end = min(begin + step, size)
+        base = weight.narrow(axis, begin, end - begin).to(exact.dtype)
+        total = torch.zeros_like(base)
+        for first, count, piece in made:
+            top, bottom = (max(begin, first), min(end, first + count)) if axis == 0 else (first, first + count)
+            if top < bottom:
+                held = slice(top - begin, bottom - begin) if axis == 0 else slice(first, first + count)
+                columns = slice(begin, end) if axis else ALL
+                total[held] += piece(base[held], slice(top - first, bottom - first), columns)
+        out.narrow(axis, begin, end - begin).copy_(total.add_(base))
+    return out
+
+
+@torch.no_grad()
+def remove(model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Puts the weights back that `add` replaced, bit for bit."""
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    for name, weight in before.items():
+        parameters[name].data = weight
+    for layer in packed.layers(model).values():
+        layer.changes = None
+
+
+@torch.no_grad()
+def overlap(first: Lora, second: Lora, weights: Mapping[str, Tensor], component: str = "transformer") -> Overlap:
+    """How two LoRAs meet on a model, at strength 1. weights: our parameter names -> the weights without LoRA."""
+    ours, theirs = first.of(component), second.of(component)
+    mixed = _product(ours, theirs, weights)
+    norms = [math.sqrt(max(_product(adapters, adapters, weights), 0.0)) for adapters in (ours, theirs)]
+    sizes = [
+        math.sqrt(sum(float(_rows(weights[target.name], target).float().square().sum()) for target in adapters))
+        for adapters in (ours, theirs)
+    ]
+    cosine = mixed / (norms[0] * norms[1]) if all(norms) else 0.0
+    relative = [norm / size if size else 0.0 for norm, size in zip(norms, sizes, strict=True)]
+    return Overlap(cosine, *relative)
+
+
+def _product(first: Mapping[Target, Adapter], second: Mapping[Target, Adapter], weights: Mapping[str, Tensor]) -> float:
+    by_name: dict[str, list[Target]] = {}
+    for target in second:
+        by_name.setdefault(target.name, []).append(target)
+    return sum(_inner(a, first[a], b, second[b], weights[a.name]) for a in first for b in by_name.get(a.name, ()))
+
+
+class Overlap(NamedTuple):
+    """Cosine of two changes (near 0 they mix well, near 1 they add up to more than was trained, near -1 they cancel),
+    and the norm of each relative to the weights that it changes."""
+
+    cosine: float
+    first: float
+    second: float
+
+
+def _inner(a: Target, adapter_a: Adapter, b: Target, adapter_b: Adapter, weight: Tensor) -> float:
+    """Sum of the products of two changes, element by element, over the rows that both change."""
+    (first_a, count_a), (first_b, count_b) = a.rows(len(weight)), b.rows(len(weight))
+    begin, end = max(first_a, first_b), min(first_a + count_a, first_b + count_b)
+    if begin >= end:
+        return 0.0
+    if _is_plain(adapter_a) and _is_plain(adapter_b):  # <B A, D C> = <B^T D, A C^T>: no matrix of W's size is made
+        up_a = adapter_a.tensors["up"].float().flatten(1)[begin - first_a : end - first_a]
+        up_b = adapter_b.tensors["up"].float().flatten(1)[begin - first_b : end - first_b]
+        down_a, down_b = (adapter.tensors["down"].float().flatten(1) for adapter in (adapter_a, adapter_b))
+        return adapter_a.scale * adapter_b.scale * float(((up_a.T @ up_b) * (down_a @ down_b.T)).sum())
+    change_a = adapter_a.change(_rows(weight, a).float(), 1.0)[begin - first_a : end - first_a]
+    change_b = adapter_b.change(_rows(weight, b).float(), 1.0)[begin - first_b : end - first_b]
+    return float((change_a * change_b).sum())
+
+
+def _is_plain(adapter: Adapter) -> bool:
+    return adapter.family == "LoRA" and "magnitude" not in adapter.tensors
+
+
+def _rows(weight: Tensor, target: Target) -> Tensor:
+    first, count = target.rows(len(weight))
+    return weight[first : first + count]

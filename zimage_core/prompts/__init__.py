@@ -1,0 +1,1 @@
+"""Prompts that were encoded once."""

@@ -1,0 +1,1 @@
+"""Files into networks: what a file is, its keys, its quantized weights."""
