@@ -43,7 +43,7 @@ check: setup ## lint, format, import floors, types
 bench: setup ## speed and memory beside diffusers and ComfyUI, on a CPU, into benchmarks/RESULTS.md: ARGS="step vae"
 	@$(RUN) -m benchmarks $(ARGS)
 
-bench-gpu: ## is all of it right on a GPU, and how fast: about 11 minutes on an H100, with this PYTHON or .venv's, no network: OUT=folder
+bench-gpu: ## is all of it right on a GPU, and how fast: planned to fit 9 minutes on an H100, with this PYTHON or .venv's, no network: OUT=folder
 	@$(or $(wildcard $(RUN)),$(PYTHON)) -m benchmarks.gpu --out $(or $(OUT),build/gpu-results) $(ARGS)
 
 gpu-kit: setup ## build/gpu-kit/, which bench-gpu needs on a machine where `make setup` can't run

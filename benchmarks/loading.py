@@ -2,6 +2,7 @@
 
     python -m benchmarks.loading --layers 15           # half of the layers, so that diffusers' loader fits into 24 GB
     python -m benchmarks.loading --without diffusers   # the published geometry; writes 25 GB into a temporary folder
+    python -m benchmarks.loading --layers 15 --pinned  # with the copies that ComfyUI's dynamic memory pins on top
 
 Each load runs in a process of its own, alternating, with the files in the page cache. "Ready" is when the call returns;
 where weights are mapped, nothing of them has been read by then. Memory is the growth of the process's anonymous pages.
@@ -39,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOY = {"dim": 256, "n_heads": 2, "cap_feat_dim": 64}  # for the test of this script
 FULL = {"dim": 3840, "n_heads": 30, "cap_feat_dim": 2560}
 BYTES = {"BF16": 2, "F32": 4}
+CACHED = "our nodes, cache converted weights"
 
 
 # Files with random weights
@@ -122,7 +124,13 @@ def core(path: Path) -> Any:
 
 
 def our_nodes(path: Path) -> Any:
-    return _pack().host_model.load_model(path, torch.bfloat16)
+    return _pack().bridge.model.load_model(path, torch.bfloat16)
+
+
+def our_nodes_cached(path: Path) -> Any:
+    pack = _pack()
+    importlib.import_module("folder_paths").set_user_directory(str(path.parent / "user"))
+    return pack.bridge.model.load_model(path, torch.bfloat16, cache_converted=True)
 
 
 def comfyui(path: Path) -> Any:
@@ -141,10 +149,11 @@ def diffusers(path: Path) -> Any:
 LOADERS: dict[str, Callable[[Path], Any]] = {
     "core": core,
     "our nodes": our_nodes,
+    CACHED: our_nodes_cached,
     "ComfyUI": comfyui,
     "diffusers": diffusers,
 }
-ON_HOST = ("our nodes", "ComfyUI")
+ON_HOST = ("our nodes", CACHED, "ComfyUI")
 
 
 def _pack() -> Any:
@@ -152,8 +161,11 @@ def _pack() -> Any:
     return importlib.import_module("inside").load_pack()
 
 
-def measure_here(loader: str, path: Path) -> dict[str, float]:
-    """Seconds until ready and bytes of anonymous memory at its peak, imports apart."""
+def measure_here(loader: str, path: Path, pinned: bool = False) -> dict[str, float]:
+    """Seconds until ready and bytes of anonymous memory at its peak, imports apart.
+
+    pinned: the peak includes a copy of each weight, as ComfyUI's dynamic memory pins one.
+    """
     if loader in ON_HOST:
         _pack()
     elif loader == "diffusers":
@@ -162,6 +174,8 @@ def measure_here(loader: str, path: Path) -> dict[str, float]:
         started = time.perf_counter()
         model = LOADERS[loader](path)
         seconds = time.perf_counter() - started
+        copies = [weight.clone() for weight in model.model.parameters()] if pinned else []
+    assert len(copies) or not pinned
     assert model is not None
     return {"seconds": seconds, "bytes": peak[0]}
 
@@ -190,8 +204,9 @@ def _anonymous() -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 
-def measure(loader: str, path: Path) -> dict[str, float]:
+def measure(loader: str, path: Path, pinned: bool = False) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.loading", "--measure", loader, str(path)]
+    command += ["--pinned"] if pinned else []
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{loader} failed:\n{done.stderr[-3000:]}")
@@ -214,7 +229,7 @@ def main(layers: int, repeats: int, toy: bool, folder: Path | None, without: lis
         print(f"writing {2 * count / 1e9:.1f} GB", flush=True)
         write_file(single, shapes, "BF16", {"format": "pt"})
         # ComfyUI's own loader knows the published width only
-        left_out = {*without, "ComfyUI"} if toy else {*without}
+        left_out = {*without, CACHED} | ({"ComfyUI"} if toy else set())
         rows += _rows("bf16 file", single, [name for name in LOADERS if name not in left_out], repeats, toy)
         shutil.rmtree(single.parent)
         snapshot = Path(temporary) / "snapshot"
@@ -222,7 +237,7 @@ def main(layers: int, repeats: int, toy: bool, folder: Path | None, without: lis
         write_folder(snapshot, config)
         (snapshot / "vae").mkdir()
         shutil.copy(ROOT / "nano" / "snapshot" / "vae" / "config.json", snapshot / "vae")
-        left_out = {*without, "ComfyUI"} | ({"core", "our nodes"} if toy else set())
+        left_out = {*without, CACHED, "ComfyUI"} | ({"core", "our nodes"} if toy else set())
         rows += _rows("fp32 folder to bf16", snapshot, [name for name in LOADERS if name not in left_out], repeats, toy)
     note = (
         f"{count / 1e9:.2f} G parameters ({layers} of 30 layers), {2 * count / 1e9:.2f} GB in bf16; the largest tensor "
@@ -230,6 +245,24 @@ def main(layers: int, repeats: int, toy: bool, folder: Path | None, without: lis
         "reads single files only."
     )
     head = ["| file | loader | seconds to ready | peak anonymous memory |", "|---|---|---:|---:|"]
+    return "\n".join([note, "", *head, *rows])
+
+
+def pinned_copies(layers: int, repeats: int, folder: Path | None) -> str:
+    """Our nodes on weights that have to be cast and fused."""
+    rows = []
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        snapshot = Path(temporary) / "snapshot"
+        write_folder(snapshot, geometry(layers, toy=False))
+        (snapshot / "vae").mkdir()
+        shutil.copy(ROOT / "nano" / "snapshot" / "vae" / "config.json", snapshot / "vae")
+        for loader in ("our nodes", CACHED):
+            measure(loader, snapshot)  # which writes what is kept
+            runs = [measure(loader, snapshot, pinned=True) for _ in range(repeats)]
+            seconds, size = (statistics.median(run[key] for run in runs) for key in ("seconds", "bytes"))
+            rows.append(f"| fp32 folder to bf16 | {loader} | {seconds:.2f} | {size / 1e6:,.0f} MB |")
+    note = f"{layers} of 30 layers, medians of {repeats}; a copy of each weight on top, as dynamic memory pins one."
+    head = ["| file | loader | seconds to ready | peak anonymous memory with copies |", "|---|---|---:|---:|"]
     return "\n".join([note, "", *head, *rows])
 
 
@@ -257,10 +290,13 @@ if __name__ == "__main__":
     parser.add_argument("--toy", action="store_true", help="tiny and not written down: does the script work?")
     parser.add_argument("--folder", type=Path, help="where the temporary files go")
     parser.add_argument("--without", action="append", default=[], choices=list(LOADERS), help="leave this loader out")
+    parser.add_argument("--pinned", action="store_true", help="our nodes with a copy of each weight on top")
     parser.add_argument("--measure", nargs=2, metavar=("LOADER", "PATH"), help="one load in this process")
     a = parser.parse_args()
     if a.measure:
-        print(json.dumps(measure_here(a.measure[0], Path(a.measure[1]))))
+        print(json.dumps(measure_here(a.measure[0], Path(a.measure[1]), a.pinned)))
+    elif a.pinned:
+        results.write("loading, pinned", "loading", pinned_copies(a.layers, a.repeats, a.folder))
     else:
         table = main(a.layers, a.repeats, a.toy, a.folder, a.without)
         print(table)

@@ -108,10 +108,10 @@ def native(ours: ZImageTransformer) -> nn.Module:
 
 def of_nodes(ours: ZImageTransformer, compiled: bool = False) -> nn.Module:
     """The network of our MODEL in the host, on these weights."""
-    host_model = pack(cpu=ours.x_embedder.weight.device.type == "cpu").host_model
+    bridge = pack(cpu=ours.x_embedder.weight.device.type == "cpu").bridge
     dtype = ours.x_embedder.weight.dtype
     operations = importlib.import_module("comfy.ops").disable_weight_init
-    model = host_model.HostTransformer(ours.config, operations=operations, device="meta", dtype=dtype)
+    model = bridge.model.HostTransformer(ours.config, operations=operations, device="meta", dtype=dtype)
     model.load_state_dict(ours.state_dict(), strict=True, assign=True)
     model.compiled = compiled
     return model.requires_grad_(False).eval()

@@ -80,12 +80,17 @@ def native(ours: TextEncoder) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def calls(ours: TextEncoder, ids: Tensor, toy: bool) -> dict[str, Callable[[], Tensor]]:
+def others(ours: TextEncoder, toy: bool) -> dict[str, nn.Module]:
+    found = {"diffusers": transformers(ours)}
+    return found if toy else {**found, "native": native(ours)}  # the host's has one width
+
+
+def calls(ours: TextEncoder, others: dict[str, nn.Module], ids: Tensor) -> dict[str, Callable[[], Tensor]]:
     """Implementation -> features of a prompt [1, L, hidden_size]."""
     length = ids.shape[1]
     padded = torch.nn.functional.pad(ids, (0, LENGTH - length))
     mask = (torch.arange(LENGTH, device=ids.device) < length).long()[None]
-    theirs = transformers(ours)
+    theirs = others["diffusers"]
     found: dict[str, Any] = {
         "core, bf16": lambda: ours(ids),
         "diffusers, bf16": lambda: theirs(
@@ -93,8 +98,8 @@ def calls(ours: TextEncoder, ids: Tensor, toy: bool) -> dict[str, Callable[[], T
         ).hidden_states[-2][:, :length],
         "core, fp32": lambda: ours(ids, dtype=torch.float32),
     }
-    if not toy:  # the host's has one width
-        hosts = native(ours)
+    if "native" in others:
+        hosts = others["native"]
         settings = {"intermediate_output": -2, "final_layer_norm_intermediate": False, "dtype": torch.float32}
         found["native, fp32"] = lambda: hosts(ids, **settings)[1]
     return found
@@ -105,10 +110,10 @@ def main(a: argparse.Namespace) -> None:
     device = torch.device("cpu")
     layers = a.layers or (3 if a.toy else 6)
     ours = core(layers, a.toy, device)
-    rows = []
+    rows, built = [], others(ours, a.toy)
     for length in PROMPTS:
         ids = torch.randint(0, ours.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
-        found, peaks, exact = calls(ours, ids.to(device), a.toy), {}, None
+        found, peaks, exact = calls(ours, built, ids.to(device)), {}, None
         for name, call in reversed(found.items()):  # those in float32 first
             kept: list[Tensor] = []
             with memory.peak(device) as peak:

@@ -97,7 +97,7 @@ class Learner(nn.Module):
                 tokens = state["img"][:, :n]
                 heard[index] = F.rms_norm(tokens, tokens.shape[-1:])
 
-        velocity = self.transformer(noisy, t, caps, attention=plain_attention, block_hook=listen).float()
+        velocity = self.transformer(noisy, t, caps, attention=plain_attention, patch_tokens=listen).float()
         return velocity, self.reader(heard[READ_AFTER]).float(), self.outliner(heard[OUTLINE_AFTER]).float()
 
 

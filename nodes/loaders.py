@@ -40,6 +40,20 @@ def _download_inputs() -> list[io.Input]:
     ]
 
 
+def _cache_input() -> io.Input:
+    return io.Boolean.Input(
+        "cache_converted",
+        display_name="cache converted weights",
+        default=False,
+        optional=True,
+        tooltip=(
+            "Weights that have to be converted (to another precision, or from a snapshot folder, whose q, k and v are "
+            "apart) are written to user/zimage/weights once, as large as they are in memory, and mapped from there: "
+            "the next load takes no time, and less memory where ComfyUI pins weights. Delete the folder at any time."
+        ),
+    )
+
+
 class ZImageTransformerLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -63,18 +77,23 @@ class ZImageTransformerLoader(io.ComfyNode):
                         "a C++ compiler on a CPU."
                     ),
                 ),
+                _cache_input(),
             ],
             outputs=[io.Model.Output(tooltip="The transformer; LoRA loaders and model patches connect here.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model, weight_dtype, download=False, repository="", compile=False):
+    def fingerprint_inputs(
+        cls, model, weight_dtype, download=False, repository="", compile=False, cache_converted=False
+    ):
         return folders.fingerprint(model, "transformer", repository)
 
     @classmethod
-    def execute(cls, model, weight_dtype, download=False, repository="", compile=False) -> io.NodeOutput:
+    def execute(
+        cls, model, weight_dtype, download=False, repository="", compile=False, cache_converted=False
+    ) -> io.NodeOutput:
         path = folders.model_path(model, "transformer", repository, download)
-        return io.NodeOutput(bridge_model.load_model(path, WEIGHT_DTYPES[weight_dtype], compile))
+        return io.NodeOutput(bridge_model.load_model(path, WEIGHT_DTYPES[weight_dtype], compile, cache_converted))
 
 
 class ZImageTextEncoderLoader(io.ComfyNode):
@@ -90,18 +109,19 @@ class ZImageTextEncoderLoader(io.ComfyNode):
                 _model_input("text_encoder"),
                 io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", tooltip=DTYPE_TOOLTIP),
                 *_download_inputs(),
+                _cache_input(),
             ],
             outputs=[io.Clip.Output(tooltip="The text encoder, for ZImageTextEncode or any stock text node.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model, weight_dtype, download=False, repository=""):
+    def fingerprint_inputs(cls, model, weight_dtype, download=False, repository="", cache_converted=False):
         return folders.fingerprint(model, "text_encoder", repository)
 
     @classmethod
-    def execute(cls, model, weight_dtype, download=False, repository="") -> io.NodeOutput:
+    def execute(cls, model, weight_dtype, download=False, repository="", cache_converted=False) -> io.NodeOutput:
         path = folders.model_path(model, "text_encoder", repository, download)
-        return io.NodeOutput(clip.load_clip(path, WEIGHT_DTYPES[weight_dtype]))
+        return io.NodeOutput(clip.load_clip(path, WEIGHT_DTYPES[weight_dtype], cache_converted))
 
 
 class ZImageVAELoader(io.ComfyNode):

@@ -10,15 +10,14 @@ import pytest
 import torch
 import torch._inductor.config
 
-from zimage_core.backends import compiled as fused
+from zimage_core.backends import compiled as parts
 from zimage_core.backends import cpu_rows
 from zimage_core.config import TransformerConfig
+from zimage_core.model import block as block_module
 from zimage_core.model import transformer
 from zimage_core.model.attention import attention
 from zimage_core.model.transformer import ZImageTransformer
 from zimage_core.weights.identify import PUBLISHED_TRANSFORMER
-
-from .helpers import relative
 
 WIDTHS = {"dim": 96, "n_heads": 3, "axes_dims": (8, 12, 12), "cap_feat_dim": 40, "n_layers": 3, "n_refiner_layers": 2}
 # (caption lengths, latent height, latent width): 576 image tokens are several blocks of rows
@@ -64,6 +63,10 @@ def in_rows(model, *arguments, **settings) -> torch.Tensor:
         return model(*arguments, **settings)
 
 
+def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((ours - reference).double().norm() / reference.double().norm()).item()
+
+
 SMALL = cpu_rows.SMALL  # everything here is smaller, and whole batches run
 
 
@@ -74,15 +77,15 @@ def _small_ones_run_in_rows_too(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch) -> list[int | None]:
-    """`kept` of each block that ran in rows."""
+    """`queries` of each block that ran in rows."""
     found: list[int | None] = []
-    run = cpu_rows.run
+    by_item = cpu_rows.RowOperations.by_item
 
-    def counted(*arguments):
-        found.append(arguments[7])
-        return run(*arguments)
+    def counted(self, run, x, tokens, modulation):
+        found.append(tokens.queries)
+        return by_item(self, run, x, tokens, modulation)
 
-    monkeypatch.setattr(cpu_rows, "run", counted)
+    monkeypatch.setattr(cpu_rows.RowOperations, "by_item", counted)
     return found
 
 
@@ -180,7 +183,7 @@ def test_hook_sees_and_changes_the_tokens(model, case):
     with torch.no_grad():
         latents, t = latents.clone(), t.clone()
     reference = _hooked_module(model, latents, t, cap_feats, hook_of("module"))
-    assert relative(in_rows(model, latents, t, cap_feats, block_hook=hook_of("rows")), reference) <= 1e-6
+    assert relative(in_rows(model, latents, t, cap_feats, patch_tokens=hook_of("rows")), reference) <= 1e-6
     assert relative(as_module(model, latents, t, cap_feats), reference) > 1e-3
     for ours, theirs in zip(seen["rows"], seen["module"], strict=True):
         assert ours[:2] == theirs[:2]
@@ -190,25 +193,19 @@ def test_hook_sees_and_changes_the_tokens(model, case):
 def _hooked_module(model, latents, t, cap_feats, hook):
     with pytest.MonkeyPatch.context() as patched, torch.no_grad():
         patched.setattr(cpu_rows, "suits", lambda *_: False)
-        return model(latents, t, cap_feats, block_hook=hook)
+        return model(latents, t, cap_feats, patch_tokens=hook)
 
 
 def test_hook_that_reads_nothing_spares_the_last_captions(model, calls):
     latents, t, cap_feats = given("one")
 
-    class Hook:
-        reads_tokens = False
-        stages: list[str] = []
-
-        def __call__(self, stage, index, state):
-            self.stages.append(stage)
-
-    hook = Hook()
-    assert torch.equal(in_rows(model, latents, t, cap_feats, block_hook=hook), in_rows(model, latents, t, cap_feats))
-    assert hook.stages == ["noise_refiner"] * 2 + ["layers"] * 3
+    stages: list[str] = []
+    told = in_rows(model, latents, t, cap_feats, after_block=lambda stage, _index: stages.append(stage))
+    assert torch.equal(told, in_rows(model, latents, t, cap_feats))
+    assert stages == ["noise_refiner"] * 2 + ["layers"] * 3
     assert calls[6] == 60 and calls[13] == 60
     calls.clear()
-    in_rows(model, latents, t, cap_feats, block_hook=lambda *_: None)
+    in_rows(model, latents, t, cap_feats, patch_tokens=lambda *_: None)
     assert calls == [None] * 7
 
 
@@ -257,7 +254,7 @@ def compiled(model: ZImageTransformer, monkeypatch) -> ZImageTransformer:
 
 
 def as_on_a_gpu(model, *arguments) -> torch.Tensor:
-    """Whole batches through `fused.run`, as where row blocks don't suit."""
+    """Whole batches through `CompiledOperations`, as where row blocks don't suit."""
     with pytest.MonkeyPatch.context() as patched, torch.inference_mode():
         patched.setattr(cpu_rows, "suits", lambda *_: False)
         return model(*arguments)
@@ -296,14 +293,14 @@ def test_no_compiler_is_a_warning_not_an_error(caplog):
     def double(x):
         return x.sin() * 2
 
-    function = fused.Compiled(double)
+    function = parts.Compiled(double)
     x = torch.randn(5, 7)
     without = torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",), "force_disable_caches": True})
     with without, caplog.at_level(logging.WARNING):
         assert torch.equal(function(x), double(x))
         assert torch.equal(function(x), double(x))
     # other tests may have made torch's own loggers speak
-    (record,) = (record for record in caplog.records if record.name == fused.logger.name)
+    (record,) = (record for record in caplog.records if record.name == parts.logger.name)
     assert "torch.compile does not work here, so double runs without" in record.getMessage()
 
 
@@ -439,9 +436,9 @@ def test_blocks_that_nobody_changed_run_in_rows(model, calls):
     calls.clear()
     packed = copy.deepcopy(model)
     packed.layers[1].feed_forward.w1.__class__ = type("Packed", (torch.nn.Linear,), {})
-    monkeypatched = {*transformer.LINEAR_KINDS, type(packed.layers[1].feed_forward.w1)}
+    monkeypatched = {*block_module.LINEAR_KINDS, type(packed.layers[1].feed_forward.w1)}
     with pytest.MonkeyPatch.context() as patched:  # as `packed` tells its own
-        patched.setattr(transformer, "LINEAR_KINDS", monkeypatched)
+        patched.setattr(block_module, "LINEAR_KINDS", monkeypatched)
         in_rows(packed, *given("one"))
     assert len(calls) == 7
 

@@ -1,4 +1,4 @@
-"""Reads the imports of every file: a file may use lower floors only, and ComfyUI is met in `nodes/host*.py` alone.
+"""Reads the imports of every file: a room may use lower floors only; ComfyUI is met in `nodes/bridge/`.
 
 The order is the one in which the pack can be read and taken apart: each floor works without those above it.
 """
@@ -6,39 +6,44 @@ The order is the one in which the pack can be read and taken apart: each floor w
 from __future__ import annotations
 
 import ast
+import graphlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[1]
+# Rooms: packages, and files alone. Each imports from those above it in this list; within a room nothing goes round
 FLOORS = [
-    {"zimage_core/__init__", "zimage_core/config", "zimage_core/key_maps", "zimage_core/attention"},
-    {"zimage_core/gguf_types", "zimage_core/half", "zimage_core/products"},
-    {"zimage_core/gguf_files", "zimage_core/fused"},
-    {"zimage_core/rope", "zimage_core/row_blocks", "zimage_core/patchify", "zimage_core/scheduler"}
-    | {"zimage_core/tensor_files", "zimage_core/detect", "zimage_core/adapters", "zimage_core/prompt_cache"},
-    {"zimage_core/transformer", "zimage_core/text_encoder", "zimage_core/tokenizer", "zimage_core/vae"}
-    | {"zimage_core/quantised"},
-    {"zimage_core/packed", "zimage_core/vae_bands", "zimage_core/finite"},
-    {"zimage_core/checkpoint", "zimage_core/sampling", "zimage_core/lora"},
-    {"zimage_core/pipeline", "zimage_core/download_worker"},
-    {"zimage_core/download", "nodes/host_attention", "nodes/host_operations", "nodes/host_packed"},
-    {"zimage_core/__main__", "nodes/convert", "nodes/host_download", "nodes/host_packed_patcher", "nodes/host_sampler"},
-    {"nodes/host"},
-    {"nodes/host_prompts", "nodes/host_vae", "nodes/host_model"},
-    {"nodes/host_clip"},
-    {"nodes/host_lora"},
+    {"zimage_core/__init__", "zimage_core/errors"},
+    {"zimage_core/config", "zimage_core/model/rope"},
+    {"zimage_core/backends"},
+    {"zimage_core/model"},
+    {"zimage_core/diagnostics", "zimage_core/prompts"},
+    {"zimage_core/weights"},
+    {"zimage_core/lora", "zimage_core/sampling", "zimage_core/hub"},
+    {"zimage_core/pipeline"},
+    {"zimage_core/__main__"},
+    {"nodes/bridge"},
+    {"nodes/convert"},
     {"nodes/loaders", "nodes/lora", "nodes/conditioning", "nodes/sampling", "nodes/vae"},
     {"nodes/__init__"},
     {"__init__"},
 ]
-FLOOR = {file: number for number, floor in enumerate(FLOORS) for file in floor}
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+PACKAGES = {room for room in FLOOR if room.count("/") == 1 and (ROOT / room).is_dir()}
+
+
+def room_of(file: str) -> str:
+    """The package that a file lies in, or itself."""
+    return file if file in FLOOR or (package := file.rpartition("/")[0]) not in PACKAGES else package
+
 
 LIBRARIES = {"torch", "safetensors", "transformers", "huggingface_hub", "numpy"}
 LAZY = {  # inside functions only: the pack's optional extras
     "zimage_core/__main__": {"PIL", "tqdm"},
-    "zimage_core/gguf_types": {"gguf"},
+    "zimage_core/weights/gguf_dequant": {"gguf"},
 }
 HOST = {
     "comfy",
@@ -55,16 +60,22 @@ HOST |= {"nodes", "server", "execution", "app", "utils", "api_server", "comfy_co
 
 def violations(root: Path) -> list[str]:
     """One line for each import that the rules forbid, and for each file that has no floor."""
-    found = []
+    found: list[str] = []
+    graph: dict[str, set[str]] = {}
     for path in [root / "__init__.py", *sorted(root.glob("zimage_core/**/*.py")), *sorted(root.glob("nodes/**/*.py"))]:
         file = path.relative_to(root).with_suffix("").as_posix()
-        if file not in FLOOR:
-            found.append(f"{file}.py has no floor; put it where its imports allow")
+        if room_of(file) not in FLOOR:
+            found.append(f"{file}.py has no floor; put it into a room, or where its imports allow")
             continue
         for target, line, lazy in imports(path, file, root):
+            graph.setdefault(file, set()).add(target)
             reason = forbidden(file, target, lazy)
             if reason:
                 found.append(f"{file}.py:{line}: {target}: {reason}")
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        found.append(f"imports go round: {' '.join(reversed(error.args[1]))}")
     return found
 
 
@@ -102,20 +113,21 @@ def relative(node: ast.ImportFrom, name: str, file: str, root: Path) -> str:
 def forbidden(file: str, target: str, lazy: bool) -> str | None:
     """Why this file may not import this, or None."""
     if "/" in target or target in FLOOR:
-        if target not in FLOOR:
+        theirs, ours = room_of(target), room_of(file)
+        if theirs not in FLOOR:
             return "not a file of this pack that has a floor"
-        if FLOOR[target] >= FLOOR[file]:
-            return f"floor {FLOOR[target]}, and the importing file is on floor {FLOOR[file]}"
+        if theirs != ours and FLOOR[theirs] >= FLOOR[ours]:
+            return f"floor {FLOOR[theirs]}, and the importing file is on floor {FLOOR[ours]}"
         return None
     top = target.split(".")[0]
     if top in ("zimage_core", "nano", "tests"):
         return "own files are imported relatively, and nothing imports nano or tests"
     if top in HOST:
-        if file.startswith("nodes/host"):
+        if file.startswith("nodes/bridge/"):
             return None
         if file.startswith("nodes/") and target.startswith("comfy_api.latest"):
             return None
-        return "ComfyUI is met in nodes/host*.py only; other nodes may use comfy_api.latest"
+        return "ComfyUI is met in nodes/bridge/ only; other nodes may use comfy_api.latest"
     if top in sys.stdlib_module_names or top in LIBRARIES:
         return None
     if lazy and top in LAZY.get(file, ()):
@@ -127,17 +139,17 @@ def test_every_import_goes_down(root: Path):
     assert violations(root) == []
 
 
-def test_every_file_with_a_floor_exists(root: Path):
-    assert [file for file in FLOOR if not (root / f"{file}.py").is_file()] == []
+def test_every_room_exists(root: Path):
+    assert [room for room in FLOOR if not (root / f"{room}.py").is_file() and not (root / room).is_dir()] == []
 
 
 @pytest.fixture
 def planted(root: Path, tmp_path: Path) -> Path:
-    """Empty files with all the names that have a floor."""
-    for file in FLOOR:
-        path = tmp_path / f"{file}.py"
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
+    """Empty files under the names of the pack's."""
+    for path in [root / "__init__.py", *root.glob("zimage_core/**/*.py"), *root.glob("nodes/**/*.py")]:
+        empty = tmp_path / path.relative_to(root)
+        empty.parent.mkdir(parents=True, exist_ok=True)
+        empty.touch()
     assert violations(tmp_path) == []
     return tmp_path
 
@@ -145,26 +157,26 @@ def planted(root: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "file, line, reason",
     [
-        ("zimage_core/rope", "from .transformer import ZImageTransformer", "floor 4, and the importing"),
-        ("zimage_core/rope", "from . import patchify", "floor 3, and the importing"),
-        ("zimage_core/rope", "from zimage_core import config", "imported relatively"),
-        ("zimage_core/rope", "import zimage_core.config", "imported relatively"),
-        ("zimage_core/rope", "from ..nodes import host", "floor 10, and the importing"),
-        ("zimage_core/rope", "from ..nano import scenes", "not a file of this pack"),
-        ("zimage_core/rope", "from ... import anything", "not a file of this pack"),
-        ("zimage_core/rope", "def f():\n    import comfy.utils", "ComfyUI is met in"),
-        ("zimage_core/rope", "import folder_paths", "ComfyUI is met in"),
-        ("zimage_core/rope", "import nodes", "ComfyUI is met in"),
-        ("zimage_core/rope", "import comfy_api.latest", "ComfyUI is met in"),
-        ("zimage_core/rope", "import einops", "neither the standard library"),
-        ("zimage_core/rope", "def f():\n    from PIL import Image", "neither the standard library"),
+        ("zimage_core/model/vae", "from ..weights import checkpoint", "floor 5, and the importing"),
+        ("zimage_core/model/vae", "from ..pipeline import ZImagePipeline", "floor 7, and the importing"),
+        ("zimage_core/model/vae", "from zimage_core import config", "imported relatively"),
+        ("zimage_core/model/vae", "import zimage_core.config", "imported relatively"),
+        ("zimage_core/model/vae", "from ...nodes.bridge import folders", "floor 9, and the importing"),
+        ("zimage_core/model/vae", "from ...nano import scenes", "not a file of this pack"),
+        ("zimage_core/model/vae", "from .... import anything", "not a file of this pack"),
+        ("zimage_core/model/vae", "def f():\n    import comfy.utils", "ComfyUI is met in"),
+        ("zimage_core/model/vae", "import folder_paths", "ComfyUI is met in"),
+        ("zimage_core/model/vae", "import nodes", "ComfyUI is met in"),
+        ("zimage_core/model/vae", "import comfy_api.latest", "ComfyUI is met in"),
+        ("zimage_core/model/vae", "import einops", "neither the standard library"),
+        ("zimage_core/model/vae", "def f():\n    from PIL import Image", "neither the standard library"),
         ("zimage_core/__main__", "from PIL import Image", "neither the standard library"),
-        ("nodes/vae", "from . import loaders", "floor 14, and the importing"),
+        ("nodes/vae", "from . import loaders", "floor 11, and the importing"),
         ("nodes/vae", "import comfy.utils", "ComfyUI is met in"),
         ("nodes/vae", "from comfy_api import v0_0_2", "ComfyUI is met in"),
-        ("nodes/host", "from . import loaders", "floor 14, and the importing"),
+        ("nodes/bridge/folders", "from .. import loaders", "floor 11, and the importing"),
         ("nodes/convert", "import folder_paths", "ComfyUI is met in"),
-        ("nodes/__init__", "from .. import anything", "floor 16, and the importing"),
+        ("nodes/__init__", "from .. import anything", "floor 13, and the importing"),
     ],
 )
 def test_planted_violation_is_found(planted: Path, file: str, line: str, reason: str):
@@ -176,16 +188,30 @@ def test_planted_violation_is_found(planted: Path, file: str, line: str, reason:
 @pytest.mark.parametrize(
     "file, line",
     [
-        ("zimage_core/pipeline", "from . import sampling\nfrom .config import A, B\nimport torch.nn.functional as F"),
+        (
+            "zimage_core/pipeline",
+            "from .sampling import loop\nfrom .config import A, B\nimport torch.nn as F",
+        ),
+        (
+            "zimage_core/model/vae",
+            "from .patchify import padded\nfrom ..backends import matmul\nfrom . import rope",
+        ),
         ("zimage_core/__main__", "def f():\n    from PIL import Image\n    from tqdm import tqdm"),
-        ("nodes/vae", "from comfy_api.latest import io\nfrom . import convert\nfrom ..zimage_core.vae import A"),
-        ("nodes/host", "import comfy.utils, folder_paths\nfrom ..zimage_core.pipeline import A"),
+        ("nodes/vae", "from comfy_api.latest import io\nfrom . import convert\nfrom ..zimage_core.model.vae import A"),
+        ("nodes/bridge/folders", "import comfy.utils, folder_paths\nfrom ...zimage_core.pipeline import A"),
         ("__init__", "async def f():\n    from .nodes import Extension"),
     ],
 )
 def test_permitted_import_passes(planted: Path, file: str, line: str):
     (planted / f"{file}.py").write_text(line)
     assert violations(planted) == []
+
+
+def test_imports_that_go_round_are_found(planted: Path):
+    (planted / "zimage_core" / "model" / "vae.py").write_text("from .patchify import padded")
+    (planted / "zimage_core" / "model" / "patchify.py").write_text("from .vae import rotate")
+    (found,) = violations(planted)
+    assert found.startswith("imports go round") and "model/vae" in found and "model/patchify" in found
 
 
 def test_file_without_a_floor_is_found(planted: Path):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from zimage_core.backends import half
 from zimage_core.model import numerics, transformer
 from zimage_core.model.transformer import Block, ZImageTransformer
 from zimage_core.weights.checkpoint import open_component
@@ -142,7 +143,7 @@ def test_a_sum_beyond_float16_is_carried_in_float32(model, compiled):
 
 def test_float32_tokens_of_float16_are_not_taken_for_float32(model, monkeypatch):
     """On a CPU those run in rows, large ones compiled as well."""
-    monkeypatch.setattr(test_blocks.row_blocks, "SMALL", 1)
+    monkeypatch.setattr(test_blocks.cpu_rows, "SMALL", 1)
     exact = copy.deepcopy(model).requires_grad_(False)
     for compiled in (False, True):
         assert relative(*reversed(evaluated(exact, compiled=compiled))) <= 3e-3
@@ -174,8 +175,8 @@ def test_loading_in_float16_probes_the_weights(monkeypatch):
 def test_a_gate_is_silu_wherever_float16_has_numbers():
     a = torch.arange(-32768, 32768).to(torch.int16).view(torch.float16)
     a = a[a.isfinite()]
-    ours = numerics.gated(a * numerics.SHRINK, torch.full_like(a, numerics.SHRINK))
-    exact = torch.nn.functional.silu(a.double()) * numerics.SHRINK_MLP
+    ours = half.gated(a * half.SHRINK, torch.full_like(a, half.SHRINK))
+    exact = torch.nn.functional.silu(a.double()) * half.SHRINK**2
     spacing = (exact.abs() * 2**-10).clamp(min=2.0**-24)  # at most what two float16 numbers differ by
     assert ((ours.double() - exact).abs() <= spacing).all()
     assert numerics.gated(a, a).isfinite().float().mean() > 0.5

@@ -8,7 +8,7 @@ from .helpers import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SOURCES = "".join(
-    path.read_text(encoding="utf-8") for path in [*ROOT.glob("zimage_core/*.py"), *ROOT.glob("nodes/*.py")]
+    path.read_text(encoding="utf-8") for path in [*ROOT.glob("zimage_core/**/*.py"), *ROOT.glob("nodes/**/*.py")]
 )
 
 
@@ -16,21 +16,20 @@ def section(title: str) -> str:
     return README.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
 
 
-def test_every_file_of_the_tree_exists_and_none_of_the_core_is_left_out():
-    folder = ROOT
-    named = []
-    for line in section("The files").split("```")[1].splitlines():
-        if not line.strip():
-            continue
-        name = line.split()[0]
-        if not line.startswith(" "):
-            folder = ROOT / name
-            assert folder.is_dir(), name
-        else:
-            assert (folder / name).is_file(), name
-            named.append(name)
-    core = {path.name for path in (ROOT / "zimage_core").glob("*.py")} - {"__init__.py"}
-    assert set(named) == core
+def test_every_room_exists_and_none_of_the_core_is_left_out():
+    folder, named = ROOT, {}
+    for line in section("The files").split("```")[1].strip().splitlines():
+        name, _, told = line.strip().partition(" ")
+        folder = folder if line.startswith(" ") else ROOT / name
+        path = folder / name if line.startswith(" ") else folder
+        assert path.exists(), name
+        named[path] = told
+    core = ROOT / "zimage_core"
+    rooms = {path.parent for path in core.glob("*/__init__.py")}
+    assert {path for path in named if path.parent == core} == rooms | {*core.glob("*.py")} - {core / "__init__.py"}
+    for room in rooms:
+        left_out = [file.stem for file in room.glob("[!_]*.py") if file.stem not in named[room]]
+        assert not left_out, room
 
 
 def test_links_lead_to_files():

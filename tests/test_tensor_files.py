@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from zimage_core.errors import CheckpointError
 from zimage_core.lora import files as lora
 from zimage_core.weights.checkpoint import open_component
-from zimage_core.weights.tensor_files import BITS, DTYPES, OTHERS, TensorFiles, read_header
+from zimage_core.weights.tensor_files import BITS, DTYPES, OTHERS, TensorFiles, map_safetensors, read_header
 
 from . import gguf_writing
 from .helpers import NANO
@@ -126,7 +126,7 @@ def test_copies_are_what_is_mapped(tmp_path):
     weights = {"plain": torch.randn(4, 64), "packed": torch.randn(4, 64)}
     gguf_writing.write(tmp_path / "w.gguf", weights, lambda name, _: "Q8_0" if name == "packed" else "F16")
     for file in (tmp_path / "w.safetensors", tmp_path / "w.gguf"):
-        mapped, copied = TensorFiles([file]), TensorFiles([file], mapped=False)
+        mapped, copied = TensorFiles([file]), TensorFiles([file], map_file=None)
         for key in mapped.entries:
             one, other = mapped.read(key), copied.read(key)
             assert (one.dtype, one.shape) == (other.dtype, other.shape)
@@ -137,7 +137,7 @@ def test_a_copy_outlives_its_file(tmp_path):
     """A mapped tensor would end the process here: the pages behind it are gone."""
     path = tmp_path / "w.safetensors"
     save_file({"first": torch.ones(100_000), "second": torch.ones(100_000)}, path)
-    files = TensorFiles([path], mapped=False)
+    files = TensorFiles([path], map_file=None)
     first = files.read("first")
     path.write_bytes(b"")
     assert first.sum() == 100_000
@@ -147,7 +147,7 @@ def test_a_copy_outlives_its_file(tmp_path):
 
 @pytest.mark.parametrize("kind", ["transformer", "text_encoder", "vae"])
 def test_a_component_may_be_copied(kind):
-    mapped, copied = (open_component(NANO, kind, mapped=mapped).state_dict() for mapped in (True, False))
+    mapped, copied = (open_component(NANO, kind, map_file=how).state_dict() for how in (map_safetensors, None))
     assert all(torch.equal(mapped[name], copied[name]) for name in mapped) and mapped.keys() == copied.keys()
 
 

@@ -1,7 +1,7 @@
 """Is the pack right on a GPU, and how fast? One command for a machine with Python, PyTorch with CUDA and no network.
 
     make gpu-kit                                  # before, where there are package registries: build/gpu-kit/
-    python -m benchmarks.gpu --out FOLDER         # there: about 11 minutes on an H100
+    python -m benchmarks.gpu --out FOLDER         # there: planned to fit 9 minutes on an H100
     python -m benchmarks.gpu --record FOLDER      # afterwards: the tables of FOLDER into RESULTS.md
     python -m benchmarks.gpu --toy --device cpu   # tiny: does the command work?
 
@@ -53,7 +53,8 @@ def main(a: argparse.Namespace) -> int:
         for name in phases:
             started = time.monotonic()
             here = a.toy and PHASES[name][0] != "host"  # which sets where ComfyUI looks for models
-            succeeded = run(name, a.device, a.toy, out) if here else run_apart(name, a, out)
+            shared = Path(nowhere) / "comfyui"
+            succeeded = run(name, a.device, a.toy, out, shared) if here else run_apart(name, a, out, shared)
             print(f"== {name}: {'done' if succeeded else 'FAILED'} in {time.monotonic() - started:.0f} s", flush=True)
             failed += [] if succeeded else [name]
         print(f"\n{printed(load(out))}")
@@ -61,10 +62,10 @@ def main(a: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def run_apart(name: str, a: argparse.Namespace, out: Path) -> bool:
+def run_apart(name: str, a: argparse.Namespace, out: Path, shared: Path) -> bool:
     """A phase in a process of its own, whose memory goes with it."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--here", name, "--device", a.device, "--out", str(out)]
-    command += ["--toy"] if a.toy else []
+    command += ["--shared", str(shared), *(["--toy"] if a.toy else [])]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     if PHASES[name][0] == "host":  # ComfyUI's own default
         environment["PYTORCH_CUDA_ALLOC_CONF"] = "backend:cudaMallocAsync"
@@ -76,9 +77,11 @@ def run_apart(name: str, a: argparse.Namespace, out: Path) -> bool:
         return False
 
 
-def run(name: str, device: str, toy: bool, out: Path) -> bool:
-    """A phase in this process. What fails is told in its part of the results."""
+def run(name: str, device: str, toy: bool, out: Path, shared: Path) -> bool:
+    """A phase in this process. What fails is told in its part of the results. shared: see `host.run`."""
     module, settings = PHASES[name]
+    if module == "host":
+        settings = {**settings, "base": shared}
     with Report(out, name) as report:
         if settings.get("dynamic"):  # before torch, as ComfyUI does
             importlib.import_module("comfy_aimdo.control").init()
@@ -98,6 +101,7 @@ if __name__ == "__main__":
     parser.add_argument("--toy", action="store_true", help="tiny: does the command work?")
     parser.add_argument("--record", type=Path, metavar="FOLDER", help="write the tables of a run into RESULTS.md")
     parser.add_argument("--here", help=argparse.SUPPRESS)
+    parser.add_argument("--shared", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if unknown := set(arguments.phases or ()) - set(PHASES):
         parser.error(f"there is no phase {'; '.join(sorted(unknown))}; there are {'; '.join(PHASES)}")
@@ -105,5 +109,5 @@ if __name__ == "__main__":
         parser.error(f"there is no {FILE} in {arguments.record}")
     if arguments.here:
         kit.unpack_if_needed()
-        sys.exit(0 if run(arguments.here, arguments.device, arguments.toy, arguments.out) else 1)
+        sys.exit(0 if run(arguments.here, arguments.device, arguments.toy, arguments.out, arguments.shared) else 1)
     sys.exit(main(arguments))

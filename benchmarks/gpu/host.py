@@ -7,11 +7,9 @@ import logging
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +18,25 @@ import torch
 from .. import loading, memory, models
 from .report import Report
 
-FILE = "bench.safetensors"
+FILE = "bench.safetensors"  # written by the first of these phases, for all of them
 STEPS = 8
 SIZE = 1024
 LEFT = 9  # GiB that a crowded device has left
-CUDNN = "pytorch cudnn"  # a choice of our sampler's, where there is CUDA
-RUNS = 5  # pictures after the first
+RUNS = {False: 5, True: 3}  # pictures after the first, by whether the device is crowded; 24 steps or more
 
 
 @torch.inference_mode()
-def run(report: Report, device: torch.device, toy: bool, dynamic: bool, crowded: bool = False) -> None:
+def run(report: Report, device: torch.device, toy: bool, base: Path, dynamic: bool, crowded: bool = False) -> None:
+    """base: ComfyUI's base directory, which is kept for the runs that follow."""
     logging.basicConfig(level=logging.WARNING)
-    with tempfile.TemporaryDirectory() as base, _taken(crowded) as taken:
-        if crowded:
-            report.remark(f"another process holds {taken / 2**30:.0f} GiB; {LEFT} are left")
+    with _holder(crowded) as hold:
         config = models.geometry(1 if toy else 30)  # ComfyUI knows Z-Image by its width
-        folder = Path(base) / "models" / "diffusion_models"
-        folder.mkdir(parents=True)
-        started = time.monotonic()
-        loading.write_file(folder / FILE, loading.shapes_of(config), "BF16", {"format": "pt"})
-        size = (folder / FILE).stat().st_size / 1e9
-        report.remark(f"a file of {size:.1f} GB, written in {time.monotonic() - started:.0f} s")
-        pack = models.pack(cpu=device.type == "cpu", base_directory=base, disable_dynamic_vram=not dynamic)
+        _write_once(report, base / "models" / "diffusion_models" / FILE, config)
+        pack = models.pack(cpu=device.type == "cpu", base_directory=str(base), disable_dynamic_vram=not dynamic)
         if dynamic:
             _dynamic_memory()
+        if crowded:
+            report.remark(f"another process holds {hold() / 2**30:.0f} GiB; {LEFT} are left")
         mm = importlib.import_module("comfy.model_management")
         patcher = importlib.import_module("comfy.model_patcher").CoreModelPatcher.__name__
         report.remark(f"{mm.vram_state}, ComfyUI's patcher is {patcher}")
@@ -55,12 +48,13 @@ def run(report: Report, device: torch.device, toy: bool, dynamic: bool, crowded:
         pictures = {}
         users = _users(pack, prompt, latent, 1 if toy else STEPS)
         if not toy:
-            _use(users["ours"], device, 0)  # what is paid once, such as loading kernels, is nobody's
+            warm = _users(pack, prompt, latent, 1)["ours"]
+            _use(warm, device, 0)  # what is paid once, such as loading kernels, is nobody's
             mm.unload_all_models()
         for name, use in users.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            times[name], pictures[name] = _use(use, device, 1 if toy else RUNS)
+            times[name], pictures[name] = _use(use, device, 1 if toy else RUNS[crowded])
             peaks[name] = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
             mm.unload_all_models()
             mm.soft_empty_cache()
@@ -87,9 +81,9 @@ def _users(pack: Any, prompt: Any, latent: dict[str, Any], steps: int) -> dict[s
         names = pack.bridge.folders.model_choices("transformer")
         return pack.loaders.ZImageTransformerLoader.execute(path if path in names else FILE, "default").args[0]
 
-    def sample_ours(model: Any, seed: int, **more: Any) -> torch.Tensor:
+    def sample_ours(model: Any, seed: int) -> torch.Tensor:
         settings = (prompt, latent, seed, steps, 0.0, 0.0, 1.0, 1.0)
-        return pack.sampling.ZImageSampler.execute(model, *settings, **more).args[0]["samples"]
+        return pack.sampling.ZImageSampler.execute(model, *settings).args[0]["samples"]
 
     def load_stock() -> Any:
         return nodes.UNETLoader().load_unet(FILE, "default")[0]
@@ -98,10 +92,7 @@ def _users(pack: Any, prompt: Any, latent: dict[str, Any], steps: int) -> dict[s
         arguments = (model, seed, steps, 1.0, "euler", "simple", prompt, prompt, latent)
         return nodes.KSampler().sample(*arguments)[0]["samples"]
 
-    users: dict[str, Use] = {"ours": (load_ours, sample_ours), "stock": (load_stock, sample_stock)}
-    if CUDNN in pack.bridge.attention.choices():
-        users[f"ours, {CUDNN}"] = (load_ours, partial(sample_ours, attention=CUDNN))
-    return users
+    return {"ours": (load_ours, sample_ours), "stock": (load_stock, sample_stock)}
 
 
 def _use(use: Use, device: torch.device, runs: int) -> tuple[dict[str, list[float]], torch.Tensor]:
@@ -122,11 +113,22 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]
     return time.perf_counter() - started, result
 
 
+def _write_once(report: Report, file: Path, config: Any) -> None:
+    if file.is_file():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial, started = file.with_suffix(".partial"), time.monotonic()
+    loading.write_file(partial, loading.shapes_of(config), "BF16", {"format": "pt"})
+    partial.replace(file)
+    size = file.stat().st_size / 1e9
+    report.remark(f"a file of {size:.1f} GB, written in {time.monotonic() - started:.0f} s")
+
+
 @contextmanager
-def _taken(crowded: bool) -> Iterator[int]:
-    """Bytes of the device that another process holds meanwhile."""
+def _holder(crowded: bool) -> Iterator[Callable[[], int]]:
+    """Starts another process that takes all but LEFT of the device; the call waits until it has, and tells how much."""
     if not crowded:
-        yield 0
+        yield lambda: 0
         return
     free, _total = torch.cuda.mem_get_info()
     size = free - LEFT * 2**30
@@ -134,10 +136,14 @@ def _taken(crowded: bool) -> Iterator[int]:
     holder = subprocess.Popen(
         [sys.executable, "-c", f"{script}; sys.stdin.read()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
-    try:
+
+    def hold() -> int:
         if b"held" not in holder.stdout.readline():
             raise RuntimeError(f"another process could not take {size / 2**30:.0f} GiB of the device")
-        yield size
+        return size
+
+    try:
+        yield hold
     finally:
         holder.kill()
         holder.wait()

@@ -32,9 +32,10 @@ def _autoencoder(report: Report, device: torch.device, toy: bool) -> None:
 def _encoder(report: Report, device: torch.device, toy: bool) -> None:
     ours = text.core(3 if toy else 36, toy, device)
     report.table("text encoder", ["prompt", "implementation", ">milliseconds", ">MB beside the weights"])
+    others = text.others(ours, toy)
     for length in text.PROMPTS:
         ids = torch.randint(0, ours.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
-        calls, peaks = text.calls(ours, ids.to(device), toy), {}
+        calls, peaks = text.calls(ours, others, ids.to(device)), {}
         for name, call in calls.items():
             with memory.peak(device) as peak:
                 call()

@@ -25,7 +25,8 @@ from ...zimage_core.model.text_encoder import LAYER, TextEncoder
 from ...zimage_core.model.tokenizer import Tokenizer
 from ...zimage_core.prompts.cache import Stamp, stamps
 from ...zimage_core.weights.checkpoint import Component, not_finite, open_component, open_tokenizer, snapshot_folder
-from . import folders, layers, prompts, quantized, quantized_patcher
+from . import files as bridge_files
+from . import layers, prompts, quantized, quantized_patcher
 
 logger = logging.getLogger(__name__)
 
@@ -155,20 +156,26 @@ class HostTokenizer:
 
 
 def load_clip(
-    path: str | Path, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False
+    path: str | Path,
+    weight_dtype: torch.dtype | None = None,
+    cache_converted: bool = False,
+    disable_dynamic: bool = False,
 ) -> comfy.sd.CLIP:
     """A CLIP of a snapshot's text encoder and tokenizer, or of a single file with the host's Qwen tokenizer.
 
     weight_dtype: of the weights in memory, None the file's. No weight is read here: they stay mapped, and those that
-    have to be converted are left in the file until the encoder is loaded onto its device.
+    have to be converted are left in the file until the encoder is loaded onto its device. cache_converted: they are
+    mapped as well, from a file that is written for it.
     """
-    component = open_component(path, "text_encoder", mapped=folders.maps_files())
+    component = open_component(path, "text_encoder", map_file=bridge_files.map_file())
     files = stamps(component.files.paths)
     config, tokenizer = component.config, HostTokenizer(_tokenizer(path))
     dtype = weight_dtype or component.dtype()
     if dtype.itemsize == 1:  # fp8 without scales: an Embedding can't look rows up in it
         dtype = torch.bfloat16
     quantised = weight_dtype is None and quantized.keeps(component)
+    if cache_converted and not quantised:
+        component = bridge_files.cache_converted(component, dict.fromkeys(component.shapes, dtype))
     operations = layers.for_device(mm.text_encoder_device(), comfy.ops.manual_cast)
     build_device = torch.device("meta")
     if quantised:
@@ -192,7 +199,7 @@ def load_clip(
         model.fill()
     elif left:
         clip.patcher.__class__ = _filling(type(clip.patcher))  # type: ignore[arg-type]
-    clip.patcher.cached_patcher_init = (load_clip_patcher, (str(path), weight_dtype))
+    clip.patcher.cached_patcher_init = (load_clip_patcher, (str(path), weight_dtype, cache_converted))
     return clip
 
 
@@ -263,7 +270,7 @@ def encode(clip: comfy.sd.CLIP, text: str, cached: bool = True) -> list[Any]:
     """CONDITIONING of a prompt, checked: a damaged weight is named.
 
     cached: for a prompt that is known, the encoder is neither read nor loaded. Features are then kept, and given out,
-    in the precision that Z-Image computes in here (`host_prompts.kept_dtype`), the first time as well; without, they
+    in the precision that Z-Image computes in here (`prompts.kept_dtype`), the first time as well; without, they
     are float32's.
     """
     tokens = clip.tokenize(text)
@@ -310,5 +317,10 @@ def _tokenizer(path: str | Path) -> Tokenizer:
     return open_tokenizer(path) if snapshot_folder(path) else Tokenizer(QWEN_TOKENIZER)
 
 
-def load_clip_patcher(path: str, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False):
-    return load_clip(path, weight_dtype, disable_dynamic).patcher
+def load_clip_patcher(
+    path: str,
+    weight_dtype: torch.dtype | None = None,
+    cache_converted: bool = False,
+    disable_dynamic: bool = False,
+):
+    return load_clip(path, weight_dtype, cache_converted, disable_dynamic).patcher

@@ -9,7 +9,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import comfy.model_management as mm
-import comfy.utils
 import folder_paths
 import torch
 from comfy.cli_args import args
@@ -22,7 +21,7 @@ from . import download as bridge_download
 logger = logging.getLogger(__name__)
 
 NANO = "Z-Image-Nano (built in)"
-NANO_FOLDER = Path(__file__).parent.parent / "nano" / "snapshot"
+NANO_FOLDER = Path(__file__).parents[2] / "nano" / "snapshot"
 NANO_LORA = "Z-Image-Nano moon (built in)"
 NANO_LORA_FILE = NANO_FOLDER.parent / "zimage_nano_moon.safetensors"
 
@@ -126,11 +125,6 @@ def lora_fingerprint(name: str) -> tuple[str, int, int]:
 def _stamp(file: Path) -> tuple[str, int, int]:
     state = file.stat()
     return (str(file), state.st_mtime_ns, state.st_size)
-
-
-def maps_files() -> bool:
-    """Whether weights may stay pages of their files (not with the host's flag --disable-mmap)."""
-    return not comfy.utils.DISABLE_MMAP
 
 
 def asked_dtype() -> torch.dtype | None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.model_management as mm
 import comfy.sd
 import comfy.weight_adapter
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ...zimage_core.lora import files as lora_files
 from ...zimage_core.lora import formulas
-from . import folders
+from . import files, folders
 
 # component -> what stands before our parameter names in the host's model (ours and its native Z-Image alike)
 PREFIXES = {"transformer": "diffusion_model.", "text_encoder": "qwen3_4b.transformer."}
@@ -36,6 +38,7 @@ class HostAdapter(comfy.weight_adapter.WeightAdapterBase):
     def __init__(self, loaded_keys: set[str], weights: tuple[Entry, ...]):
         self.loaded_keys = loaded_keys
         self.weights: Any = weights
+        self.near: dict[torch.device, Any] = {}  # `weights` where they stay while a model is loaded there
 
     def plus(self, target: lora_files.Target, adapter: formulas.Adapter, strength: float) -> HostAdapter:
         names, parts = tuple(adapter.tensors), tuple(adapter.tensors.values())
@@ -54,10 +57,56 @@ class HostAdapter(comfy.weight_adapter.WeightAdapterBase):
         original_weight=None,
     ):
         changes: list[lora_files.Change] = []
-        for family, names, tensors, alpha, own_strength, part, parts in self.weights:
+        for family, names, tensors, alpha, own_strength, part, parts in self.near.get(weight.device, self.weights):
             adapter = formulas.Adapter(family, dict(zip(names, tensors, strict=True)), alpha)
             changes.append((lora_files.Target("", key, part, parts), adapter, strength * own_strength))
         return lora_files.apply(weight, changes)
+
+    def size(self) -> int:
+        return sum(tensor.nbytes for entry in self.weights for tensor in entry[2])
+
+    def bring(self, device: torch.device) -> None:
+        self.near[device] = tuple(
+            (*entry[:2], tuple(tensor.to(device) for tensor in entry[2]), *entry[3:]) for entry in self.weights
+        )
+
+
+def _bring(patcher: ModelPatcher, device: torch.device | None = None, *_load: Any) -> None:
+    """After loading: what is added to a weight whenever that is used lies on the device.
+
+    Some weights leave to make room for it: they are sent ahead of their use from pinned memory, factors are not. Where
+    there is none to be made, each use sends its factors.
+    """
+    _leave(patcher)
+    if device is None or device.type == "cpu" or getattr(patcher, "is_dynamic", bool)():  # the dynamic one sends ahead
+        return
+    needed = _unmerged(patcher)
+    room = 0 if patcher.model.model_lowvram else mm.get_free_memory(device) - mm.minimum_inference_memory()
+    while (size := sum(adapter.size() for adapter in needed)) > room:
+        freed = patcher.partially_unload(patcher.offload_device, size - room) if patcher.model.model_lowvram else 0
+        if not freed:
+            return
+        room += freed
+        needed = _unmerged(patcher)  # those of the weights that left are more now
+    for adapter in needed:
+        adapter.bring(device)
+    if patcher.model.model_lowvram:  # else the host would take it for weights that it has loaded twice
+        patcher.model.model_loaded_weight_memory += size
+
+
+def _leave(patcher: ModelPatcher, *_detach: Any) -> None:
+    for adapter in _adapters(patcher).values():
+        adapter.near.pop(patcher.load_device, None)
+
+
+def _unmerged(patcher: ModelPatcher) -> list[HostAdapter]:
+    return [adapter for key, adapter in _adapters(patcher).items() if key not in patcher.backup]
+
+
+def _adapters(patcher: ModelPatcher) -> dict[str, HostAdapter]:
+    """Our adapters by the keys of their weights."""
+    found = ((key, patch[1]) for key, patches in patcher.patches.items() for patch in patches)
+    return {key: adapter for key, adapter in found if isinstance(adapter, HostAdapter)}
 
 
 def add_lora(
@@ -67,7 +116,7 @@ def add_lora(
     patchers = {"transformer": model} if clip is None else {"transformer": model, "text_encoder": clip.patcher}
     weights = {kind: _weights(patcher, PREFIXES[kind]) for kind, patcher in patchers.items()}
     shapes = {kind: {key: tuple(weight.shape) for key, weight in of.items()} for kind, of in weights.items()}
-    opened = lora_files.open_lora(folders.lora_path(name), shapes, mapped=folders.maps_files())
+    opened = lora_files.open_lora(folders.lora_path(name), shapes, map_file=files.map_file())
     report = [opened.report()]
     if clip is None and (words := _waiting(opened)):
         report.append(words)
@@ -101,6 +150,9 @@ def _patch(patcher: ModelPatcher, opened: lora_files.Lora, component: str, stren
             patches[key] = _taken(patcher, key)
         patches[key] = patches[key].plus(target, adapter, strength)
     patcher.add_patches(patches)
+    for moment, call in ((CallbacksMP.ON_LOAD, _bring), (CallbacksMP.ON_DETACH, _leave)):
+        patcher.remove_callbacks_with_key(moment, ATTACHMENT)  # of a LoRA before
+        patcher.add_callback_with_key(moment, ATTACHMENT, call)
 
 
 def _taken(patcher: ModelPatcher, key: str) -> HostAdapter:

@@ -23,11 +23,13 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention_masked
 from torch import Tensor
 
+from ...zimage_core.backends.half import HalfOperations
+from ...zimage_core.backends.operations import Gain, LeanOperations, Operations
 from ...zimage_core.config import SchedulerConfig, TransformerConfig
-from ...zimage_core.model.transformer import Block, Captions, JointAttention, ZImageTransformer, norm_and_rotate
+from ...zimage_core.model.transformer import Captions, ZImageTransformer
 from ...zimage_core.sampling.loop import model_time, velocity
 from ...zimage_core.weights.checkpoint import Component, Snapshot, open_component, schedule_of, snapshot_folder
-from . import folders, layers, quantized, quantized_patcher
+from . import files, folders, layers, quantized, quantized_patcher
 
 try:  # the host's kernel package; older ones lack these two
     from comfy_kitchen import rms_rope, rms_rope1
@@ -41,18 +43,60 @@ HALF = 2  # bytes
 NATIVE_DIM = 3840  # the width for which the host measured memory_usage_factor
 
 
+class _Kernels(Operations):
+    """The norm and rotation of q and k in one pass, by ComfyUI's kernel package."""
+
+    def norm_rotate(self, q: Tensor, k: Tensor, rotations: Tensor, q_norm: Any, k_norm: Any) -> tuple[Tensor, Tensor]:
+        if rms_rope is None or q.device.type == "cpu" or torch.is_grad_enabled():
+            return super().norm_rotate(q, k, rotations, q_norm, k_norm)
+        return self.by_kernel(q, k, rotations, q_norm, k_norm)
+
+    def by_kernel(self, q: Tensor, k: Tensor, rotations: Tensor, q_norm: Any, k_norm: Any) -> tuple[Tensor, Tensor]:
+        eps = q_norm.eps * self.shrink**2
+        (q_gain, q_bias, q_lent), (k_gain, k_bias, k_lent) = _cast(q_norm, q), _cast(k_norm, k)
+        if q.shape == k.shape:
+            q, k = rms_rope(q, k, rotations, q_gain, k_gain, eps)
+        else:
+            q = rms_rope1(q, rotations[:, : q.shape[1]], q_gain, eps)
+            k = rms_rope1(k, rotations, k_gain, eps)
+        comfy.ops.uncast_bias_weight(q_norm, q_gain, q_bias, q_lent)
+        comfy.ops.uncast_bias_weight(k_norm, k_gain, k_bias, k_lent)
+        return q, k
+
+
+class KernelOperations(_Kernels, LeanOperations):
+    pass
+
+
+class KernelHalfOperations(_Kernels, HalfOperations):
+    pass
+
+
+def _gain(norm: Any, like: Tensor) -> Tensor:
+    """An RMSNorm's weight (`operations.Gain`), where ComfyUI moves, casts and patches weights as they are used."""
+    weight, bias, lent = _cast(norm, like)
+    is_lent = lent[0] is not None or "_v" in vars(norm)  # by a stream or the paging of weights
+    gain = weight.clone() if is_lent else weight
+    comfy.ops.uncast_bias_weight(norm, weight, bias, lent)
+    return gain
+
+
+def _cast(norm: Any, like: Tensor) -> Any:
+    """(weight, bias, what `uncast_bias_weight` wants): itself where nothing is to be done, so nothing is launched."""
+    return comfy.ops.cast_bias_weight(norm, like, offloadable=True)
+
+
 class HostTransformer(ZImageTransformer):
-    """The S3-DiT behind the call that the host makes of a diffusion model."""
+    """The S3-DiT behind the call that ComfyUI makes of a diffusion model."""
+
+    gain: Gain = staticmethod(_gain)
+    lean_operations = KernelOperations
+    half_operations = KernelHalfOperations
 
     def __init__(self, config: TransformerConfig, *, operations: Any, device: Any, dtype: Any, **_unused: Any):
         super().__init__(config, ops=operations, device=device, dtype=dtype)
         self.dtype = dtype
         self.run_captions = _RunCaptions()
-        for module in self.modules():
-            if isinstance(module, Block):
-                module.gain = _gain  # type: ignore[assignment]
-            if isinstance(module, JointAttention):
-                module.norm_and_rotate = _norm_and_rotate  # type: ignore[assignment]
 
     def forward(self, x, timesteps, context, num_tokens=None, attention_mask=None, **kwargs):  # type: ignore[override]
         """Latents [B, 16, h, w], sigma [B], captions [B, L, cap_feat_dim] -> dlatents/dsigma [B, 16, h, w].
@@ -75,12 +119,14 @@ class HostTransformer(ZImageTransformer):
         if height % patch or width % patch:
             # Areas of a picture may have odd sizes; like the native model, make them even and cut the excess off.
             x = comfy.ldm.common_dit.pad_to_patch_size(x, (patch, patch))
+        patches = _Patches(options, self.config)
         out = super().forward(
             x,
             model_time(timesteps),
             self.run_captions.refined(self, x, context, options),
             attention=partial(_attention, options),
-            block_hook=_BlockHook(options, self.config),
+            after_block=patches.after_block,
+            patch_tokens=patches.patch_tokens if patches else None,
             rope_options=options.get("rope_options"),
         )
         return velocity(out)[:, :, :height, :width]
@@ -93,44 +139,6 @@ class HostTransformer(ZImageTransformer):
             )
         if conds.get("ref_latents") or conds.get("siglip_feats"):
             raise ValueError("This Z-Image model takes no reference pictures. Remove the node that attaches them.")
-
-
-def _norm_and_rotate(
-    q: Tensor, k: Tensor, rotation: Tensor, q_norm: Any, k_norm: Any, shrink: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """What `transformer.norm_and_rotate` does, in one pass by the kernel of the host."""
-    if rms_rope is None or q.device.type == "cpu" or torch.is_grad_enabled():
-        return norm_and_rotate(q, k, rotation, q_norm, k_norm, shrink, _gain)
-    return _by_kernel(q, k, rotation, q_norm, k_norm, shrink)
-
-
-def _by_kernel(
-    q: Tensor, k: Tensor, rotation: Tensor, q_norm: Any, k_norm: Any, shrink: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    eps = q_norm.eps * shrink**2
-    (q_gain, q_bias, q_lent), (k_gain, k_bias, k_lent) = _cast(q_norm, q), _cast(k_norm, k)
-    if q.shape == k.shape:
-        q, k = rms_rope(q, k, rotation, q_gain, k_gain, eps)
-    else:
-        q = rms_rope1(q, rotation[:, : q.shape[1]], q_gain, eps)
-        k = rms_rope1(k, rotation, k_gain, eps)
-    comfy.ops.uncast_bias_weight(q_norm, q_gain, q_bias, q_lent)
-    comfy.ops.uncast_bias_weight(k_norm, k_gain, k_bias, k_lent)
-    return q, k
-
-
-def _gain(norm: Any, like: Tensor) -> Tensor:
-    """What `fused.norm_gain` tells, where the host moves, casts and patches weights as they are used."""
-    weight, bias, lent = _cast(norm, like)
-    is_lent = lent[0] is not None or "_v" in vars(norm)  # by a stream or the paging of weights
-    gain = weight.clone() if is_lent else weight
-    comfy.ops.uncast_bias_weight(norm, weight, bias, lent)
-    return gain
-
-
-def _cast(norm: Any, like: Tensor) -> Any:
-    """(weight, bias, what `uncast_bias_weight` wants): itself where nothing is to be done, so nothing is launched."""
-    return comfy.ops.cast_bias_weight(norm, like, offloadable=True)
 
 
 def _attention(options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -177,33 +185,44 @@ class _RunCaptions:
         return captions
 
 
-class _BlockHook:
-    """Keeps the options current and runs the patches of other nodes after a block, as the native model does."""
+class _Patches:
+    """The patches of other nodes, run after a block as the native model does; true if there are any."""
 
     def __init__(self, options: dict[str, Any], config: TransformerConfig):
         self.options = options
         self.config = config
         self.patches = options.get("patches", {})
-        self.reads_tokens = any(self.patches.get(name) for name in ("noise_refiner", "double_block"))
 
-    def __call__(self, stage: str, index: int, state: dict[str, Any]) -> None:
+    def __bool__(self) -> bool:
+        return any(self.patches.get(name) for name in ("noise_refiner", "double_block"))
+
+    def after_block(self, stage: str, index: int) -> None:
+        """Keeps the options current."""
         if not torch.compiler.is_compiling():
             mm.throw_exception_if_processing_interrupted()  # a step can take minutes; only newer hosts look inside it
+        if self:
+            return  # the options say where a patch is until it has run
+        self._advance(stage, index)
+
+    def patch_tokens(self, stage: str, index: int, state: dict[str, Any]) -> None:
         if stage == "noise_refiner":
             for patch in self.patches.get("noise_refiner", []):
                 out = patch(self._arguments(state, index, block_type="noise_refiner"))
                 if "img" in out:
                     state["img"] = out["img"]
-            if index == self.config.n_refiner_layers - 1:
-                self.options.update(total_blocks=self.config.n_layers, block_type="double", block_index=0)
-            return
-        for patch in self.patches.get("double_block", []):
-            out = patch(self._arguments(state, index))
-            for name in ("img", "txt"):
-                if name in out and out[name] is not state[name]:
-                    state[name][:] = out[name]
-        if index + 1 < self.config.n_layers:
+        else:
+            for patch in self.patches.get("double_block", []):
+                out = patch(self._arguments(state, index))
+                for name in ("img", "txt"):
+                    if name in out and out[name] is not state[name]:
+                        state[name][:] = out[name]
+        self._advance(stage, index)
+
+    def _advance(self, stage: str, index: int) -> None:
+        if stage == "layers" and index + 1 < self.config.n_layers:
             self.options["block_index"] = index + 1
+        elif stage == "noise_refiner" and index == self.config.n_refiner_layers - 1:
+            self.options.update(total_blocks=self.config.n_layers, block_type="double", block_index=0)
 
     def _arguments(self, state: dict[str, Any], index: int, **extra: Any) -> dict[str, Any]:
         return {**state, "block_index": index, "transformer_options": self.options, **extra}
@@ -259,13 +278,15 @@ def load_model(
     path: str | Path,
     weight_dtype: torch.dtype | None = None,
     compiled: bool = False,
+    cache_converted: bool = False,
     disable_dynamic: bool = False,
 ):
     """A ModelPatcher of the transformer in a snapshot or single file, whose tensors stay mapped where nothing is cast.
 
     weight_dtype: of the weights in memory; None is the file's, fitted to the device. compiled: see `ZImageTransformer`.
+    cache_converted: weights that have to be cast or fused are mapped as well, from a file that is written for it.
     """
-    component, scheduler = open_component(path, "transformer", mapped=folders.maps_files()), schedule_of(path)
+    component, scheduler = open_component(path, "transformer", map_file=files.map_file()), schedule_of(path)
     config = component.config
     model_config = ZImageModelConfig(path, config, scheduler)
     device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
@@ -282,7 +303,9 @@ def load_model(
         )
         model_config.custom_operations = layers.for_device(device)  # None: the host picks
         build_device = torch.device("meta")
-        weights = _state_dict(component, storage)
+        dtypes = _dtypes_in_memory(component, storage)
+        stored = files.cache_converted(component, dtypes) if cache_converted else component
+        weights = {name: stored.tensor(name, shape, dtype=dtypes[name]) for name, shape in component.shapes.items()}
     model_config.set_inference_dtype(storage, compute)
 
     model = ZImageModel(model_config, config, scheduler, build_device)
@@ -307,7 +330,7 @@ def load_model(
     captions = model.diffusion_model.run_captions
     patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, captions.begin)
     patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_CLEANUP, captions.end)
-    patcher.cached_patcher_init = (load_model, (str(path), weight_dtype, compiled))
+    patcher.cached_patcher_init = (load_model, (str(path), weight_dtype, compiled, cache_converted))
     return patcher
 
 
@@ -336,9 +359,9 @@ def _dtypes(
     return storage, None if compute == storage else compute
 
 
-def _state_dict(component: Component, storage: torch.dtype) -> dict[str, Tensor]:
-    """The weights in that dtype; of fp8 only the matrices, the rest is small and stays as it is."""
-    if storage not in FP8:
-        return component.state_dict(storage)
-    dtypes = {name: storage if len(shape) == 2 and "." in name else None for name, shape in component.shapes.items()}
-    return {name: component.tensor(name, component.shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
+def _dtypes_in_memory(component: Component, storage: torch.dtype) -> dict[str, torch.dtype | None]:
+    """Of each weight, None for the file's; only matrices become fp8, the rest is small and stays as it is."""
+    return {
+        name: storage if storage not in FP8 or (len(shape) == 2 and "." in name) else None
+        for name, shape in component.shapes.items()
+    }

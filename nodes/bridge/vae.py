@@ -29,7 +29,7 @@ from ...zimage_core.diagnostics.finite import NotFinite
 from ...zimage_core.model import vae_bands
 from ...zimage_core.model.vae import AutoencoderKL
 from ...zimage_core.weights.checkpoint import open_component
-from . import folders
+from . import files
 
 LOW_MEMORY = ("auto", "on", "off")
 _low_memory: ContextVar[str] = ContextVar("low_memory", default="auto")  # of the call that is running
@@ -129,7 +129,7 @@ class ZImageVAE(comfy.sd.VAE):
     """Latents are raw, as on every LATENT socket: scale and shift belong to the MODEL's latent format."""
 
     def __init__(self, path: str | Path, disable_dynamic: bool = False):
-        component = open_component(path, "vae", mapped=folders.maps_files())
+        component = open_component(path, "vae", map_file=files.map_file())
         config = component.config
         with _without_warning():
             super().__init__(sd={})  # sets the defaults of a picture VAE and ends where it finds no weights

@@ -10,12 +10,15 @@ from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = "host host_attention host_operations host_download host_packed host_prompts".split()
-MODULES += "host_model host_clip host_vae host_lora host_sampler convert loaders lora conditioning sampling vae".split()
+NODES = "convert loaders lora conditioning sampling vae".split()
+BRIDGE = "attention clip download files folders layers lora model prompts quantized sampler vae".split()
 
 
 def load_pack(*flags: str, cpu: bool = True, **settings: Any) -> SimpleNamespace:
-    """The modules of nodes/, by name. `flags` and `settings` are of the host's command line, by name."""
+    """The modules of nodes/, by name, those of its bridge under `bridge`.
+
+    flags, settings: of the host's command line, by name.
+    """
     if str(ROOT / ".ci") not in sys.path:
         sys.path.append(str(ROOT / ".ci"))
     import provision
@@ -33,4 +36,8 @@ def load_pack(*flags: str, cpu: bool = True, **settings: Any) -> SimpleNamespace
         )
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
-    return SimpleNamespace(**{module: importlib.import_module(f"{name}.nodes.{module}") for module in MODULES})
+    nodes, bridge = (
+        {module: importlib.import_module(f"{name}.nodes.{room}{module}") for module in modules}
+        for room, modules in (("", NODES), ("bridge.", BRIDGE))
+    )
+    return SimpleNamespace(**nodes, bridge=SimpleNamespace(**bridge))

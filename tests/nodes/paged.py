@@ -1,4 +1,4 @@
-"""Runs quantized models in the host's dynamic patcher, with a toy in place of its paging library; prints JSON.
+"""Runs models, plain and quantized, in the host's dynamic patcher, a toy being its paging library; prints JSON.
 
 python tests/nodes/paged.py [FORM ...]
 
@@ -8,7 +8,10 @@ on the device, or are sent there at each use. The native library runs on NVIDIA'
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -21,8 +24,10 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import two_devices  # noqa: E402
 from fake_accelerator import DEVICE, moved  # noqa: E402
 from inside import load_pack  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 from tests.nodes import test_packed  # noqa: E402
+from zimage_core.weights.checkpoint import Snapshot  # noqa: E402
 
 room = True  # for weights to stay on the device
 
@@ -47,6 +52,37 @@ class Pages:
         pass
 
 
+class Mapped:
+    """A file that the host maps, whose handle is a file descriptor."""
+
+    def __init__(self, path: str):
+        self.file = open(path, "rb")  # noqa: SIM115 open as long as it is mapped
+        self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def get(self) -> int:
+        return ctypes.addressof(ctypes.c_uint8.from_buffer(self.map))
+
+    def get_file_handle(self) -> int:
+        return self.file.fileno()
+
+    def bounce(self) -> bool:
+        return True
+
+
+read = {"from files": 0, "through memory": 0}  # weights that the host has sent, and from where
+
+
+def from_file(tensor: torch.Tensor, *_destinations: Any, **_settings: Any) -> bool:
+    """Whether the host can read a weight from its file, past the process's memory; here it is sent all the same."""
+    part = getattr(tensor, "_qdata", tensor)
+    place = getattr(part.untyped_storage(), "_comfy_tensor_file_slice", None)
+    if place is not None:
+        raw = os.pread(place.file_ref, place.size, place.offset)
+        assert raw == part.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    read["through memory" if place is None else "from files"] += 1
+    return False
+
+
 class NoPinnedMemory:
     size = 0
 
@@ -59,6 +95,7 @@ def page() -> None:
     import comfy.memory_management
     import comfy.model_patcher
     import comfy_aimdo.host_buffer
+    import comfy_aimdo.model_mmap
     import comfy_aimdo.model_vbar as library
     import comfy_aimdo.torch
     from comfy.cli_args import args
@@ -78,6 +115,8 @@ def page() -> None:
         return listed(self, for_dynamic, None)
 
     comfy.model_patcher.ModelPatcher._load_list = load_list
+    comfy_aimdo.model_mmap.ModelMMAP = Mapped
+    comfy.memory_management.read_tensor_file_slice_into = from_file
     library.ModelVBAR = Pages
     library.vbar_fault = lambda page: page[1] if room else None
     library.vbar_unpin = lambda _page: None
@@ -90,20 +129,24 @@ def main() -> None:
     import comfy.model_management as mm
 
     folder = Path(tempfile.mkdtemp())
-    forms = sys.argv[1:] or ["marked", "gguf"]
-    files = {form: test_packed.file_of(folder, form) for form in forms}
+    files = {form: test_packed.file_of(folder, form) for form in ("marked", "gguf")}
+    files["plain"] = folder / "plain.safetensors"
+    save_file(
+        Snapshot(test_packed.NANO).transformer(dtype=torch.float32).state_dict(), files["plain"], test_packed.CONFIGS
+    )
     files["encoder"] = test_packed.encoder_of(folder, "gguf")
     report: dict[str, Any] = {}
     with torch.inference_mode():
-        expected = {form: results(pack, mm, files[form]) for form in forms}
+        expected = {form: results(pack, mm, files[form]) for form in ("marked", "gguf", "plain")}
         encoded, _ = features(pack, mm, files["encoder"])
         two_devices.take_over(mm)
         page()
-        for form in forms:
+        for form in ("marked", "gguf", "plain"):
             for room in (True, False):
+                read.update(dict.fromkeys(read, 0))
                 found = results(pack, mm, files[form])
                 differences = [two_devices.relative(*pair) for pair in zip(found[0], expected[form][0], strict=True)]
-                report[f"{form}, {'resident' if room else 'sent'}"] = {"differences": differences, **found[1]}
+                report[f"{form}, {'resident' if room else 'sent'}"] = {"differences": differences, **read, **found[1]}
         found, dynamic = features(pack, mm, files["encoder"])
         report["encoder"] = {"difference": two_devices.relative(found, encoded), "dynamic": dynamic}
     print(json.dumps(report))
@@ -111,7 +154,7 @@ def main() -> None:
 
 def results(pack, mm, path: Path) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """(predictions as the file is, with a change on top, and without it again; how the weights are kept)."""
-    patcher = pack.bridge.model.load_model(path)
+    patcher = pack.bridge.model.load_model(path, torch.float32 if path.stem == "plain" else None)
     changed = patcher.clone()
     generator = torch.Generator().manual_seed(0)
     change = 0.1 * torch.randn(512, 192, generator=generator)

@@ -22,10 +22,12 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import two_devices
-from fake_accelerator import live, peak, reset_peak, waits
-from inside import load_pack
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
+import two_devices  # noqa: E402
+from fake_accelerator import live, peak, reset_peak, waits  # noqa: E402
+from inside import load_pack  # noqa: E402
+
+from tests.nodes import test_packed  # noqa: E402
 
 SHARES = (None, 0.75, 0.5, 0.2)  # room for so much of the transformer; None: for everything
 # heads of 128, time embeddings of 1024, and an MLP of a multiple of 256 that both compute alike from the width
@@ -50,6 +52,7 @@ def main() -> None:
         report["leaving"] = leaving(pack, mm, Path(folder))
         report["left over"] = left_over(pack, mm)
         report["waits"] = waits_in_steps(pack, mm)
+        report["waits of files"] = waits_of_files(pack, mm, Path(folder))
     print(json.dumps(report))
 
 
@@ -277,13 +280,8 @@ def waits_in_steps(pack: Any, mm: Any) -> dict[str, Any]:
     clip, model, _vae = two_devices.load(pack)
     cond, other = encode_ours(pack, clip), encode_ours(pack, clip, OF_SAME_LENGTH)
     network = model.model.diffusion_model
-    forward, counts = network.forward, []
-
-    def counted(*arguments: Any, **settings: Any) -> torch.Tensor:
-        before = dict(waits)
-        out = forward(*arguments, **settings)
-        counts.append({name: waits[name] - before[name] for name in waits} | {"batch": len(out)})
-        return out
+    forward = network.forward
+    counted, counts = counting(forward)
 
     def looking(*arguments: Any, **settings: Any) -> torch.Tensor:
         out = counted(*arguments, **settings)
@@ -333,6 +331,40 @@ def between_steps(pack: Any, model: Any, cond: Any) -> dict[str, Any]:
         found[name] = {kind: at[-1][kind] - at[0][kind] for kind in waits}
     network.forward, steps.saw = forward, saw
     return found
+
+
+def waits_of_files(pack: Any, mm: Any, folder: Path) -> dict[str, Any]:
+    """The same of plain and quantized weights, each as the file has them and with the nano LoRA on top."""
+    with torch.inference_mode(False):
+        files = {form: test_packed.file_of(folder, form) for form in ("gguf", "marked")}
+    clip = two_devices.load(pack)[0]
+    cond, found = encode_ours(pack, clip), {}
+    for form, path in {"plain": two_devices.NANO, **files}.items():
+        for lora in (False, True) if path in files.values() else (True,):
+            clear(mm)
+            model = pack.bridge.model.load_model(path)
+            model.model.memory_usage_factor = 0
+            if lora:
+                model = pack.lora.ZImageLoraLoader.execute(model, pack.bridge.folders.NANO_LORA, 1.0).args[0]
+            network = model.model.diffusion_model
+            network.forward, counts = counting(network.forward)
+            sample_ours(pack, model, cond, side=16)
+            assert model.loaded_size() == model.model_size()
+            found[f"{form}, LoRA" if lora else form] = counts
+    return found
+
+
+def counting(forward: Any) -> tuple[Any, list[dict[str, int]]]:
+    """A forward of the transformer that notes how often each of its calls makes the host wait, and its notes."""
+    counts: list[dict[str, int]] = []
+
+    def counted(*arguments: Any, **settings: Any) -> torch.Tensor:
+        before = dict(waits)
+        out = forward(*arguments, **settings)
+        counts.append({name: waits[name] - before[name] for name in waits} | {"batch": len(out)})
+        return out
+
+    return counted, counts
 
 
 def clear(mm: Any) -> None:

@@ -12,6 +12,11 @@ import torch
 from ..helpers import NANO, relative
 
 
+@pytest.fixture(scope="module")
+def positive(pack):
+    return pack.bridge.clip.encode(pack.bridge.clip.load_clip(NANO, torch.float32), "a red circle on a blue background")
+
+
 @pytest.fixture
 def parts(pack, positive) -> SimpleNamespace:
     """A model of its own for each test: what is found about attention is kept with the model."""
@@ -536,13 +541,13 @@ def test_the_hosts_kernel_norms_and_rotates_as_we_do(pack, parts, dtype, batch, 
     """Its own fallback for a CPU, which is the same formula; on a GPU it is one pass."""
     model = parts.model.model.diffusion_model
     layer = model.layers[0].attention
-    assert layer.norm_and_rotate is pack.bridge.model._norm_and_rotate  # the host brings the kernel
+    kernels = model.lean_operations(model.gain)
+    assert isinstance(kernels, pack.bridge.model.KernelOperations)
     generator = torch.Generator().manual_seed(0)
     width = layer.q_norm.weight.shape[0]
     q, k = torch.randn(2, batch, 40, 3, width, generator=generator).to(dtype).unbind()
     places = 50 * torch.rand(1, 40, 3, generator=generator)
-    ours = pack.bridge.model._by_kernel
-    plain = pack.bridge.model.norm_and_rotate
+    ours, plain = kernels.by_kernel, super(type(kernels).__mro__[1], kernels).norm_rotate
     with torch.inference_mode():
         given = (q[:, :queries], k, model._rotations(places), layer.q_norm, layer.k_norm)
         for result, expected in zip(ours(*given), plain(*given), strict=True):

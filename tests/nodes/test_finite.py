@@ -15,6 +15,11 @@ from . import native_model
 HALF = torch.float16
 
 
+@pytest.fixture(scope="module")
+def positive(pack):
+    return pack.bridge.clip.encode(pack.bridge.clip.load_clip(NANO, torch.float32), "a red circle on a blue background")
+
+
 @pytest.fixture(params=["ours", "native"])
 def model(request, pack, comfy):
     """A MODEL that computes in float16, as on a GPU, and on its weights a network whose last layer overflows there."""

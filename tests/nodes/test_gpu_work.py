@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from . import fake_cuda
 
 SIZES = {"dim": 3840, "n_heads": 30, "n_refiner_layers": 2, "cap_feat_dim": 2560, "in_channels": 16, "patch_size": 2}
 TOKENS = 40
+PUBLISHED = Path(__file__).resolve().parents[1] / "published_configs.json"
 MB = 10**6
 
 
@@ -129,6 +132,23 @@ def test_a_step_of_the_core_neither_copies_nor_waits(pack):
         with fake_cuda.Work() as work:
             transformer(x, torch.empty(2, device="cuda"), captions)
     assert not work.copies and not work.waits and work.launches
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norms_of_the_text_encoder_are_one_kernel(pack, dtype):
+    """Also where bfloat16 weights are used in float32."""
+    works = []
+    with on_cuda():
+        for layers in (3, 2):  # of which the last is not built
+            raw = {**json.loads(PUBLISHED.read_text())["text_encoder"], "num_hidden_layers": layers}
+            encoder_config = core("config").TextEncoderConfig.from_dict(raw, "here")
+            encoder = core("model.text_encoder").TextEncoder(encoder_config, device="cuda", dtype=torch.bfloat16)
+            with fake_cuda.Work() as work:
+                encoder(torch.zeros(1, TOKENS, dtype=torch.long, device="cuda"), dtype=dtype)
+            assert not work.copies and not work.waits
+            works.append(work.launches)
+    one = works[0] - works[1]
+    assert one["_fused_rms_norm"] == 4 and not one["rsqrt"]
 
 
 def test_what_others_put_at_the_norms_of_q_and_k_is_called(pack):

@@ -42,6 +42,16 @@ def test_full_and_partial_budgets_give_the_same_latents(report):
     assert all(run["difference"] <= 1e-5 for run in report["budgets"])
 
 
+@pytest.mark.parametrize("share", ["1.0", "0.5", "0.2"])
+def test_factors_of_a_lora_lie_beside_the_weights(report, share):
+    """Within what the weights may take; a step moves nothing but weights."""
+    run = report["LoRA"][share]
+    assert run["difference"] <= 1e-5 and run["loaded"] <= run["allowed"]
+    assert run["moved in a step"] <= run["weights left"]
+    assert run["weights left"] > 0 or share == "1.0"
+    assert run["live afterwards"] == 0
+
+
 def test_encoder_transformer_and_vae_evict_each_other(report):
     loaded = report["eviction"]["loaded"]
     assert loaded["encode"] == ["clip"]
@@ -87,6 +97,12 @@ def test_nothing_stays_on_the_device_when_models_are_unloaded(peaks):
 def test_the_host_waits_for_nothing_inside_a_step(peaks, run, batch):
     assert peaks["waits"][run] == 2 * [{"to device": 0, "from device": 0, "values": 0, "batch": batch}]
     assert min(peaks["waits"]["calls of the chosen attention by step"]) > 5
+
+
+@pytest.mark.parametrize("run", ["plain, LoRA", "gguf", "gguf, LoRA", "marked", "marked, LoRA"])
+def test_the_host_waits_for_nothing_inside_a_step_of_a_file(peaks, run):
+    """Expanding a weight needs nothing from the CPU; a LoRA is in the weights, or its factors lie beside them."""
+    assert peaks["waits of files"][run] == 2 * [{"to device": 0, "from device": 0, "values": 0, "batch": 1}]
 
 
 def test_a_step_that_makes_the_host_wait_is_noticed(peaks):

@@ -21,16 +21,25 @@ def report(pack, form) -> dict:
     return run("paged.py", form)
 
 
+@pytest.mark.parametrize("form", ["marked", "gguf", "plain"])
 def test_models_are_paged_and_patched_exactly(report, form):
     for room in ("resident", "sent"):
         found = report[f"{form}, {room}"]
         assert found["dynamic"]
         assert max(found["differences"]) <= 1e-5  # plain, patched, plain again
-        assert found["without paging"] == "PackedModelPatcher"
+        assert found["without paging"] == ("ModelPatcher" if form == "plain" else "PackedModelPatcher")
     resident, sent = report[f"{form}, resident"], report[f"{form}, sent"]
     assert resident["paged"] >= 0.95 * resident["size"]
     assert resident["moved"] < 0.01 * resident["size"]  # a step's inputs
     assert 0.95 * sent["size"] <= sent["moved"] <= 1.05 * sent["size"]  # bytes of the file, not expanded
+
+
+@pytest.mark.parametrize("form", ["marked", "plain"])
+def test_the_host_reads_weights_from_their_files(report, form):
+    """As it reads those that it has mapped itself, and not through the memory of the process."""
+    for room in ("resident", "sent"):
+        found = report[f"{form}, {room}"]
+        assert found["from files"] >= 180 and found["from files"] >= 9 * found["through memory"]
 
 
 def test_text_encoders_are_paged(report):

@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-from fake_accelerator import DEVICE, moved  # noqa: E402
+from fake_accelerator import DEVICE, live, moved  # noqa: E402
 from inside import load_pack  # noqa: E402
 
 from tests.helpers import NANO, relative  # noqa: E402
@@ -39,6 +39,7 @@ def main() -> None:
         report: dict[str, Any] = {"size": model.model_size(), "budgets": []}
         for share in (None, 0.75, 0.5, 0.2):
             report["budgets"].append(budget(pack, mm, share, cond, latents))
+        report["LoRA"] = {share: lora(pack, mm, share, cond) for share in (1.0, 0.5, 0.2)}
         report["eviction"] = evict(pack, mm, cond, latents, image)
         report["out of memory"] = out_of_memory(pack, mm, latents, image)
     print(json.dumps(report))
@@ -101,6 +102,32 @@ def budget(pack, mm, share: float | None, cond, expected: torch.Tensor) -> dict[
         "loaded": model.loaded_size(),
         "moved": moved["to device"] - before,
         "difference": relative(result, expected),
+    }
+
+
+def lora(pack, mm, share: float, cond) -> dict[str, Any]:
+    """A step with the moon's LoRA, and what lies where, with room for this share of the transformer's weights."""
+    global free_on_device
+    results = []
+    for there in (False, True):
+        mm.unload_all_models()
+        model = load(pack)[1]
+        free_on_device = int(model.model_size() * share) if there else PLENTY
+        model = pack.bridge.lora.add_lora(model, None, pack.bridge.folders.NANO_LORA, 0.8, 0.0)[0]
+        results.append(sample(pack, model, cond))
+    left = sum(weight.nbytes for weight in model.model.parameters() if weight.device != DEVICE)
+    given = torch.zeros(1, 16, 16, 16).to(DEVICE), torch.tensor([0.7]).to(DEVICE), torch.zeros(1, 21, 128).to(DEVICE)
+    entered = moved["to device"]
+    model.model.apply_model(*given[:2], c_crossattn=given[2], num_tokens=21, transformer_options={})
+    loaded = model.loaded_size()
+    mm.unload_all_models()
+    return {
+        "difference": relative(results[1], results[0]),
+        "weights left": left,
+        "moved in a step": moved["to device"] - entered,
+        "loaded": loaded,
+        "allowed": free_on_device,
+        "live afterwards": live() - sum(tensor.nbytes for tensor in given),
     }
 
 

@@ -1,7 +1,7 @@
-"""What a transformer block does between its matrix products, as functions that torch.compile fuses.
+"""What a transformer block does between its matmuls, as functions that torch.compile fuses.
 
 They hold no weights and know no layer: one compilation serves all layers, sizes, prompts and LoRA, and every way in
-which a host keeps its weights. `run` is a block made of them, for a GPU; `row_blocks.run` uses them on a CPU.
+which a host keeps its weights. `CompiledOperations` are for a GPU, `cpu_rows` uses some of the functions on a CPU.
 
 Letters: B batch, N tokens, D width.
 """
@@ -9,15 +9,15 @@ Letters: B batch, N tokens, D width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.attention import Attention
-from ..model.numerics import SHRINK, SHRINK_MLP, like
+from .half import SHRINK, like
+from .operations import Gain, Modulation, Operations, Tokens, modulated
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def gated(a: Tensor, b: Tensor) -> Tensor:
 
 
 @Compiled
-def norm_and_turn(qk: Tensor, q_gain: Tensor, k_gain: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+def norm_rotate(qk: Tensor, q_gain: Tensor, k_gain: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
     """RMSNorm of each head of q and k [B, N, 2, heads, head_dim], and their rotation by angles [1 or B, N, head_dim/2].
 
     Gains: [head_dim].
@@ -86,65 +86,37 @@ def norm_and_turn(qk: Tensor, q_gain: Tensor, k_gain: Tensor, eps: float, cos: T
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(qk.dtype)
 
 
-def run(
-    block: Any,  # a transformer.Block, as it was built (`transformer.is_as_built`)
-    x: Tensor,
-    rotation: Tensor,
-    adaln: Tensor | None,
-    attention: Attention,
-    mask: Tensor | None = None,
-    kept: int | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The block on x [B, N, D], with the arguments of its `forward`. dtype: of the matrix products, None is x's.
+class CompiledOperations(Operations):
+    """These functions, in float16 on smaller numbers (`half`)."""
 
-    In float16 they run on smaller numbers, see `half.py`.
-    """
-    half = (dtype or x.dtype) == torch.float16
-    shrunk, shrunk_mlp = (SHRINK**2, SHRINK_MLP**2) if half else (1, 1)  # of eps
-    needed = like(x) if half else x  # what weights are read for
-    layer, mlp = block.attention, block.feed_forward
-    modulation: Sequence[Tensor | None]
-    modulation = [None] * 4 if adaln is None else block.adaLN_modulation(adaln).unsqueeze(1).chunk(4, dim=-1)
-    scale_msa, gate_msa, scale_mlp, gate_mlp = modulation  # each (B, 1, D)
-    norm = block.attention_norm1
-    qkv = layer.qkv(normed(x, block.gain(norm, needed), norm.eps, scale_msa, half))
-    qkv = qkv.unflatten(-1, (3, layer.n_heads, -1))  # (B, N, 3, heads, head_dim)
-    gains = block.gain(layer.q_norm, needed), block.gain(layer.k_norm, needed)
-    cos, sin = rotation[:, :, 0, :, 0, 0], rotation[:, :, 0, :, 1, 0]
-    q, k = norm_and_turn(qkv[:, :, :2], *gains, layer.q_norm.eps * shrunk, cos, sin).permute(2, 0, 3, 1, 4).unbind(0)
-    out = attention(q[:, :, :kept], k, qkv[:, :, 2].transpose(1, 2), mask)  # (B, kept, D)
-    norm = block.attention_norm2
-    x = add_normed(x[:, :kept], layer.out(out), block.gain(norm, needed), norm.eps * shrunk, gate_msa)
-    norm = block.ffn_norm1
-    h = normed(x, block.gain(norm, needed), norm.eps, scale_mlp, half)
-    norm = block.ffn_norm2
-    h = mlp.w2(gated(mlp.w1(h), mlp.w3(h)))
-    return add_normed(x, h, block.gain(norm, needed), norm.eps * shrunk_mlp, gate_mlp)
+    def __init__(self, gain: Gain, half: bool = False):
+        self.gain = gain
+        self.half = half
+        self.shrink = SHRINK if half else 1.0
 
+    def modulation(self, block: Any, x: Tensor, time: Tensor | None) -> Modulation:
+        """As the block has them: the functions make factors and gates of them."""
+        if time is None:
+            return Modulation(None, None, None, None)
+        before_attention, after_attention, before_mlp, after_mlp = modulated(block, time).chunk(4, dim=-1)
+        return Modulation(before_attention, after_attention, before_mlp, after_mlp)
 
-def block_gains(block: Any, x: Tensor, adaln: Tensor | None) -> list[Tensor]:
-    """What the results of a block's four norms are multiplied by, in their order: float32, [1 or B, 1, D]."""
-    norms = (block.attention_norm1, block.attention_norm2, block.ffn_norm1, block.ffn_norm2)
-    gains = [block.gain(norm, x).float().view(1, 1, -1) for norm in norms]
-    if adaln is None:
-        return gains
-    scale_msa, gate_msa, scale_mlp, gate_mlp = block.adaLN_modulation(adaln).float().unsqueeze(1).chunk(4, dim=-1)
-    attention1, attention2, mlp1, mlp2 = gains
-    return [
-        torch.addcmul(attention1, attention1, scale_msa),
-        attention2 * gate_msa.tanh(),
-        torch.addcmul(mlp1, mlp1, scale_mlp),
-        mlp2 * gate_mlp.tanh(),
-    ]
+    def norm(self, norm: Any, x: Tensor, scale: Any) -> Tensor:
+        return normed(x, self._gain(norm, x), norm.eps, scale, self.half)
 
+    def heads(self, qkv: Tensor, layer: Any, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = qkv.unflatten(-1, (3, layer.n_heads, -1))  # (B, S, 3, heads, head_dim)
+        gains = self._gain(layer.q_norm, qkv), self._gain(layer.k_norm, qkv)
+        cos, sin = tokens.rotations[:, :, 0, :, 0, 0], tokens.rotations[:, :, 0, :, 1, 0]
+        qk = norm_rotate(qkv[:, :, :2], *gains, layer.q_norm.eps * self.shrink**2, cos, sin)
+        q, k = qk.permute(2, 0, 3, 1, 4).unbind(0)
+        return q[:, :, : tokens.queries], k, qkv[:, :, 2].transpose(1, 2)
 
-def norm_gain(norm: Any, _like: Tensor) -> Tensor:
-    """The weight of an RMSNorm, [D], on the device of the tensor that it is for, in whatever dtype."""
-    weight: Tensor = norm.weight
-    return weight
+    def gated(self, a: Tensor, b: Tensor) -> Tensor:
+        return gated(a, b)
 
+    def add_normed(self, x: Tensor, h: Tensor, norm: Any, gate: Any, shrink: float) -> Tensor:
+        return add_normed(x, h, self._gain(norm, x), norm.eps * shrink**2, gate)
 
-def finite(x: Tensor) -> Tensor:
-    """Cuts off what float16 can't hold, where a block that others changed overflows; other dtypes pass untouched."""
-    return torch.nan_to_num(x, nan=0.0) if x.dtype == torch.float16 else x
+    def _gain(self, norm: Any, x: Tensor) -> Tensor:
+        return self.gain(norm, like(x) if self.half else x)

@@ -1,28 +1,27 @@
-"""A transformer block on a CPU: in place, the items of a batch one after another, their tokens in blocks of rows.
+"""Operations of a transformer block on a CPU: in place, item by item of a batch, tokens in blocks of rows.
 
-The same formulas as `transformer.Block`, which remains the reference, with less traffic of memory: what lies between
-two matrix products runs over few rows at a time in float32 and is rounded once; large new tensors, whose pages the
-system has to hand out and clear, are avoided; an item has no tokens that only pad it to the longest of its batch, so
-attention needs no mask.
+The same formulas as `operations.Operations`, which remain the reference, with less traffic of memory: what lies between
+two matmuls runs over few rows at a time in float32 and is rounded once; large new tensors, whose pages the system has
+to hand out and clear, are avoided; an item has no tokens that only pad it to the longest of its batch, so attention
+needs no mask.
 
-Where tensors are small, calls are what costs: there a batch goes whole, in half as many as `transformer.Block` makes.
+Where tensors are small, calls are what costs: there a batch goes whole, in half as many as the plain operations make.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model.attention import Attention
-from . import compiled as fused
-from . import matmul
+from . import compiled, matmul
+from .operations import Gain, Modulation, Operations, Tokens, modulated
 
-MATMUL_ROWS = 256  # bfloat16 products of so many rows take 80 to 95 % of the time of all rows at once (benchmarks)
+MATMUL_ROWS = 256  # bfloat16 matmuls of so many rows take 80 to 95 % of the time of all rows at once (benchmarks)
 CACHED = 2**19  # values that stay in a core's cache between the passes of a norm: 136 rows at the published width
 DTYPES = (torch.bfloat16, torch.float32)
 SMALL = 2**18  # elements of an item; below, calls cost more than traffic of memory
@@ -31,7 +30,8 @@ SMALL = 2**18  # elements of an item; below, calls cost more than traffic of mem
 def suits(x: Tensor, compiled: bool) -> bool:
     """Whether blocks run this way: on a CPU, where no gradient is asked for and nothing is being compiled.
 
-    Small ones whose parts are compiled are left to `fused.run`: a batch that goes whole would be compiled once more.
+    Small ones whose parts are compiled are left to `CompiledOperations`: a batch that goes whole would be compiled once
+    more.
     """
     return (
         x.device.type == "cpu"
@@ -46,88 +46,108 @@ def _is_small(x: Tensor) -> bool:
     return x[0].numel() < SMALL
 
 
-def run(
-    block: Any,  # a transformer.Block, as it was built (`transformer.is_as_built`)
-    x: Tensor,
-    rotation: Tensor,
-    adaln: Tensor | None,
-    attention: Attention,
-    counts: Sequence[int],
-    mask: Tensor | None = None,
-    kept: int | None = None,
-    compiled: bool = False,
-) -> Tensor:
-    """The block on x [B, S, D], which it overwrites: item i has the tokens x[i, :counts[i]], as the mask tells too.
+class Rows:
+    """Rows [B, S, *] that are not there yet: made some at a time, as they are asked for."""
 
-    One count is for all items.
+    def __init__(self, source: Tensor, size: int, make: Callable[[slice], Tensor], again: bool = False):
+        """source: [B, S, *], whose rows they are made of. size: how many at a time. again: the last ones are kept."""
+        self.source, self.size, self.make, self.again = source, size, make, again
+        self._last: tuple[slice, Tensor] | None = None
 
-    rotation: [1 or B, S, 1, head_dim/2, 2, 2]. adaln: [B, 256] or None. mask: see `Attention`; None where all tokens
-    are an item's own. kept: that only so many of the first tokens are needed afterwards. compiled: norms and gates by
-    torch.compile. Returns x, [B, kept, D] of it.
-    """
-    way = COMPILED if compiled else EAGER
-    gains = fused.block_gains(block, x, adaln)
-    turns = torch.view_as_complex(rotation[..., 0, :, :, 0].contiguous())  # (1 or B, S, head_dim/2): cos + i sin
-    layer, mlp = block.attention, block.feed_forward
-    head_gains = torch.stack((block.gain(layer.q_norm, x), block.gain(layer.k_norm, x))).float().unsqueeze(1)
-    for tokens, (before_attention, after_attention, before_mlp, after_mlp), turn, masked in _parts(
-        x, gains, turns, counts, mask
-    ):
-        eps = block.attention_norm1.eps
-        out = _attend(way, layer, tokens, before_attention, eps, head_gains, turn, attention, masked, kept)
-        tokens, eps = tokens[..., :kept, :], block.attention_norm2.eps
-        for part, found in _rows(layer.out, tokens, out):
-            way.add_normed(part, layer.out(found), after_attention, eps)
-        for (part,) in _rows(mlp.w1, tokens):
-            h = way.normed(part, before_mlp, block.ffn_norm1.eps)
-            way.add_normed(part, mlp.w2(way.gated(mlp.w1(h), mlp.w3(h))), after_mlp, block.ffn_norm2.eps)
-    return x[:, :kept]
+    def at(self, rows: slice) -> Tensor:
+        if self._last is not None and self._last[0] == rows:
+            return self._last[1]
+        self._last = None  # before others are made, so that there is no third
+        made = self.make(rows)
+        if self.again:
+            self._last = rows, made
+        return made
+
+    def parts(self) -> Iterator[slice]:
+        count = self.source.shape[-2]
+        return (slice(start, min(start + self.size, count)) for start in range(0, count, self.size))
 
 
-def _parts(
-    x: Tensor, gains: Sequence[Tensor], turns: Tensor, counts: Sequence[int], mask: Tensor | None
-) -> Iterator[tuple[Tensor, Sequence[Tensor], Tensor, Tensor | None]]:
-    """What runs at a time, with its gains, rotations and mask: each item's own tokens [S_i, D], or the batch."""
-    if _is_small(x):
-        yield x, gains, turns, mask
-        return
-    for item in range(len(x)):
-        count = counts[item % len(counts)]
-        yield x[item, :count], [gain[item % len(gain)] for gain in gains], turns[item % len(turns), :count], None
+class RowOperations(Operations):
+    """For tokens x [B, S, D] that may be overwritten, bfloat16 or float32."""
+
+    def __init__(self, gain: Gain, compiled: bool):
+        """compiled: norms and gates by torch.compile."""
+        self.gain = gain
+        self.way = COMPILED if compiled else EAGER
+
+    def modulation(self, block: Any, x: Tensor, time: Tensor | None) -> Modulation:
+        """What the results of the block's four norms are multiplied by, float32."""
+        norms = (block.attention_norm1, block.attention_norm2, block.ffn_norm1, block.ffn_norm2)
+        gains = Modulation(*(self.gain(norm, x).float().view(1, 1, -1) for norm in norms))
+        if time is None:
+            return gains
+        scale_attention, gate_attention, scale_mlp, gate_mlp = modulated(block, time).float().chunk(4, dim=-1)
+        return Modulation(
+            torch.addcmul(gains.before_attention, gains.before_attention, scale_attention),
+            gains.after_attention * gate_attention.tanh(),
+            torch.addcmul(gains.before_mlp, gains.before_mlp, scale_mlp),
+            gains.after_mlp * gate_mlp.tanh(),
+        )
+
+    def by_item(
+        self, run: Callable[[Tensor, Tokens, Modulation], Tensor], x: Tensor, tokens: Tokens, modulation: Modulation
+    ) -> Tensor:
+        if _is_small(x):
+            return run(x, tokens, modulation)
+        for item in range(len(x)):
+            own = tokens.of_item(item)
+            count = own.counts[0]
+            run(x[item : item + 1, :count], own, modulation.each(functools.partial(_of_item, item, count)))
+        return x[:, : tokens.queries]
+
+    def norm(self, norm: Any, x: Tensor, scale: Tensor) -> Rows:
+        def make(rows: slice) -> Tensor:
+            return self.way.normed(_at(x, rows), _at(scale, rows), norm.eps)
+
+        return Rows(x, 0, make, again=True)  # by two matmuls, in an MLP
+
+    def linear(self, layer: Any, x: Tensor | Rows) -> Rows:
+        if isinstance(x, Rows):
+            return Rows(x.source, x.size or _block(layer, x.source), lambda rows: layer(x.at(rows)))
+        return Rows(x, _block(layer, x), lambda rows: layer(_at(x, rows)))
+
+    def heads(self, qkv: Rows, layer: Any, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        x = qkv.source
+        gains = torch.stack((self.gain(layer.q_norm, x), self.gain(layer.k_norm, x))).float().unsqueeze(1)
+        turns = torch.view_as_complex(tokens.rotations[..., 0, :, :, 0].contiguous())  # (1 or B, S, head_dim/2)
+        out = x.new_empty(*x.shape[:-1], 3 * x.shape[-1])
+        for rows in qkv.parts():
+            found = qkv.at(rows)
+            _norm_rotate(found, gains, layer.q_norm.eps, _at(turns, rows))
+            _at(out, rows).copy_(found)
+        q, k, v = out.unflatten(-1, (3, layer.n_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, S, head_dim)
+        return q[:, :, : tokens.queries], k, v
+
+    def gated(self, a: Rows, b: Rows) -> Rows:
+        return Rows(a.source, a.size, lambda rows: self.way.gated(a.at(rows), b.at(rows)))
+
+    def add_normed(self, x: Tensor, h: Rows, norm: Any, gate: Tensor, shrink: float) -> Tensor:
+        for rows in h.parts():
+            self.way.add_normed(_at(x, rows), h.at(rows), _at(gate, rows), norm.eps)
+        return x
 
 
-def _attend(
-    way: Way,
-    layer: Any,
-    tokens: Tensor,
-    gain: Tensor,
-    eps: float,
-    head_gains: Tensor,
-    turns: Tensor,
-    attention: Attention,
-    mask: Tensor | None,
-    queries: int | None,
-) -> Tensor:
-    """Attention of the first tokens to all, before its output projection: [..., queries, D].
-
-    head_gains: of the norms of q and k, [2, 1, head_dim].
-    """
-    qkv = tokens.new_empty(*tokens.shape[:-1], 3 * tokens.shape[-1])
-    for part, turn, place in _rows(layer.qkv, tokens, turns, qkv):
-        found = layer.qkv(way.normed(part, gain, eps))
-        _norm_and_turn(found, head_gains, layer.q_norm.eps, turn)
-        place.copy_(found)
-    qkv = qkv if tokens.ndim == 3 else qkv.unsqueeze(0)
-    q, k, v = qkv.unflatten(-1, (3, layer.n_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, S, head_dim)
-    out = attention(q[:, :, :queries], k, v, mask)
-    return out if tokens.ndim == 3 else out[0]
+def _at(x: Tensor, rows: slice) -> Tensor:
+    """These rows of x [..., S, *]; x itself where it has one row for all."""
+    return x if x.shape[-2] == 1 else x[..., rows, :]
 
 
-def _rows(layer: nn.Module, x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of x [..., S, D] as they go through a linear layer, block by block, with the same rows of the others."""
+def _of_item(item: int, count: int, part: Tensor) -> Tensor:
+    found = part[item % len(part)].unsqueeze(0)
+    return found if found.shape[-2] == 1 else found[:, :count]
+
+
+def _block(layer: nn.Module, x: Tensor) -> int:
+    """How many rows of x [B, S, *] go through a linear layer at a time."""
     # rows of a whole batch would be no matrix
-    blocks = x.ndim == 2 and matmul.multiplies(x.dtype) and _is_ready(layer, x.dtype)
-    return _split(MATMUL_ROWS if blocks else x.shape[-2], x, *others)
+    blocks = len(x) == 1 and not _is_small(x) and matmul.multiplies(x.dtype) and _is_ready(layer, x.dtype)
+    return MATMUL_ROWS if blocks else x.shape[-2]
 
 
 def _is_ready(layer: nn.Module, dtype: torch.dtype) -> bool:
@@ -150,26 +170,26 @@ def _in_cache(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * gain of rows [..., N, D]."""
+    """x / rms(x) * gain of rows [..., S, D]; gain [..., 1 or S, D]."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for part, result in _in_cache(x, out):
+    for part, result, factor in _in_cache(x, out, gain.expand(-1, x.shape[-2], -1)):
         if x.dtype == torch.float32:
-            torch.mul(part, _inverse_rms(part, eps), out=result).mul_(gain)
+            torch.mul(part, _inverse_rms(part, eps), out=result).mul_(factor)
         else:
             exact = part.float()
-            result.copy_(exact.mul_(_inverse_rms(exact, eps)).mul_(gain))
+            result.copy_(exact.mul_(_inverse_rms(exact, eps)).mul_(factor))
     return out
 
 
 def _add_normed(x: Tensor, h: Tensor, gain: Tensor, eps: float) -> None:
-    """x += h / rms(h) * gain of rows [..., N, D]; h is spent."""
-    for total, part in _in_cache(x, h):
+    """x += h / rms(h) * gain of rows [..., S, D]; h is spent."""
+    for total, part, factor in _in_cache(x, h, gain.expand(-1, x.shape[-2], -1)):
         exact = part.float()
         exact.mul_(_inverse_rms(exact, eps))
         if x.dtype == torch.float32:
-            total.addcmul_(exact, gain)
+            total.addcmul_(exact, factor)
         else:
-            total.copy_(exact.mul_(gain).add_(total))
+            total.copy_(exact.mul_(factor).add_(total))
 
 
 def _gated(a: Tensor, b: Tensor) -> Tensor:
@@ -178,11 +198,11 @@ def _gated(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _add_normed_compiled(x: Tensor, h: Tensor, gain: Tensor, eps: float) -> None:
-    x.copy_(fused.add_normed(x, h, gain, eps))
+    x.copy_(compiled.add_normed(x, h, gain, eps))
 
 
 class Way(NamedTuple):
-    """How the parts between matrix products run."""
+    """How the parts between matmuls run."""
 
     normed: Callable[[Tensor, Tensor, float], Tensor]
     add_normed: Callable[[Tensor, Tensor, Tensor, float], None]
@@ -190,11 +210,11 @@ class Way(NamedTuple):
 
 
 EAGER = Way(_normed, _add_normed, _gated)
-COMPILED = Way(fused.normed, _add_normed_compiled, fused.gated)
+COMPILED = Way(compiled.normed, _add_normed_compiled, compiled.gated)
 
 
-def _norm_and_turn(qkv: Tensor, gains: Tensor, eps: float, turns: Tensor) -> None:
-    """RMSNorm of each head of q and k and their rotation, in place: rows [..., N, 3 * D], gains [2, 1, head_dim].
+def _norm_rotate(qkv: Tensor, gains: Tensor, eps: float, turns: Tensor) -> None:
+    """RMSNorm of each head of q and k and their rotation, in place: rows [..., S, 3 * D], gains [2, 1, head_dim].
 
     Not compiled: what torch.compile makes of it takes two to three times as long on a CPU.
     """

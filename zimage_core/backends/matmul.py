@@ -111,10 +111,17 @@ class Embedding(nn.Embedding):
             super().reset_parameters()
 
 
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm whose weight may have another dtype than its input; torch has a single kernel for equal ones only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Layers:
     """The layers of `torch.nn` that the networks here are made of, as their `ops`."""
 
     Linear = Linear
-    RMSNorm = nn.RMSNorm
+    RMSNorm = RMSNorm
     LayerNorm = nn.LayerNorm
     Embedding = Embedding

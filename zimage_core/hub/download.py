@@ -1,7 +1,7 @@
 """Snapshots from the Hugging Face hub, only when asked for: what is needed, resumable, checked against its hashes.
 
 Files arrive in `.download/` inside the snapshot's folder and are moved to their place when their hash is right, so that
-nothing unfinished looks complete. `huggingface_hub` does the transfer, in a process of its own (`download_worker`), and
+nothing unfinished looks complete. `huggingface_hub` does the transfer, in a process of its own (`worker`), and
 honours its usual variables: HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_DOWNLOAD_TIMEOUT.
 """
 
@@ -43,7 +43,7 @@ STAGING = ".download"
 SPARE = 100_000_000  # bytes that must stay free
 POLL = 0.1  # seconds between two looks at how much has arrived; cancelling takes no longer
 SPEED_OVER = 5.0  # seconds that the speed is averaged over
-WORKER = Path(__file__).with_name("download_worker.py")
+WORKER = Path(__file__).with_name("worker.py")
 
 
 class DownloadError(CheckpointError):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..weights import identify, key_maps, packed
-from ..weights.tensor_files import TensorFiles
+from ..weights.tensor_files import MapFile, TensorFiles, map_safetensors
 from .formulas import ALL, EXTRAS, FAMILIES, Adapter, Piece
 
 # suffix of a key -> the part of an adapter that it is; the first that fits wins
@@ -143,15 +143,17 @@ METADATA = {
 }
 
 
-def open_lora(path: str | Path, shapes: Mapping[str, Mapping[str, Shape]], *, mapped: bool = True) -> Lora:
+def open_lora(
+    path: str | Path, shapes: Mapping[str, Mapping[str, Shape]], *, map_file: MapFile | None = map_safetensors
+) -> Lora:
     """Reads a LoRA file for a model.
 
-    mapped: see `open_component`.
+    map_file: see `open_component`.
     shapes: component ("transformer", "text_encoder") -> our parameter name -> shape.
     Raises CheckpointError that names the file if nothing in it fits, or if a weight has another size.
     """
     path = Path(path)
-    files = TensorFiles([path], mapped)
+    files = TensorFiles([path], map_file)
     places = _places(shapes)
     groups: dict[str, dict[str, str]] = {}  # module in the file's words -> part -> key
     left: list[str] = []

@@ -9,29 +9,32 @@ Details that have caused bugs elsewhere:
   - padding to 32 is attended, it is part of the sequence; only what pads a batch beyond it is masked
   - blocks modulate without a SiLU before the Linear, the final layer with one; gates pass a tanh; there is no shift
   - RoPE turns neighbouring channels, in float32, after the q/k norm
-  - the result is the velocity towards the picture, the negative of what an Euler step over sigma wants
+  - the result is the velocity towards the image, the negative of what an Euler step over sigma wants
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.nn.modules.module as module_hooks
 from torch import Tensor, nn
 
-from ..backends import compiled, cpu_rows
-from ..backends.compiled import finite
-from ..backends.matmul import LINEAR_KINDS, Layers
+from ..backends import cpu_rows
+from ..backends.compiled import CompiledOperations
+from ..backends.half import HalfOperations
+from ..backends.matmul import Layers
+from ..backends.operations import PLAIN, Gain, LeanOperations, Operations, Tokens, finite, read_gain
 from ..config import TransformerConfig
-from . import numerics
 from .attention import Attention, attention
+from .block import Block, is_as_built, is_changed
 from .patchify import padded, patchify, unpatchify
-from .rope import caption_positions, image_positions, rotate, rotations
+from .rope import caption_positions, image_positions, rotations
 
 TIME_FREQUENCIES = 256  # sinusoids of the model time (reference `frequency_embedding_size`)
 TIME_HIDDEN = 1024  # hidden width of the time MLP (reference `mid_size`)
@@ -39,12 +42,12 @@ MAX_PERIOD = 10000.0
 # Image tokens from which captions of different lengths run one after another: a batch of them needs a mask, which the
 # fast attention kernels don't take, and products of so many rows gain nothing from more
 APART = 1024
-NORMS = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")  # of a block
 FINAL_NORM_EPS = 1e-6  # the LayerNorm of the final layer, without weights
 
-# called after a block with (stage, index, state); see `ZImageTransformer.forward`. One that has an attribute
-# `reads_tokens = False` finds no tokens in the state, which spares copies and the last block's captions.
-BlockHook = Callable[[str, int, dict[str, Any]], None]
+# called after each block of the image's stages, with ("noise_refiner" or "layers", index)
+AfterBlock = Callable[[str, int], None]
+# the same with what may be read and changed; see `ZImageTransformer.forward`
+PatchTokens = Callable[[str, int, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Captions:
     tokens: Tensor  # [B, L, D]
     lengths: list[int]  # with the padding that belongs to it, multiples of 32: of each caption, or one if all have L
     rotations: Tensor  # [1, L, 1, head_dim/2, 2, 2]
-    image_rotations: dict[Any, Tensor] = field(default_factory=dict)  # of image tokens behind them, by picture size
+    image_rotations: dict[Any, Tensor] = field(default_factory=dict)  # of image tokens behind them, by image size
     items: list[Captions] = field(default_factory=list)  # see `apart`
 
     def __len__(self) -> int:
@@ -74,8 +77,13 @@ class Captions:
 class ZImageTransformer(nn.Module):
     """S3-DiT.
 
-    `ops` supplies Linear, RMSNorm and LayerNorm (`torch.nn`'s, or a host's namespace of the same names).
+    `ops` supplies Linear, RMSNorm and LayerNorm (`torch.nn`'s, or a host's namespace of the same names). A host that
+    casts weights on the way, or has kernels, has a `gain` and operations of its own.
     """
+
+    gain: Gain = staticmethod(read_gain)
+    lean_operations: type[LeanOperations] = LeanOperations
+    half_operations: type[HalfOperations] = HalfOperations
 
     def __init__(
         self,
@@ -104,7 +112,7 @@ class ZImageTransformer(nn.Module):
         self.final_layer = FinalLayer(config, **make)
         self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim, **place))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim, **place))
-        if config.siglip_feat_dim is not None:  # for reference pictures; a picture from text alone does without
+        if config.siglip_feat_dim is not None:  # for reference images; a image from text alone does without
             self.siglip_embedder = nn.Sequential(
                 ops.RMSNorm(config.siglip_feat_dim, eps=config.norm_eps, **place),
                 ops.Linear(config.siglip_feat_dim, config.dim, **place),
@@ -116,83 +124,107 @@ class ZImageTransformer(nn.Module):
         self,
         latents: Tensor,
         t: Tensor,
-        cap_feats: Tensor | Sequence[Tensor] | Captions,
+        features: Tensor | Sequence[Tensor] | Captions,
         *,
         attention: Attention = attention,
-        block_hook: BlockHook | None = None,
+        after_block: AfterBlock | None = None,
+        patch_tokens: PatchTokens | None = None,
         rope_options: Mapping[str, float] | None = None,
     ) -> Tensor:
         """One evaluation of the model.
 
         latents: [B, 16, h, w], h and w even; its dtype is the dtype of the computation.
-        t: [B] model time, 0 = pure noise, 1 = picture (that is 1 - sigma).
-        cap_feats: caption features, [B, L, cap_feat_dim], or B of [L_i, cap_feat_dim] where lengths differ; or what
-            `refine_captions` makes of them, so that a run of several steps does it once.
-        block_hook: called as `hook("noise_refiner" | "layers", index, state)` after each such block. `state` holds
-            img, txt (tokens now; for "layers" views of the joint sequence, to be written in place), img_input (image
-            tokens as they entered the stage), pe (rotations of the image tokens), vec (time embedding), x (latents).
-            A "noise_refiner" hook may put another tensor at state["img"].
+        t: [B] model time, 0 = pure noise, 1 = image (that is 1 - sigma).
+        features: of the text encoder, [B, L, cap_feat_dim], or B of [L_i, cap_feat_dim] where lengths differ; or the
+            `Captions` that `refine_captions` makes of them, so that a run of several steps does it once.
+        patch_tokens: gets a `state` that holds img, txt (tokens now; for "layers" views of the joint sequence, to be
+            written in place), img_input (image tokens as they entered the stage), pe (rotations of the image tokens),
+            vec (time embedding), x (latents). At "noise_refiner" it may put another tensor at state["img"].
+        after_block, patch_tokens: called for each item where a batch is taken apart, as large images with captions of
+            different lengths are.
         rope_options: see `rope.image_positions`.
 
-        Returns the velocity towards the picture, [B, 16, h, w].
+        Returns the velocity towards the image, [B, 16, h, w].
         """
+        if len(features) != len(latents):
+            raise ValueError(f"{len(latents)} latents but {len(features)} captions")
+        if isinstance(features, Captions):
+            captions = features
+        else:
+            captions = self.refine_captions(features, latents.dtype, attention=attention)
+        run = partial(
+            self._evaluate,
+            attention=attention,
+            after_block=after_block,
+            patch_tokens=patch_tokens,
+            rope_options=rope_options,
+        )
+        if len(captions.lengths) > 1 and latents[0, 0].numel() >= APART * self.config.patch_size**2:
+            return torch.cat(list(map(run, latents.split(1), t.split(1), captions.apart())))
+        return run(latents, t, captions)
+
+    def _evaluate(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        captions: Captions,
+        *,
+        attention: Attention,
+        after_block: AfterBlock | None,
+        patch_tokens: PatchTokens | None,
+        rope_options: Mapping[str, float] | None,
+    ) -> Tensor:
         config = self.config
-        if len(cap_feats) != len(latents):
-            raise ValueError(f"{len(latents)} latents but {len(cap_feats)} captions")
         height, width = latents.shape[-2:]
-        if not isinstance(cap_feats, Captions):
-            cap_feats = self.refine_captions(cap_feats, latents.dtype, attention=attention)
-        captions, reads = cap_feats, block_hook is not None and getattr(block_hook, "reads_tokens", True)
-        if block_hook is None and len(captions.lengths) > 1 and height * width >= APART * config.patch_size**2:
-            settings = {"attention": attention, "rope_options": rope_options}
-            items = zip(latents.split(1), t.split(1), captions.apart(), strict=True)
-            return torch.cat([self(x, at, caption, **settings) for x, at, caption in items])
-        adaln = self.t_embedder(t, latents.dtype)  # (B, 256)
+        time = self.t_embedder(t, latents.dtype)  # (B, 256)
         img, n_image = self._embed_image(latents)  # (B, N, D)
         img = self._widened(img)
         n = img.shape[1]
         img_pe = self._image_rotations(captions, height, width, n, rope_options)  # (1 or B, N, 1, head_dim/2, 2, 2)
 
-        state = {"vec": adaln, "x": latents}
-        if reads:
+        state = {"vec": time, "x": latents}
+        if patch_tokens is not None:
             state |= {"img_input": img.clone(), "pe": img_pe, "txt": captions.tokens.clone()}
         for index, block in enumerate(self.noise_refiner):
-            img = self._run(block, img, img_pe, adaln, attention, [n], dtype=adaln.dtype)
-            if block_hook is not None:
+            img = self._run(block, img, Tokens(img_pe, time, [n]), attention, time.dtype)
+            if after_block is not None:
+                after_block("noise_refiner", index)
+            if patch_tokens is not None:
                 state["img"] = img
-                block_hook("noise_refiner", index, state)
+                patch_tokens("noise_refiner", index, state)
                 img = state["img"]
 
         x = torch.cat((img, captions.tokens), dim=1)  # (B, S, D)
         pe = torch.cat((img_pe, captions.rotations.expand(len(img_pe), *captions.rotations.shape[1:])), dim=1)
-        counts = [n + length for length in captions.lengths]
-        mask = _mask(counts, x)
-        del img, img_pe, captions, cap_feats  # what is joined now need not be kept apart as well
-        state = {"vec": adaln, "x": latents}
-        if reads:
+        tokens = Tokens(pe, time, [n + length for length in captions.lengths])
+        tokens = dataclasses.replace(tokens, mask=_mask(tokens.counts, x))
+        del img, img_pe, captions  # what is joined now need not be kept apart as well
+        state = {"vec": time, "x": latents}
+        if patch_tokens is not None:
             state |= {"img_input": x[:, :n].clone(), "pe": pe[:, :n]}
         for index, block in enumerate(self.layers):
-            # of the last block only the picture's tokens are used
-            kept = n_image if index == config.n_layers - 1 and not reads else None
-            x = self._run(block, x, pe, adaln, attention, counts, mask, kept, dtype=adaln.dtype)
-            if block_hook is not None:
-                if reads:
-                    state.update(img=x[:, :n], txt=x[:, n:])
-                block_hook("layers", index, state)
+            if index == config.n_layers - 1 and patch_tokens is None:  # of the last only the image's tokens are used
+                tokens = dataclasses.replace(tokens, queries=n_image)
+            x = self._run(block, x, tokens, attention, time.dtype)
+            if after_block is not None:
+                after_block("layers", index)
+            if patch_tokens is not None:
+                state.update(img=x[:, :n], txt=x[:, n:])
+                patch_tokens("layers", index, state)
 
-        x = self.final_layer(x[:, :n_image], adaln)  # (B, h/2 * w/2, 64)
+        x = self.final_layer(x[:, :n_image], time)  # (B, h/2 * w/2, 64)
         return unpatchify(x, height, width, config.patch_size)
 
     def refine_captions(
-        self, cap_feats: Tensor | Sequence[Tensor], dtype: torch.dtype, *, attention: Attention = attention
+        self, features: Tensor | Sequence[Tensor], dtype: torch.dtype, *, attention: Attention = attention
     ) -> Captions:
         """Caption features, as `forward` takes them, through the embedder and the context refiner; in `dtype`."""
-        cap, lengths = self._embed_caption(cap_feats, dtype)  # (B, L, D)
+        cap, lengths = self._embed_caption(features, dtype)  # (B, L, D)
         cap = self._widened(cap)
         pe = self._rotations(caption_positions(cap.shape[1], cap.device))
         mask = _mask(lengths, cap)
         for block in self.context_refiner:
-            cap = self._run(block, cap, pe, None, attention, lengths, mask, dtype=dtype)
+            cap = self._run(block, cap, Tokens(pe, None, lengths, mask), attention, dtype)
         return Captions(cap, lengths, pe)
 
     def _widened(self, tokens: Tensor) -> Tensor:
@@ -209,16 +241,16 @@ class ZImageTransformer(nn.Module):
             x = torch.cat((x, token.expand(len(x), pads, -1)), dim=1)
         return x, n_image
 
-    def _embed_caption(self, cap_feats: Tensor | Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[int]]:
+    def _embed_caption(self, features: Tensor | Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[int]]:
         """Captions [B, L, D] and their padded lengths."""
-        if isinstance(cap_feats, Tensor):
-            lengths = [cap_feats.shape[1]]  # how many there are may vary when this is compiled
+        if isinstance(features, Tensor):
+            lengths = [features.shape[1]]  # how many there are may vary when this is compiled
             total = padded(lengths[0])
-            feats = F.pad(cap_feats, (0, 0, 0, total - lengths[0]))
+            feats = F.pad(features, (0, 0, 0, total - lengths[0]))
         else:
-            lengths = [len(feats) for feats in cap_feats]
+            lengths = [len(feats) for feats in features]
             total = padded(max(lengths))
-            feats = torch.stack([F.pad(item, (0, 0, 0, total - len(item))) for item in cap_feats])
+            feats = torch.stack([F.pad(item, (0, 0, 0, total - len(item))) for item in features])
         cap = self.cap_embedder(feats.to(dtype))  # (B, L, D)
         real = _own(lengths, total, cap.device)  # (1 or B, L)
         cap = torch.where(real.unsqueeze(-1), cap, self.cap_pad_token.to(cap))
@@ -241,138 +273,30 @@ class ZImageTransformer(nn.Module):
             captions.image_rotations[key] = rotations
         return rotations
 
-    def _run(
-        self,
-        block: nn.Module,
-        x: Tensor,
-        rotation: Tensor,
-        adaln: Tensor | None,
-        attention: Attention,
-        counts: list[int],
-        mask: Tensor | None = None,
-        kept: int | None = None,
-        *,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """The block, in the way that suits the device.
+    def _run(self, block: nn.Module, x: Tensor, tokens: Tokens, attention: Attention, dtype: torch.dtype) -> Tensor:
+        """The block, in the way that suits the device. dtype: of the matmuls, x may be wider."""
+        if is_as_built(block):
+            return block(x, tokens, attention, self._operations(x, dtype))
+        # as others know it: all tokens go in and come out, in one dtype
+        return block(finite(x.to(dtype)), dataclasses.replace(tokens, queries=None), attention).to(x.dtype)
 
-        counts: of each item's tokens that are its own, as in mask; one where they are all of x. dtype: of the matrix
-        products, x may be wider.
-        """
-        if not is_as_built(block):  # as others know it: all tokens go in and come out, in one dtype
-            return block(finite(x.to(dtype)), rotation, adaln, attention, mask).to(x.dtype)
+    def _operations(self, x: Tensor, dtype: torch.dtype) -> Operations:
+        """For blocks that nobody has changed."""
         if dtype != torch.float16 and cpu_rows.suits(x, self.compiled):
-            return cpu_rows.run(block, x, rotation, adaln, attention, counts, mask, kept, self.compiled)
+            return cpu_rows.RowOperations(self.gain, self.compiled)
         if self.compiled:
-            return compiled.run(block, x, rotation, adaln, attention, mask, kept, dtype)
+            return CompiledOperations(self.gain, dtype == torch.float16)
         if dtype == torch.float16:
-            return numerics.run(block, x, rotation, adaln, attention, mask, kept)
-        return block(x, rotation, adaln, attention, mask, kept)
+            return self.half_operations(self.gain)
+        return PLAIN if x.device.type == "cpu" else self.lean_operations(self.gain)
 
     def refines_as_built(self) -> bool:
         """Whether nobody has changed anything in what makes `Captions` of caption features."""
         embedder = (self.cap_embedder, *self.cap_embedder)
-        return not any(map(_is_changed, embedder)) and all(map(is_as_built, self.context_refiner))
+        return not any(map(is_changed, embedder)) and all(map(is_as_built, self.context_refiner))
 
     def _rotations(self, positions: Tensor) -> Tensor:
         return rotations(positions, self.config.axes_dims, self.config.rope_theta)
-
-
-class Block(nn.Module):
-    """Attention and gated MLP, each between two RMSNorms; modulated by the time unless it refines the caption."""
-
-    gain = staticmethod(compiled.norm_gain)  # a host that casts weights on the way puts its own in its place
-
-    def __init__(self, config: TransformerConfig, *, modulated: bool, ops: Any, device: Any, dtype: Any):
-        super().__init__()
-        self.kinds = (ops.Linear, ops.RMSNorm)
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.attention = JointAttention(config, ops, **place)
-        self.feed_forward = FeedForward(config, ops, **place)
-        self.attention_norm1 = ops.RMSNorm(config.dim, eps=config.norm_eps, **place)
-        self.attention_norm2 = ops.RMSNorm(config.dim, eps=config.norm_eps, **place)
-        self.ffn_norm1 = ops.RMSNorm(config.dim, eps=config.norm_eps, **place)
-        self.ffn_norm2 = ops.RMSNorm(config.dim, eps=config.norm_eps, **place)
-        if modulated:
-            self.adaLN_modulation = nn.Sequential(ops.Linear(config.adaln_dim, 4 * config.dim, **place))
-
-    def forward(
-        self,
-        x: Tensor,
-        rotation: Tensor,
-        adaln: Tensor | None,
-        attention: Attention,
-        mask: Tensor | None = None,
-        kept: int | None = None,
-    ) -> Tensor:
-        """x [B, S, D] to [B, kept, D]: only so many of the first tokens come out, all unless told."""
-        if x.dtype == torch.float16 and is_as_built(self):
-            return numerics.run(self, x, rotation, adaln, attention, mask, kept)
-        if adaln is None:
-            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rotation, attention, mask))
-            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
-        modulation = self.adaLN_modulation(adaln).unsqueeze(1).unflatten(-1, (2, 2, -1))  # (B, 1, 2, 2, D)
-        scale_msa, scale_mlp = (1 + modulation[..., 0, :]).unbind(2)  # each (B, 1, D)
-        gate_msa, gate_mlp = modulation[..., 1, :].tanh().unbind(2)
-        h = self.attention(self.attention_norm1(x) * scale_msa, rotation, attention, mask, kept)
-        x = torch.addcmul(x[:, :kept], gate_msa, self.attention_norm2(h))  # (B, kept, D)
-        del h  # the feed-forward is where a step needs most memory
-        h = self.feed_forward(self.ffn_norm1(x) * scale_mlp)
-        return torch.addcmul(x, gate_mlp, self.ffn_norm2(h))
-
-
-def norm_and_rotate(
-    q: Tensor,
-    k: Tensor,
-    rotation: Tensor,
-    q_norm: Any,
-    k_norm: Any,
-    shrink: float = 1.0,
-    gain: Callable[[Any, Tensor], Tensor] = compiled.norm_gain,
-) -> tuple[Tensor, Tensor]:
-    """q [B, Q, heads, head_dim] and k [B, N, heads, head_dim] normed and rotated; q are the first Q of N tokens.
-
-    shrink: both are smaller by this factor; the norms' weights are then read by `gain`.
-    """
-    if shrink == 1:
-        q, k = q_norm(q), k_norm(k)
-    else:
-        q, k = numerics.normed(q_norm, q, gain, shrink), numerics.normed(k_norm, k, gain, shrink)
-    return rotate(q, rotation[:, : q.shape[1]]), rotate(k, rotation)
-
-
-class JointAttention(nn.Module):
-    norm_and_rotate = staticmethod(norm_and_rotate)  # a host with a kernel for it puts that in its place
-
-    def __init__(self, config: TransformerConfig, ops: Any, **place: Any):
-        super().__init__()
-        self.n_heads = config.n_heads
-        self.norm_kind = ops.RMSNorm
-        self.qkv = ops.Linear(config.dim, 3 * config.dim, bias=False, **place)
-        self.out = ops.Linear(config.dim, config.dim, bias=False, **place)
-        self.q_norm = ops.RMSNorm(config.head_dim, eps=config.norm_eps, **place)
-        self.k_norm = ops.RMSNorm(config.head_dim, eps=config.norm_eps, **place)
-
-    def forward(
-        self, x: Tensor, rotation: Tensor, attention: Attention, mask: Tensor | None, kept: int | None = None
-    ) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)  # each (B, S, heads, head_dim)
-        norms = self.q_norm, self.k_norm
-        as_built = all(type(norm) is self.norm_kind and not _is_changed(norm) for norm in norms)
-        q, k = (self.norm_and_rotate if as_built else norm_and_rotate)(q[:, :kept], k, rotation, *norms)
-        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # (B, kept, D)
-        return finite(self.out(out))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, config: TransformerConfig, ops: Any, **place: Any):
-        super().__init__()
-        self.w1 = ops.Linear(config.dim, config.ffn_dim, bias=False, **place)
-        self.w2 = ops.Linear(config.ffn_dim, config.dim, bias=False, **place)
-        self.w3 = ops.Linear(config.dim, config.ffn_dim, bias=False, **place)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return finite(self.w2(finite(F.silu(self.w1(x)) * self.w3(x))))
 
 
 class TimestepEmbedder(nn.Module):
@@ -386,8 +310,8 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        numerics = TIME_FREQUENCIES // 2
-        exponents = torch.arange(numerics, dtype=torch.float32, device=t.device) / numerics
+        count = TIME_FREQUENCIES // 2
+        exponents = torch.arange(count, dtype=torch.float32, device=t.device) / count
         angles = (t.float() * self.t_scale).unsqueeze(1) * torch.exp(-math.log(MAX_PERIOD) * exponents)
         return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype))  # (B, 256)
 
@@ -405,39 +329,7 @@ class FinalLayer(nn.Module):
         return self.linear((self.norm_final(x) * scale).to(adaln.dtype))  # (B, N, 64)
 
 
-def is_as_built(block: Any) -> bool:
-    """Whether nobody has replaced a block, a part of it or a forward, or put hooks there.
-
-    Only then may it run in another way than by its forward: those ways read the weights of norms and call the rest as
-    suits them. What somebody has put there is called as it expects. Asked for every block of every step.
-    """
-    if type(block) is not Block or module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
-        return False
-    parts: dict[str, Any] = block._modules  # `block.attention` and the like take three times as long
-    attention, mlp = parts["attention"], parts["feed_forward"]
-    if type(attention) is not JointAttention or type(mlp) is not FeedForward:
-        return False
-    heads: dict[str, Any] = attention._modules
-    norms = [parts[name] for name in NORMS] + [heads["q_norm"], heads["k_norm"]]
-    linears = [heads["qkv"], heads["out"], *mlp._modules.values()]
-    linear, norm = block.kinds
-    return (
-        all(type(part) is norm for part in norms)
-        and all(type(part) is linear or type(part) in LINEAR_KINDS for part in linears)
-        and not any(map(_is_changed, (block, attention, mlp, *norms, *linears)))
-    )
-
-
-def _is_changed(module: nn.Module) -> bool:
-    own = vars(module)
-    if "forward" in own:  # ComfyUI puts a forward back by setting what it had found, the module's own
-        own_forward = getattr(own["forward"], "__func__", None) is type(module).forward
-        if not own_forward or own["forward"].__self__ is not module:
-            return True
-    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
-
-
-def _mask(counts: list[int], x: Tensor) -> Tensor | None:
+def _mask(counts: Sequence[int], x: Tensor) -> Tensor | None:
     """True where a token of x [B, S, D] is an item's own, [B, 1, 1, S]; None where all are, as masks cost time."""
     if len(counts) == 1:
         return None

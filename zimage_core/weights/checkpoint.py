@@ -28,7 +28,7 @@ from ..model.transformer import ZImageTransformer
 from ..model.vae import AutoencoderKL
 from . import identify, key_maps, packed, quantized
 from .key_maps import KeyMap
-from .tensor_files import TensorFiles, read_header
+from .tensor_files import DTYPES, MapFile, TensorFiles, map_safetensors, read_header
 
 __all__ = [
     "Component",
@@ -54,10 +54,11 @@ LAYER_COUNTS = ("n_layers", "n_refiner_layers", "num_hidden_layers", "layers_per
 NETWORKS = {"transformer": ZImageTransformer, "text_encoder": TextEncoder, "vae": AutoencoderKL}
 
 
-def open_component(path: str | Path, kind: str, *, mapped: bool = True) -> Component:
+def open_component(path: str | Path, kind: str, *, map_file: MapFile | None = map_safetensors) -> Component:
     """The transformer, text_encoder or vae (`kind`) that a snapshot, a component's folder or a single file holds.
 
-    mapped: weights stay pages of their file where nothing is cast; else all are copied, and the file is free again.
+    map_file: how a file is mapped, whose pages weights stay where nothing is cast; None: all are copied, and the file
+    is free again.
     Reads headers and configs only. Raises CheckpointError that says what the file is instead and what to do.
     """
     path = Path(path)
@@ -65,10 +66,10 @@ def open_component(path: str | Path, kind: str, *, mapped: bool = True) -> Compo
         folder = snapshot_folder(path)
         if folder == path.parent and path.name != kind:
             raise CheckpointError(f"{path}: this is the {path.name} of a snapshot, expected its {kind}")
-        return Snapshot(folder or path).component(kind, mapped=mapped)
+        return Snapshot(folder or path).component(kind, map_file=map_file)
     if not os.path.exists(path):
         raise CheckpointError(f"{path}: there is no such file or folder, or it can't be read; {CHECK}")
-    return _from_file(path, kind, mapped)
+    return _from_file(path, kind, map_file)
 
 
 def schedule_of(path: str | Path) -> SchedulerConfig:
@@ -174,6 +175,13 @@ class Component:
 
         return numerics.largest_sum(read, self.config) < numerics.SUM_FITS
 
+    def is_stored(self, name: str, dtype: torch.dtype | None = None) -> bool:
+        """Whether the file holds a parameter just so: in one piece, not quantized, in that dtype (None is any)."""
+        keys = [self._keys[key] for key in self._sources[name]]
+        if len(keys) > 1 or self.weights.packed(keys[0]) is not None:
+            return False
+        return dtype in (None, DTYPES.get(self.files.entries[keys[0]].dtype))
+
     def packed(self, name: str) -> list[quantized.Packed]:
         """A parameter as its file has it, if it is quantised: the parts that are stacked by rows, mostly one."""
         parts = [self.weights.packed(self._keys[key]) for key in self._sources[name]]
@@ -237,8 +245,8 @@ class Component:
         return self.files.entries[key].path
 
 
-def _from_file(path: Path, kind: str, mapped: bool) -> Component:
-    files = TensorFiles([path], mapped)
+def _from_file(path: Path, kind: str, map_file: MapFile | None) -> Component:
+    files = TensorFiles([path], map_file)
     shapes = files.shapes()
     prefix = identify.prefix(kind, shapes)
     if prefix is None:
@@ -298,14 +306,14 @@ class Snapshot:
 
     # Components
 
-    def component(self, kind: str, *, mapped: bool = True) -> Component:
+    def component(self, kind: str, *, map_file: MapFile | None = map_safetensors) -> Component:
         """transformer, text_encoder or vae: its files found and their headers read."""
         config = {
             "transformer": self.transformer_config,
             "text_encoder": self.text_encoder_config,
             "vae": self.vae_config,
         }[kind]()
-        files = TensorFiles(self.weight_files(kind), mapped)
+        files = TensorFiles(self.weight_files(kind), map_file)
         return Component(kind, config, files, config_source=f"{kind}/config.json")
 
     def transformer(self, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> ZImageTransformer:

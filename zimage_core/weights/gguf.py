@@ -31,7 +31,7 @@ AGAIN = "download the file again"
 class Place(NamedTuple):
     """A tensor as the header describes it; shape in torch's order."""
 
-    dtype: str  # one of gguf_types.TYPES
+    dtype: str  # one of gguf_dequant.TYPES
     shape: tuple[int, ...]
     begin: int  # byte in the file
     end: int

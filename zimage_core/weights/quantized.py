@@ -2,7 +2,7 @@
 
 ComfyUI's files name a layer's format in a `comfy_quant` marker or in the file's `_quantization_metadata`; older fp8
 files have `scale_weight` beside each weight and a `scaled_fp8` marker; fp8 without scales is a dtype like any other.
-GGUF files name each tensor's type (`gguf_types`).
+GGUF files name each tensor's type (`gguf_dequant`).
 
 Letters: N rows (out), K columns (in) of a weight; g the size of a rotated group.
 """
@@ -48,7 +48,7 @@ Parts = Mapping[str, Tensor]  # "weight" and what lies beside it
 class Packed:
     """A quantised weight as its file has it."""
 
-    format: str  # one of FORMATS, of gguf_types.TYPES, or one that only a newer host knows
+    format: str  # one of FORMATS, of gguf_dequant.TYPES, or one that only a newer host knows
     shape: tuple[int, ...]  # of the numbers; some formats pad it to whole tiles
     tensors: Parts
     settings: Mapping[str, Any] = field(default_factory=dict)

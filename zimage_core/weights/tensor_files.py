@@ -11,10 +11,10 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -64,20 +64,36 @@ class Entry:
     """A tensor as its file's header describes it."""
 
     path: Path
-    dtype: str  # one of BITS, in a GGUF file one of gguf_types.TYPES
+    dtype: str  # one of BITS, in a GGUF file one of gguf_dequant.TYPES
     shape: tuple[int, ...]
     begin: int  # byte in the file
     end: int
     gguf: bool = False
 
 
+class Mapped(Protocol):
+    """A safetensors file of which tensors are views."""
+
+    def get_tensor(self, name: str) -> Tensor: ...
+
+
+MapFile = Callable[[Path], Mapped]
+
+
+def map_safetensors(path: Path) -> Mapped:
+    """By the library of the format."""
+    opened: Mapped = safe_open(path, framework="pt")
+    return opened
+
+
 class TensorFiles:
     """The tensors of one file or of all shards of a model, by key. Only headers are read until `read` is called."""
 
-    def __init__(self, paths: Sequence[Path], mapped: bool = True):
-        """mapped: tensors are pages of their file, so it must stay as it is; else each is a copy in memory."""
+    def __init__(self, paths: Sequence[Path], map_file: MapFile | None = map_safetensors):
+        """map_file: how a file is mapped, tensors then being pages of it, so that it must stay as it is; None: each
+        tensor is a copy in memory."""
         self.paths = list(paths)
-        self.mapped = mapped
+        self.map_file = map_file
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, str] = {}
         self._open: dict[Path, Any] = {}
@@ -104,12 +120,12 @@ class TensorFiles:
         entry = self.entries[key]
         path = entry.path
         try:
-            if not self.mapped or not _is_utf8(path):  # neither library opens such names
+            if self.map_file is None or not _is_utf8(path):  # neither library opens such names
                 return _typed(entry, self._copied(entry))
             if entry.gguf:
                 return _typed(entry, self._mapped_bytes(path)[entry.begin : entry.end])
             if path not in self._open:
-                self._open[path] = safe_open(path, framework="pt")
+                self._open[path] = self.map_file(path)
             return self._open[path].get_tensor(key)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path}: {key} can't be read ({error}); download the file again") from error

@@ -1,0 +1,58 @@
+"""Weight files as the host maps its own, and the converted ones that we keep for it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.utils
+import folder_paths
+from torch import Tensor
+
+from ...zimage_core.weights import converted
+from ...zimage_core.weights.checkpoint import Component
+from ...zimage_core.weights.tensor_files import MapFile, Mapped, map_safetensors
+
+try:  # the paging of weights; older hosts have none
+    import comfy.memory_management as paging
+except ImportError:
+    paging = None
+
+logger = logging.getLogger(__name__)
+
+
+def map_file() -> MapFile | None:
+    """How weight files are mapped (`TensorFiles`); None with the host's flag --disable-mmap.
+
+    Where the host pages weights it reads tensors that it has mapped itself straight from their file, into pinned memory
+    or the device; others pass through the memory of the process first.
+    """
+    if comfy.utils.DISABLE_MMAP:
+        return None
+    paged = getattr(paging, "aimdo_enabled", False) and hasattr(comfy.utils, "load_safetensors")
+    return _by_the_host if paged else map_safetensors
+
+
+def _by_the_host(path: Path) -> Mapped:
+    try:
+        return _HostFile(comfy.utils.load_safetensors(str(path))[0])
+    except Exception as error:  # a dtype that the host doesn't map, or a library that fails: it would only be faster
+        logger.debug("%s is mapped without the host (%s)", path, error)
+        return map_safetensors(path)
+
+
+class _HostFile:
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.tensors = tensors
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+def cache_converted(component: Component, dtypes: converted.Dtypes) -> Component:
+    """The same network from a file in the host's user directory that holds it so (`converted`), written if need be."""
+    folder = Path(folder_paths.get_user_directory()) / "zimage" / "weights"
+    between: Any = mm.throw_exception_if_processing_interrupted
+    return converted.cache_converted(component, dtypes, folder, between)
