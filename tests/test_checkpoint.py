@@ -150,16 +150,54 @@ def test_truncated_file(folder, kept):
     refuse(Snapshot(folder).transformer, str(path), "truncated", "download")
 
 
-def test_weights_of_another_model(folder):
+def test_weights_of_another_component(folder):
     shutil.copy(folder / "vae" / WEIGHTS, folder / "transformer" / WEIGHTS)
     refuse(
         Snapshot(folder).transformer,
+        f"My-Model/transformer/{WEIGHTS}: this is an AutoencoderKL (VAE), not a Z-Image transformer",
+        "put the snapshot's own transformer/ here",
+    )
+
+
+@pytest.mark.parametrize(
+    "name, keys",
+    [
+        ("a Flux model", ["double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"]),
+        ("a LoRA", ["diffusion_model.layers.0.attention.qkv.lora_A.weight"]),
+    ],
+)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_weights_of_another_model_are_named(folder, name, keys, parts):
+    path = folder / "transformer" / WEIGHTS
+    save_file({key: torch.zeros(1) for key in [*keys, "one.more.weight"]}, path)
+    if parts > 1:
+        shard(folder / "transformer", parts)
+    refuse(Snapshot(folder).transformer, "My-Model/transformer", f"this is {name}, not a Z-Image transformer;")
+
+
+def test_weights_of_nothing_known(folder):
+    save_file({f"layers.{i}.w": torch.zeros(1) for i in range(9)}, folder / "transformer" / WEIGHTS)
+    refuse(
+        Snapshot(folder).transformer,
         f"My-Model/transformer/{WEIGHTS}: these weights don't",
-        "missing",
-        "unknown",
-        "decoder.conv_in",
+        "missing x_pad_token",
+        "unknown layers.0.w",
         "more",
     )
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize(
+    "kind, prefix", [("transformer", "model.diffusion_model."), ("text_encoder", "text_encoder."), ("vae", "vae.")]
+)
+def test_prefixes_of_single_files_come_off_in_a_snapshot_as_well(folder, kind, prefix, parts):
+    (path,) = (folder / kind).glob("*.safetensors")
+    save_file({prefix + key: value for key, value in load_file(path).items()}, path)
+    if parts > 1:
+        shard(folder / kind, parts)
+    expected, found = (Snapshot(place).component(kind).state_dict() for place in (NANO, folder))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_one_lost_and_one_extra_tensor(folder):

@@ -247,18 +247,26 @@ class Component:
 
 def _from_file(path: Path, kind: str, map_file: MapFile | None) -> Component:
     files = TensorFiles([path], map_file)
-    shapes = files.shapes()
-    prefix = identify.prefix(kind, shapes)
+    prefix, keys = _recognized(kind, files, str(path))
     if prefix is None:
-        raise identify.refusal(kind, shapes, str(path))
-    foreign = identify.foreign_name(shapes)
-    if foreign is not None and not identify.others(shapes, kind):
-        raise identify.refusal(kind, shapes, str(path))
-    apart = identify.others(shapes, kind)
-    keys = [key for key in shapes if key.startswith(prefix) and not (prefix == "" and key.startswith(apart))]
+        raise identify.refusal(kind, files.shapes(), str(path), "choose it in the loader made for it")
     own = {key.removeprefix(prefix): shape for key, shape in quantized.Weights(files, keys).shapes().items()}
     config = identify.config(kind, own, files.metadata, str(path))
     return Component(kind, config, files, keys, prefix)
+
+
+def _recognized(kind: str, files: TensorFiles, source: str) -> tuple[str | None, list[str]]:
+    """(what stands before the keys of this component, its keys); None and all keys where there is no trace of it.
+
+    Raises CheckpointError for weights of other models and LoRA.
+    """
+    shapes = files.shapes()
+    prefix, apart = identify.prefix(kind, shapes), identify.others(shapes, kind)
+    if identify.foreign_name(shapes) is not None and (prefix is None or not apart):
+        raise identify.refusal(kind, shapes, source)
+    if prefix is None:
+        return None, list(shapes)
+    return prefix, [key for key in shapes if key.startswith(prefix) and not (prefix == "" and key.startswith(apart))]
 
 
 def _revision(cached: Path) -> Path:
@@ -314,7 +322,11 @@ class Snapshot:
             "vae": self.vae_config,
         }[kind]()
         files = TensorFiles(self.weight_files(kind), map_file)
-        return Component(kind, config, files, config_source=f"{kind}/config.json")
+        source = str(files.paths[0] if len(files.paths) == 1 else files.paths[0].parent)
+        prefix, keys = _recognized(kind, files, source)
+        if prefix is None and identify.held(files.entries):
+            raise identify.refusal(kind, files.shapes(), source, f"put the snapshot's own {kind}/ here")
+        return Component(kind, config, files, keys, prefix or "", config_source=f"{kind}/config.json")
 
     def transformer(self, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> ZImageTransformer:
         """The S3-DiT, ready to run. `dtype` None keeps the file's."""

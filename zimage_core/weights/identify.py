@@ -131,17 +131,22 @@ def others(keys: Iterable[str], component: str) -> tuple[str, ...]:
     return tuple(start for start in found if start)
 
 
-def refusal(component: str, shapes: Shapes, source: str) -> CheckpointError:
-    """Why a file that lacks this component lacks it: what it is instead, and what to do with it."""
+def held(keys: Iterable[str]) -> list[str]:
+    """The components that a file holds."""
+    return [component for component in COMPONENTS if prefix(component, keys) is not None]
+
+
+def refusal(component: str, shapes: Shapes, source: str, advice: str = "") -> CheckpointError:
+    """Why a file that lacks this component lacks it: what it is instead, and what to do with it.
+
+    advice: where it is another of our components.
+    """
     wanted = NODES[component]
     if foreign := foreign_name(shapes):
-        what, advice = foreign
-        return CheckpointError(f"{source}: this is {what}, not {wanted}; {advice}")
-    held = [NODES[other] for other in COMPONENTS if prefix(other, shapes) is not None]
-    if held:
-        return CheckpointError(
-            f"{source}: this is {' and '.join(held)}, not {wanted}; choose it in the loader made for it"
-        )
+        return CheckpointError(f"{source}: this is {foreign[0]}, not {wanted}; {foreign[1]}")
+    if found := held(shapes):
+        names = " and ".join(NODES[other] for other in found)
+        return CheckpointError(f"{source}: this is {names}, not {wanted}; {advice}")
     examples = ", ".join(list(shapes)[:3])
     return CheckpointError(
         f"{source}: this is neither {wanted} nor any file that is known here (its keys begin with {examples}); "
