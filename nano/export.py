@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zimage_core.weights.checkpoint import Snapshot
+from zimage_core.weights.snapshot import Snapshot
 
 from . import train, train_text, train_vae
 

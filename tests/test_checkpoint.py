@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zimage_core.errors import CheckpointError
-from zimage_core.weights.checkpoint import Snapshot
+from zimage_core.weights.snapshot import Snapshot
 from zimage_core.weights.tensor_files import TensorFiles
 
 from . import process_memory
@@ -54,7 +54,7 @@ def test_shards_in_any_number_load_the_same_weights(folder, parts):
 
 def test_dtype_is_the_files_unless_asked(folder):
     snapshot = Snapshot(folder)
-    assert snapshot.weight_dtype("transformer") == torch.bfloat16
+    assert snapshot.component("transformer").dtype() == torch.bfloat16
     assert {p.dtype for p in snapshot.transformer().parameters()} == {torch.bfloat16}
     assert {p.dtype for p in snapshot.transformer(dtype=torch.float32).parameters()} == {torch.float32}
 
@@ -224,7 +224,7 @@ def test_config_and_weights_of_different_sizes(folder):
 def test_a_quantised_dtype_is_named(folder):
     path = folder / "transformer" / WEIGHTS
     save_file({key: value.to(torch.int8) for key, value in load_file(path).items()}, path)
-    refuse(lambda: Snapshot(folder).weight_dtype("transformer"), str(path), "I8")
+    refuse(Snapshot(folder).component("transformer").dtype, str(path), "I8")
 
 
 def test_two_weight_files_without_an_index(folder):

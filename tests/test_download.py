@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from zimage_core.errors import CheckpointError
 from zimage_core.hub import download
 from zimage_core.hub.download import DownloadError, Progress, Repository
-from zimage_core.weights.checkpoint import Snapshot, open_component
+from zimage_core.weights.snapshot import Snapshot, open_component
 
 from .hub import COMMIT, Hub, serve
 

@@ -18,7 +18,7 @@ from zimage_core.model.transformer import ZImageTransformer
 from zimage_core.model.vae import AutoencoderKL
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.weights import identify
-from zimage_core.weights.checkpoint import Snapshot, open_component, open_tokenizer, schedule_of, snapshot_folder
+from zimage_core.weights.snapshot import Snapshot, open_component, open_tokenizer, schedule_of, snapshot_folder
 
 NANO = Path(__file__).resolve().parents[1] / "nano" / "snapshot"
 PUBLISHED = json.loads(Path(__file__).with_name("published_configs.json").read_text())

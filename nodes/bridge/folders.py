@@ -15,7 +15,7 @@ from comfy.cli_args import args
 
 from ...zimage_core.errors import CheckpointError
 from ...zimage_core.hub.download import KNOWN, Repository, is_complete
-from ...zimage_core.weights.checkpoint import snapshot_folder
+from ...zimage_core.weights.snapshot import snapshot_folder
 from . import download as bridge_download
 
 logger = logging.getLogger(__name__)

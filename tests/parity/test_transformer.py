@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from zimage_core.config import TransformerConfig
 from zimage_core.model.transformer import ZImageTransformer
-from zimage_core.weights.checkpoint import Snapshot, open_component
 from zimage_core.weights.identify import PUBLISHED_TRANSFORMER, transformer_config
+from zimage_core.weights.snapshot import Snapshot, open_component
 
 from .conftest import TRANSFORMERS, relative
 

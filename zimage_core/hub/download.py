@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import CheckpointError
-from ..weights.checkpoint import Snapshot, open_component, snapshot_folder
+from ..weights.snapshot import Snapshot, open_component, snapshot_folder
 
 __all__ = ["KNOWN", "DownloadError", "Progress", "Repository", "fetch", "find", "is_complete", "missing"]
 
