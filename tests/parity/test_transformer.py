@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from zimage_core.config import TransformerConfig
 from zimage_core.model.transformer import ZImageTransformer
-from zimage_core.weights.identify import PUBLISHED_TRANSFORMER, transformer_config
 from zimage_core.weights.snapshot import Snapshot, open_component
+from zimage_core.weights.specs import PUBLISHED_TRANSFORMER, SPECS
 
 from .conftest import TRANSFORMERS, relative
 
@@ -106,7 +106,7 @@ def test_the_siglip_width_of_a_single_file_is_seen_in_its_shapes():
     shapes = {
         name: tuple(value.shape) for name, value in ZImageTransformer(published, device="meta").state_dict().items()
     }
-    assert transformer_config(shapes, "here") == published
+    assert SPECS["transformer"].from_shapes(shapes, "here") == published
 
 
 def _inputs(cap_feat_dim, lengths, height, width):

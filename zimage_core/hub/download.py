@@ -19,11 +19,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
 from ..weights.snapshot import Snapshot, open_component, snapshot_folder
+from ..weights.specs import SPECS
 
 __all__ = ["KNOWN", "DownloadError", "Progress", "Repository", "fetch", "find", "is_complete", "missing"]
 
@@ -31,12 +33,6 @@ __all__ = ["KNOWN", "DownloadError", "Progress", "Repository", "fetch", "find", 
 KNOWN = {
     "Tongyi-MAI/Z-Image-Turbo": {"transformer": 24.6e9, "text_encoder": 8.0e9, "vae": 0.2e9},
     "Tongyi-MAI/Z-Image": {"transformer": 24.6e9, "text_encoder": 8.0e9, "vae": 0.2e9},
-}
-# component -> what of a snapshot its loader reads
-NEEDED = {
-    "transformer": ("model_index.json", "transformer/*", "scheduler/*", "vae/config.json"),
-    "text_encoder": ("model_index.json", "text_encoder/*", "tokenizer/*"),
-    "vae": ("model_index.json", "vae/*"),
 }
 SUFFIXES = (".json", ".safetensors", ".txt", ".jinja")  # pickles and pictures are left where they are
 STAGING = ".download"
@@ -154,7 +150,7 @@ def fetch(repository: Repository, folder: Path, components: Sequence[str], callb
     """
     staging = folder / STAGING
     listing = _listing(repository)
-    wanted = [file for file in listing["files"] if any(_matches(file["path"], kind) for kind in components)]
+    wanted = [file for file in listing["files"] if any(_is_read(file["path"], kind) for kind in components)]
     for kind in components:
         if not any(file["path"].startswith(f"{kind}/") and file["path"].endswith(".safetensors") for file in wanted):
             raise DownloadError(
@@ -169,8 +165,10 @@ def fetch(repository: Repository, folder: Path, components: Sequence[str], callb
         _transfer(repository, listing["commit"], folder, staging, absent, done, meter)
 
 
-def _matches(path: str, kind: str) -> bool:
-    return path.endswith(SUFFIXES) and any(PurePosixPath(path).match(pattern) for pattern in NEEDED[kind])
+def _is_read(path: str, kind: str) -> bool:
+    folder, _, name = path.rpartition("/")
+    reads = {"": "model_index.json", **SPECS[kind].reads}
+    return path.endswith(SUFFIXES) and folder in reads and fnmatchcase(name, reads[folder])
 
 
 def _has_size(path: Path, size: int) -> bool:

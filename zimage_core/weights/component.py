@@ -16,16 +16,12 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..model import numerics
-from ..model.text_encoder import TextEncoder
-from ..model.transformer import ZImageTransformer
-from ..model.vae import AutoencoderKL
-from . import identify, key_maps, packed, quantized
-from .key_maps import KeyMap
+from . import identify, packed, quantized
+from .specs import SPECS
 from .tensor_files import DTYPES, TensorFiles
 
 SHOWN_KEYS = 5  # of a list of keys in an error
 LAYER_COUNTS = ("n_layers", "n_refiner_layers", "num_hidden_layers", "layers_per_block")  # fields of the configs
-NETWORKS = {"transformer": ZImageTransformer, "text_encoder": TextEncoder, "vae": AutoencoderKL}
 
 
 class Component:
@@ -42,8 +38,9 @@ class Component:
     ):
         """config: of the class that its kind has. keys: those that belong to it, `prefix` included; None is all."""
         self.kind = kind
+        self.spec = SPECS[kind]
         self.files = files
-        self.key_map = _key_map(kind, config)
+        self.key_map = self.spec.key_map(config)
         self.config = config
         self.config_source = config_source
         self.source = str(_place(files))
@@ -65,7 +62,7 @@ class Component:
         if prefix is None:
             raise identify.refusal(kind, files.shapes(), source, "choose it in the loader made for it")
         own = {key.removeprefix(prefix): shape for key, shape in quantized.Weights(files, keys).shapes().items()}
-        return cls(kind, identify.config(kind, own, files.metadata, source), files, keys, prefix)
+        return cls(kind, SPECS[kind].config_of(own, files.metadata, source), files, keys, prefix)
 
     @classmethod
     def of_snapshot(cls, kind: str, files: TensorFiles, config: Any) -> Component:
@@ -83,7 +80,7 @@ class Component:
         moved, fused or quantised are copied, one at a time. Layers of a GGUF file stay as they are (`packed`).
         """
         shapes = self.shapes
-        model = NETWORKS[self.kind](self.config, device="meta", dtype=dtype)
+        model = self.spec.network(self.config, device="meta", dtype=dtype)
         for name, shape in shapes.items():
             parts = self.packed(name)
             if parts and all(part.is_gguf for part in parts):
@@ -104,7 +101,7 @@ class Component:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter -> shape of the network. Raises CheckpointError unless the file holds all of them and no others."""
-        model = NETWORKS[self.kind](self.config, device="meta")
+        model = self.spec.network(self.config, device="meta")
         wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self._check_keys(wanted)
         return wanted
@@ -202,18 +199,12 @@ def _recognized(kind: str, files: TensorFiles, source: str) -> tuple[str | None,
     Raises CheckpointError for weights of other models and LoRA.
     """
     shapes = files.shapes()
-    prefix, apart = identify.prefix(kind, shapes), identify.others(shapes, kind)
+    prefix, apart = SPECS[kind].prefix(shapes), identify.others(shapes, kind)
     if identify.foreign_name(shapes) is not None and (prefix is None or not apart):
         raise identify.refusal(kind, shapes, source)
     if prefix is None:
         return None, list(shapes)
     return prefix, [key for key in shapes if key.startswith(prefix) and not (prefix == "" and key.startswith(apart))]
-
-
-def _key_map(kind: str, config: Any) -> KeyMap:
-    if kind == "text_encoder":
-        return key_maps.text_encoder(config.num_hidden_layers)
-    return key_maps.vae(len(config.block_out_channels)) if kind == "vae" else key_maps.TRANSFORMER
 
 
 def some(names: Sequence[str]) -> str:

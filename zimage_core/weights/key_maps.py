@@ -91,9 +91,12 @@ TRANSFORMER = KeyMap(
 )
 
 
-def text_encoder(layers: int) -> KeyMap:
-    """text_encoder/ of a Qwen3 with this many layers; the last one, the final norm and the head are not used."""
-    unused = (f"layers.{layers - 1}.*", "norm.weight")
+def text_encoder(layers: int | None) -> KeyMap:
+    """text_encoder/ of a Qwen3 with this many layers; the last one (None: no layer), the final norm and the head are
+    not used.
+    """
+    last = "none" if layers is None else layers - 1
+    unused = (f"layers.{last}.*", "norm.weight")
     return KeyMap(
         rename={
             "model.*": "model.*",
@@ -105,7 +108,7 @@ def text_encoder(layers: int) -> KeyMap:
         drop=(
             *unused,
             *(f"model.{pattern}" for pattern in unused),
-            *(f"blk.{layers - 1}.*", "output_norm.weight", "output.weight"),
+            *(f"blk.{last}.*", "output_norm.weight", "output.weight"),
             "lm_head.weight",
         ),
     )

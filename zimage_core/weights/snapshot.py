@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from ..config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from ..config import SchedulerConfig, VAEConfig
 from ..errors import CheckpointError
 from ..model.text_encoder import TextEncoder
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import ZImageTransformer
 from ..model.vae import AutoencoderKL
-from .component import NETWORKS, Component, some
+from .component import Component, some
+from .specs import SPECS
 from .tensor_files import MapFile, TensorFiles, map_safetensors, read_header
 
 INDEX = ".safetensors.index.json"
@@ -78,7 +79,7 @@ def snapshot_folder(path: str | Path) -> Path | None:
         return None
     if os.path.isdir(path / "snapshots"):
         return _revision(path)
-    return path.parent if path.name in NETWORKS and os.path.isfile(path / "config.json") else path
+    return path.parent if path.name in SPECS and os.path.isfile(path / "config.json") else path
 
 
 class Snapshot:
@@ -94,14 +95,12 @@ class Snapshot:
 
     # Configurations
 
-    def transformer_config(self) -> TransformerConfig:
-        return TransformerConfig.from_dict(*self._json("transformer", "config.json"))
-
-    def text_encoder_config(self) -> TextEncoderConfig:
-        return TextEncoderConfig.from_dict(*self._json("text_encoder", "config.json"))
+    def config(self, kind: str) -> Any:
+        """Of the transformer, text_encoder or vae."""
+        return SPECS[kind].config.from_dict(*self._json(kind, "config.json"))
 
     def vae_config(self) -> VAEConfig:
-        return VAEConfig.from_dict(*self._json("vae", "config.json"))
+        return self.config("vae")
 
     def scheduler_config(self) -> SchedulerConfig:
         return SchedulerConfig.from_dict(*self._json("scheduler", "scheduler_config.json"))
@@ -110,11 +109,7 @@ class Snapshot:
 
     def component(self, kind: str, *, map_file: MapFile | None = map_safetensors) -> Component:
         """transformer, text_encoder or vae: its files found and their headers read."""
-        config = {
-            "transformer": self.transformer_config,
-            "text_encoder": self.text_encoder_config,
-            "vae": self.vae_config,
-        }[kind]()
+        config = self.config(kind)
         return Component.of_snapshot(kind, TensorFiles(self.weight_files(kind), map_file), config)
 
     def transformer(self, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> ZImageTransformer:
