@@ -320,6 +320,11 @@ def _raise(repository: Repository, line: dict[str, Any]) -> None:
         why = (
             f"{line['message']} arrived damaged (its hash is not the one that the hub lists); it was deleted, try again"
         )
+    elif "TooOld" in kinds:
+        why = (
+            f"downloads need huggingface_hub 1.0 or newer, here is {line['message']}; update it (together with "
+            "transformers, of which 5.0 is the first that goes with it), or download by hand with hf download"
+        )
     elif "GatedRepoError" in kinds or status == 403:
         why = f"access is restricted; accept its terms at {endpoint}/{repository.name} and set HF_TOKEN"
     elif status == 401 or ("RepositoryNotFoundError" in kinds and status != 404):
@@ -332,7 +337,7 @@ def _raise(repository: Repository, line: dict[str, Any]) -> None:
         why = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids downloads; unset it"
     elif status is not None:
         why = f"{endpoint} answered with error {status}; what arrived is kept, try again later"
-    elif any("Timeout" in kind for kind in kinds) or "timed out" in said:
+    elif any("Timeout" in kind for kind in kinds):
         why = f"{endpoint} did not answer in time{said}; what arrived is kept, try again"
     elif any(
         kind in kinds for kind in ("ConnectError", "ConnectionError", "TransportError", "LocalEntryNotFoundError")
