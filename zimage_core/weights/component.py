@@ -6,6 +6,7 @@ content (`identify`). No pickle is read.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +18,11 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..model import numerics
 from . import identify, packed, quantized
+from .key_maps import SIGLIP
 from .specs import SPECS
 from .tensor_files import DTYPES, TensorFiles
+
+logger = logging.getLogger(__name__)
 
 SHOWN_KEYS = 5  # of a list of keys in an error
 LAYER_COUNTS = ("n_layers", "n_refiner_layers", "num_hidden_layers", "layers_per_block")  # fields of the configs
@@ -47,6 +51,7 @@ class Component:
         self.weights = quantized.Weights(files, files.entries if keys is None else keys)
         self._keys = {key.removeprefix(prefix): key for key in self.weights.keys}  # without prefix -> in the file
         self._sources = self.key_map.sources(self._keys)
+        self._tell_of_siglip()
         for name in LAYER_COUNTS:  # a network of absurd depth would take forever to build
             if getattr(config, name, 0) > len(self._keys):
                 raise CheckpointError(
@@ -184,8 +189,22 @@ class Component:
             for key in self._sources[name]:
                 self.weights.check(self._keys[key])
 
+    def _tell_of_siglip(self) -> None:
+        count = sum(key.startswith(SIGLIP.removesuffix("*")) for key in self._keys)
+        if count and self.kind == "transformer" and self.source not in _told:
+            _told.add(self.source)
+            logger.info(
+                "%s has a part for reference pictures (%s, %d tensors), which nothing here runs; it is left out.",
+                self.source,
+                SIGLIP,
+                count,
+            )
+
     def _file(self, key: str) -> Path:
         return self.files.entries[key].path
+
+
+_told: set[str] = set()  # sources whose part for reference pictures was spoken of
 
 
 def _place(files: TensorFiles) -> Path:

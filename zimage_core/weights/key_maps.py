@@ -71,6 +71,7 @@ class KeyMap:
         return any(_match(pattern, target) is not None for pattern in self.unflatten)
 
 
+SIGLIP = "siglip_*"  # Omni's part for reference pictures, which nothing here runs
 # transformer/ in the diffusers (and official) layout: 521 tensors become 453
 TRANSFORMER = KeyMap(
     rename={
@@ -87,7 +88,7 @@ TRANSFORMER = KeyMap(
             "*.attention.to_v.weight",
         ),
     },
-    drop=("norm_final.weight",),  # left over from Lumina 2, used by nothing
+    drop=("norm_final.weight", SIGLIP),  # the norm is left over from Lumina 2, used by nothing
 )
 
 

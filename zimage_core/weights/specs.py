@@ -24,7 +24,6 @@ PUBLISHED_TRANSFORMER: dict[str, Any] = {
     "rope_theta": 256.0,
     "t_scale": 1000.0,
     "axes_dims": (32, 48, 48),
-    "axes_lens": (1536, 512, 512),
 }
 PUBLISHED_TEXT_ENCODER: dict[str, Any] = {
     "vocab_size": 151936,
@@ -36,7 +35,6 @@ PUBLISHED_TEXT_ENCODER: dict[str, Any] = {
     "head_dim": 128,
     "rms_norm_eps": 1e-6,
     "rope_theta": 1e6,
-    "max_position_embeddings": 40960,
 }
 PUBLISHED_VAE: dict[str, Any] = {
     "norm_num_groups": 32,
@@ -115,7 +113,6 @@ def _transformer_config(shapes: Shapes, source: str) -> TransformerConfig:
         cap_feat_dim=cap_feat_dim,
         in_channels=patch_dim // 4,
         patch_size=2,
-        siglip_feat_dim=shapes["siglip_embedder.0.weight"][0] if "siglip_embedder.0.weight" in shapes else None,
         **PUBLISHED_TRANSFORMER,
     )
 
