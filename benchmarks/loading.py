@@ -31,8 +31,8 @@ import torch
 from nano.export import TRANSFORMER_NAMES, renamed
 from zimage_core.config import TransformerConfig
 from zimage_core.model.transformer import ZImageTransformer
-from zimage_core.weights.checkpoint import open_component
-from zimage_core.weights.identify import PUBLISHED_TRANSFORMER
+from zimage_core.weights.snapshot import open_component
+from zimage_core.weights.specs import PUBLISHED_TRANSFORMER
 
 from . import results
 

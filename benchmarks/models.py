@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nano.export import TRANSFORMER_NAMES, renamed
 from zimage_core.config import TransformerConfig
 from zimage_core.model.transformer import ZImageTransformer
-from zimage_core.weights.identify import PUBLISHED_TRANSFORMER
+from zimage_core.weights.specs import PUBLISHED_TRANSFORMER
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = {"dim": 1536, "n_heads": 12, "cap_feat_dim": 64}  # the narrowest that the host's own model can have

@@ -61,8 +61,12 @@ def transformers(ours: TextEncoder) -> nn.Module:
     names = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
     )
-    numbers = {name: getattr(config, name) for name in [*names.split(), "rms_norm_eps", "max_position_embeddings"]}
-    qwen = package.Qwen3Config(**numbers, rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta})
+    numbers = {name: getattr(config, name) for name in [*names.split(), "rms_norm_eps"]}
+    qwen = package.Qwen3Config(
+        **numbers,
+        max_position_embeddings=40960,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+    )
     with ours.model.embed_tokens.weight.device:  # a GPU draws what is replaced at once in no time
         model = package.Qwen3Model(qwen).to(torch.bfloat16)
     model.load_state_dict(complete(ours, ""), strict=True, assign=True)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zimage_core.weights.checkpoint import Snapshot
+from zimage_core.weights.snapshot import Snapshot
 
 from . import train, train_text, train_vae
 
@@ -144,7 +144,7 @@ def _transformer_config() -> dict[str, Any]:
         "all_f_patch_size": [1],
         "all_patch_size": [config.patch_size],
         "axes_dims": list(config.axes_dims),
-        "axes_lens": list(config.axes_lens),
+        "axes_lens": [1024, 512, 512],
         "cap_feat_dim": config.cap_feat_dim,
         "dim": config.dim,
         "in_channels": config.in_channels,
@@ -174,7 +174,7 @@ def _text_encoder_config(tokenizer: Path) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "initializer_range": 0.02,
         "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_position_embeddings,
+        "max_position_embeddings": 2048,
         "max_window_layers": config.num_hidden_layers,
         "model_type": "qwen3",
         "num_attention_heads": config.num_attention_heads,

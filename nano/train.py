@@ -39,7 +39,6 @@ CONFIG = TransformerConfig(
     patch_size=2,
     cap_feat_dim=train_text.CONFIG.hidden_size,
     axes_dims=(16, 16, 16),
-    axes_lens=(1024, 512, 512),
 )
 SHIFT = 3.0  # Turbo's schedule; training draws four fifths of its noise levels along it
 BATCH = 32  # per rank, of 128x128 pictures with captions of one 32-token block

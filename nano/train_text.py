@@ -34,7 +34,6 @@ CONFIG = TextEncoderConfig(
     head_dim=32,
     rms_norm_eps=1e-6,  # this and the next: Qwen3's
     rope_theta=1_000_000.0,
-    max_position_embeddings=2048,
 )
 COLOURS = tuple(scenes.COLOURS)
 # what is asked of a caption -> its answers, "" where the caption does not say

@@ -17,7 +17,7 @@ from zimage_core.model import block as block_module
 from zimage_core.model import transformer
 from zimage_core.model.attention import attention
 from zimage_core.model.transformer import ZImageTransformer
-from zimage_core.weights.identify import PUBLISHED_TRANSFORMER
+from zimage_core.weights.specs import PUBLISHED_TRANSFORMER
 
 WIDTHS = {"dim": 96, "n_heads": 3, "axes_dims": (8, 12, 12), "cap_feat_dim": 40, "n_layers": 3, "n_refiner_layers": 2}
 # (caption lengths, latent height, latent width): 576 image tokens are several blocks of rows

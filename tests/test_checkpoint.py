@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zimage_core.errors import CheckpointError
-from zimage_core.weights.checkpoint import Snapshot
+from zimage_core.weights.snapshot import Snapshot
 from zimage_core.weights.tensor_files import TensorFiles
 
 from . import process_memory
@@ -54,7 +54,7 @@ def test_shards_in_any_number_load_the_same_weights(folder, parts):
 
 def test_dtype_is_the_files_unless_asked(folder):
     snapshot = Snapshot(folder)
-    assert snapshot.weight_dtype("transformer") == torch.bfloat16
+    assert snapshot.component("transformer").dtype() == torch.bfloat16
     assert {p.dtype for p in snapshot.transformer().parameters()} == {torch.bfloat16}
     assert {p.dtype for p in snapshot.transformer(dtype=torch.float32).parameters()} == {torch.float32}
 
@@ -150,16 +150,54 @@ def test_truncated_file(folder, kept):
     refuse(Snapshot(folder).transformer, str(path), "truncated", "download")
 
 
-def test_weights_of_another_model(folder):
+def test_weights_of_another_component(folder):
     shutil.copy(folder / "vae" / WEIGHTS, folder / "transformer" / WEIGHTS)
     refuse(
         Snapshot(folder).transformer,
+        f"My-Model/transformer/{WEIGHTS}: this is an AutoencoderKL (VAE), not a Z-Image transformer",
+        "put the snapshot's own transformer/ here",
+    )
+
+
+@pytest.mark.parametrize(
+    "name, keys",
+    [
+        ("a Flux model", ["double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"]),
+        ("a LoRA", ["diffusion_model.layers.0.attention.qkv.lora_A.weight"]),
+    ],
+)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_weights_of_another_model_are_named(folder, name, keys, parts):
+    path = folder / "transformer" / WEIGHTS
+    save_file({key: torch.zeros(1) for key in [*keys, "one.more.weight"]}, path)
+    if parts > 1:
+        shard(folder / "transformer", parts)
+    refuse(Snapshot(folder).transformer, "My-Model/transformer", f"this is {name}, not a Z-Image transformer;")
+
+
+def test_weights_of_nothing_known(folder):
+    save_file({f"layers.{i}.w": torch.zeros(1) for i in range(9)}, folder / "transformer" / WEIGHTS)
+    refuse(
+        Snapshot(folder).transformer,
         f"My-Model/transformer/{WEIGHTS}: these weights don't",
-        "missing",
-        "unknown",
-        "decoder.conv_in",
+        "missing x_pad_token",
+        "unknown layers.0.w",
         "more",
     )
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize(
+    "kind, prefix", [("transformer", "model.diffusion_model."), ("text_encoder", "text_encoder."), ("vae", "vae.")]
+)
+def test_prefixes_of_single_files_come_off_in_a_snapshot_as_well(folder, kind, prefix, parts):
+    (path,) = (folder / kind).glob("*.safetensors")
+    save_file({prefix + key: value for key, value in load_file(path).items()}, path)
+    if parts > 1:
+        shard(folder / kind, parts)
+    expected, found = (Snapshot(place).component(kind).state_dict() for place in (NANO, folder))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_one_lost_and_one_extra_tensor(folder):
@@ -186,7 +224,7 @@ def test_config_and_weights_of_different_sizes(folder):
 def test_a_quantised_dtype_is_named(folder):
     path = folder / "transformer" / WEIGHTS
     save_file({key: value.to(torch.int8) for key, value in load_file(path).items()}, path)
-    refuse(lambda: Snapshot(folder).weight_dtype("transformer"), str(path), "I8")
+    refuse(Snapshot(folder).component("transformer").dtype, str(path), "I8")
 
 
 def test_two_weight_files_without_an_index(folder):

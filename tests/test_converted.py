@@ -15,7 +15,8 @@ from safetensors import safe_open
 
 from zimage_core.errors import CheckpointError
 from zimage_core.weights import converted
-from zimage_core.weights.checkpoint import Component, Snapshot, open_component
+from zimage_core.weights.component import Component
+from zimage_core.weights.snapshot import Snapshot, open_component
 
 from . import process_memory
 from .gguf_writing import linear_weights, write

@@ -157,7 +157,7 @@ def planted(root: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "file, line, reason",
     [
-        ("zimage_core/model/vae", "from ..weights import checkpoint", "floor 5, and the importing"),
+        ("zimage_core/model/vae", "from ..weights import snapshot", "floor 5, and the importing"),
         ("zimage_core/model/vae", "from ..pipeline import ZImagePipeline", "floor 7, and the importing"),
         ("zimage_core/model/vae", "from zimage_core import config", "imported relatively"),
         ("zimage_core/model/vae", "import zimage_core.config", "imported relatively"),

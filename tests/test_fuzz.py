@@ -31,7 +31,7 @@ from zimage_core.config import TransformerConfig
 from zimage_core.errors import CheckpointError
 from zimage_core.model.transformer import ZImageTransformer
 from zimage_core.weights import packed
-from zimage_core.weights.checkpoint import open_component
+from zimage_core.weights.snapshot import open_component
 
 from . import gguf_writing, process_memory
 

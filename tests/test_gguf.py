@@ -21,8 +21,8 @@ from zimage_core.lora import files
 from zimage_core.model.transformer import ZImageTransformer
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.weights import gguf_dequant, packed
-from zimage_core.weights.checkpoint import Snapshot, open_component
 from zimage_core.weights.quantized import Weights
+from zimage_core.weights.snapshot import Snapshot, open_component
 from zimage_core.weights.tensor_files import TensorFiles
 
 from . import gguf_writing, process_memory

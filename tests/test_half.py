@@ -11,7 +11,7 @@ import torch
 from zimage_core.backends import half
 from zimage_core.model import numerics, transformer
 from zimage_core.model.transformer import Block, ZImageTransformer
-from zimage_core.weights.checkpoint import open_component
+from zimage_core.weights.snapshot import open_component
 
 from . import test_blocks
 from .test_blocks import relative

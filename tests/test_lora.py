@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from zimage_core.errors import CheckpointError
 from zimage_core.lora import files as lora
 from zimage_core.lora import formulas
-from zimage_core.weights.checkpoint import Snapshot
+from zimage_core.weights.snapshot import Snapshot
 
 from .helpers import NANO
 from .traffic import Traffic

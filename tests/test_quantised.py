@@ -15,8 +15,8 @@ from zimage_core.config import TransformerConfig
 from zimage_core.errors import CheckpointError
 from zimage_core.model.transformer import ZImageTransformer
 from zimage_core.pipeline import ZImagePipeline
-from zimage_core.weights.checkpoint import Snapshot, open_component
 from zimage_core.weights.quantized import Packed
+from zimage_core.weights.snapshot import Snapshot, open_component
 
 from .helpers import NANO
 from .quantising import BLOCKS, block_quantise, quantise, with_markers

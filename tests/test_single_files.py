@@ -10,14 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from zimage_core.config import TextEncoderConfig, TransformerConfig, VAEConfig
 from zimage_core.errors import CheckpointError
-from zimage_core.model.text_encoder import TextEncoder
-from zimage_core.model.transformer import ZImageTransformer
-from zimage_core.model.vae import AutoencoderKL
 from zimage_core.pipeline import ZImagePipeline
-from zimage_core.weights import identify
-from zimage_core.weights.checkpoint import Snapshot, open_component, open_tokenizer, schedule_of, snapshot_folder
+from zimage_core.weights.snapshot import Snapshot, open_component, open_tokenizer, schedule_of, snapshot_folder
+from zimage_core.weights.specs import SPECS
 
 from .helpers import NANO, PUBLISHED
 
@@ -50,7 +46,7 @@ def same(kind: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", [native, diffusers])
-@pytest.mark.parametrize("kind, prefix", [(kind, prefix) for kind in KINDS for prefix in identify.PREFIXES[kind]])
+@pytest.mark.parametrize("kind, prefix", [(kind, prefix) for kind in KINDS for prefix in SPECS[kind].prefixes])
 def test_each_layout_and_prefix(tmp_path, kind, layout, prefix):
     save_file(with_prefix(prefix, layout(kind)), tmp_path / "m.safetensors", metadata(kind))
     same(kind, tmp_path / "m.safetensors")
@@ -167,19 +163,15 @@ def test_one_folder_of_a_snapshot_is_enough(tmp_path):
 
 
 def published_shapes(kind: str) -> dict[str, tuple[int, ...]]:
-    config_class, network = {
-        "transformer": (TransformerConfig, ZImageTransformer),
-        "text_encoder": (TextEncoderConfig, TextEncoder),
-        "vae": (VAEConfig, AutoencoderKL),
-    }[kind]
-    model = network(config_class.from_dict(PUBLISHED[kind], "config.json"), device="meta")
+    spec = SPECS[kind]
+    model = spec.network(spec.config.from_dict(PUBLISHED[kind], "config.json"), device="meta")
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_shapes_give_the_published_config(kind):
-    expected = identify.CONFIGS[kind].from_dict(PUBLISHED[kind], "config.json")
-    assert identify.config(kind, published_shapes(kind), {}, "m.safetensors") == expected
+    expected = SPECS[kind].config.from_dict(PUBLISHED[kind], "config.json")
+    assert SPECS[kind].config_of(published_shapes(kind), {}, "m.safetensors") == expected
 
 
 # Files of other models
@@ -226,7 +218,7 @@ def refusal(tmp_path: Path, kind: str, tensors: dict[str, tuple[int, ...]]) -> s
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_models_are_named(tmp_path, kind, keys, words):
     message = refusal(tmp_path, kind, dict.fromkeys(keys, (1,)))
-    for word in (*words, "Z-Image" if kind == "transformer" else identify.NODES[kind]):
+    for word in (*words, "Z-Image" if kind == "transformer" else SPECS[kind].noun):
         assert word in message
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from zimage_core.errors import CheckpointError
 from zimage_core.lora import files as lora
-from zimage_core.weights.checkpoint import open_component
+from zimage_core.weights.snapshot import open_component
 from zimage_core.weights.tensor_files import BITS, DTYPES, OTHERS, TensorFiles, map_safetensors, read_header
 
 from . import gguf_writing

@@ -15,7 +15,7 @@ from zimage_core.errors import CheckpointError
 from zimage_core.model import tokenizer
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.prompts.cache import PromptCache
-from zimage_core.weights.checkpoint import open_component, open_tokenizer, schedule_of
+from zimage_core.weights.snapshot import open_component, open_tokenizer, schedule_of
 
 from .helpers import NANO
 from .poisoning import poison

@@ -15,7 +15,7 @@ from zimage_core.config import VAEConfig
 from zimage_core.model import vae_bands
 from zimage_core.model.vae import AutoencoderKL
 from zimage_core.pipeline import ZImagePipeline
-from zimage_core.weights.checkpoint import open_component
+from zimage_core.weights.snapshot import open_component
 
 from . import process_memory
 from .helpers import NANO, PUBLISHED

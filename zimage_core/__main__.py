@@ -20,7 +20,7 @@ from .hub import download
 from .hub.download import Progress, Repository
 from .pipeline import ZImagePipeline
 from .prompts.cache import PromptCache
-from .weights.checkpoint import open_component
+from .weights.snapshot import open_component
 
 NANO = Path(__file__).resolve().parent.parent / "nano" / "snapshot"  # ships beside this package in a checkout
 FORMATS = {

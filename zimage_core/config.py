@@ -1,8 +1,7 @@
 """The numbers of each component, read from the snapshot's own JSON files.
 
-Every class mirrors one `config.json`: a missing or impossible value is an error that names the file and the key,
-unknown keys are ignored (published files carry some, `nheads` for one). A single file has no config.json: `detect`
-gives its numbers.
+Every class mirrors one `config.json`: a missing or impossible value is an error that names the file and the key;
+keys that nothing reads may be missing. A single file has no config.json: `weights.specs` gives its numbers.
 """
 
 from __future__ import annotations
@@ -27,10 +26,9 @@ class TransformerConfig:
     rope_theta: float  # 256.0
     t_scale: float  # 1000.0, the model time 0..1 is multiplied by this before its sinusoids
     axes_dims: tuple[int, int, int]  # (32, 48, 48): share of a head for (sequence, row, column)
-    axes_lens: tuple[int, int, int]  # (1536, 512, 512): positions seen in training
     in_channels: int  # 16 latent channels
     patch_size: int  # 2: a token is 2x2 latent cells, 16x16 pixels
-    siglip_feat_dim: int | None = None  # 1152 in Omni, whose refiner for reference pictures is then kept
+    siglip_feat_dim: int | None = None  # of Omni's part for reference pictures, which no file's config asks for
 
     @property
     def head_dim(self) -> int:
@@ -67,10 +65,8 @@ class TransformerConfig:
             rope_theta=_number(raw, source, "rope_theta", float),
             t_scale=_number(raw, source, "t_scale", float),
             axes_dims=_numbers(raw, source, "axes_dims", 3),
-            axes_lens=_numbers(raw, source, "axes_lens", 3),
             in_channels=_number(raw, source, "in_channels"),
             patch_size=patch_sizes[0],
-            siglip_feat_dim=None if raw.get("siglip_feat_dim") is None else _number(raw, source, "siglip_feat_dim"),
         )
         if config.dim % config.n_heads:
             raise CheckpointError(f"{source}: dim {config.dim} is not divisible by n_heads {config.n_heads}")
@@ -95,7 +91,6 @@ class TextEncoderConfig:
     head_dim: int  # 128, so the queries are 4096 wide
     rms_norm_eps: float  # 1e-6
     rope_theta: float  # 1e6
-    max_position_embeddings: int  # 40960
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> TextEncoderConfig:
@@ -114,7 +109,6 @@ class TextEncoderConfig:
             head_dim=_number(raw, source, "head_dim"),
             rms_norm_eps=_number(raw, source, "rms_norm_eps", float),
             rope_theta=_number(rope, source, "rope_theta", float),
-            max_position_embeddings=_number(raw, source, "max_position_embeddings"),
         )
 
 

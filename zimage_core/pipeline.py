@@ -25,7 +25,8 @@ from .model.vae import AutoencoderKL
 from .prompts.cache import PromptCache, key_of, stamps
 from .sampling import loop
 from .sampling.schedule import sigmas
-from .weights.checkpoint import Component, open_component, open_tokenizer, schedule_of
+from .weights.component import Component
+from .weights.snapshot import open_component, open_tokenizer, schedule_of
 
 Result = TypeVar("Result")
 

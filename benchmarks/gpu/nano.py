@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zimage_core.model import vae_bands
 from zimage_core.pipeline import ZImagePipeline
-from zimage_core.weights.checkpoint import Snapshot
+from zimage_core.weights.snapshot import Snapshot
 
 from .. import models
 from .report import Report

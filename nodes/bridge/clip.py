@@ -20,11 +20,13 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
+from ...zimage_core.diagnostics.finite import not_finite
 from ...zimage_core.errors import CheckpointError
 from ...zimage_core.model.text_encoder import LAYER, TextEncoder
 from ...zimage_core.model.tokenizer import Tokenizer
 from ...zimage_core.prompts.cache import Stamp, stamps
-from ...zimage_core.weights.checkpoint import Component, not_finite, open_component, open_tokenizer, snapshot_folder
+from ...zimage_core.weights.component import Component
+from ...zimage_core.weights.snapshot import open_component, open_tokenizer, snapshot_folder
 from . import files as bridge_files
 from . import layers, prompts, quantized, quantized_patcher
 

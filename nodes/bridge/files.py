@@ -12,7 +12,7 @@ import folder_paths
 from torch import Tensor
 
 from ...zimage_core.weights import converted
-from ...zimage_core.weights.checkpoint import Component
+from ...zimage_core.weights.component import Component
 from ...zimage_core.weights.tensor_files import MapFile, Mapped, map_safetensors
 
 try:  # the paging of weights; older hosts have none

@@ -15,7 +15,8 @@ from comfy.cli_args import args
 
 from ...zimage_core.errors import CheckpointError
 from ...zimage_core.hub.download import KNOWN, Repository, is_complete
-from ...zimage_core.weights.checkpoint import snapshot_folder
+from ...zimage_core.weights.snapshot import snapshot_folder
+from ...zimage_core.weights.specs import SPECS
 from . import download as bridge_download
 
 logger = logging.getLogger(__name__)
@@ -87,11 +88,6 @@ def fingerprint(choice: str, component: str, repository: str = "") -> list[tuple
 
 # what was downloaded since the host started -> what `_stamps` said right after
 _downloaded: dict[tuple[Path, str], list[tuple[str, int, int]]] = {}
-READ = {  # component -> folder of a snapshot -> files in it
-    "transformer": {"transformer": "*", "scheduler": "*", "vae": "config.json"},
-    "text_encoder": {"text_encoder": "*", "tokenizer": "*"},
-    "vae": {"vae": "*"},
-}
 
 
 def _stamps(path: Path, component: str) -> list[tuple[str, int, int]]:
@@ -100,7 +96,7 @@ def _stamps(path: Path, component: str) -> list[tuple[str, int, int]]:
         return [_stamp(path)]
     entries = (
         entry
-        for part, pattern in READ[component].items()
+        for part, pattern in SPECS[component].reads.items()
         for entry in _listed(folder / part)
         if fnmatchcase(entry.name, pattern) and entry.is_file()
     )

@@ -28,7 +28,8 @@ from ...zimage_core.backends.operations import Gain, LeanOperations, Operations
 from ...zimage_core.config import SchedulerConfig, TransformerConfig
 from ...zimage_core.model.transformer import Captions, ZImageTransformer
 from ...zimage_core.sampling.loop import model_time, velocity
-from ...zimage_core.weights.checkpoint import Component, Snapshot, open_component, schedule_of, snapshot_folder
+from ...zimage_core.weights.component import Component
+from ...zimage_core.weights.snapshot import Snapshot, open_component, schedule_of, snapshot_folder
 from . import files, folders, layers, quantized, quantized_patcher
 
 try:  # the host's kernel package; older ones lack these two

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...zimage_core.weights import gguf_dequant
-from ...zimage_core.weights.checkpoint import Component
+from ...zimage_core.weights.component import Component
 from ...zimage_core.weights.quantized import Packed
 
 try:  # the host logs it and goes on without, and so do we: weights are then expanded when they are loaded

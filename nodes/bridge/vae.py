@@ -28,7 +28,7 @@ from ...zimage_core.diagnostics import finite
 from ...zimage_core.diagnostics.finite import NotFinite
 from ...zimage_core.model import vae_bands
 from ...zimage_core.model.vae import AutoencoderKL
-from ...zimage_core.weights.checkpoint import open_component
+from ...zimage_core.weights.snapshot import open_component
 from . import files
 
 LOW_MEMORY = ("auto", "on", "off")

@@ -24,7 +24,7 @@ def like(comfy: Any, patcher: Any, dtype: torch.dtype = torch.float32) -> Any:
             "n_heads": config.n_heads,
             "n_kv_heads": config.n_heads,
             "axes_dims": list(config.axes_dims),
-            "axes_lens": list(config.axes_lens),
+            "axes_lens": [1536, 512, 512],
             "rope_theta": config.rope_theta,
             "ffn_dim_multiplier": config.ffn_dim / config.dim,
             "z_image_modulation": True,

@@ -27,7 +27,7 @@ from inside import load_pack  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from tests.nodes import test_packed  # noqa: E402
-from zimage_core.weights.checkpoint import Snapshot  # noqa: E402
+from zimage_core.weights.snapshot import Snapshot  # noqa: E402
 
 room = True  # for weights to stay on the device
 

@@ -68,7 +68,7 @@ def make_checkpoint(pack: Any, file: Path) -> None:
 
     from zimage_core.config import TransformerConfig
     from zimage_core.model.transformer import ZImageTransformer
-    from zimage_core.weights.identify import PUBLISHED_TRANSFORMER
+    from zimage_core.weights.specs import PUBLISHED_TRANSFORMER
 
     config = TransformerConfig(**{**PUBLISHED_TRANSFORMER, **TOY}, in_channels=16, patch_size=2)
     model = ZImageTransformer(config, dtype=torch.float32)

@@ -26,7 +26,7 @@ def model(pack):
         return importlib.import_module(f"zimage_pack.zimage_core.{module}")
 
     config = core("config").TransformerConfig(
-        **{**core("weights.identify").PUBLISHED_TRANSFORMER, "patch_size": 2, **SIZES}
+        **{**core("weights.specs").PUBLISHED_TRANSFORMER, "patch_size": 2, **SIZES}
     )
     operations = importlib.import_module("comfy.ops").disable_weight_init
     with torch.inference_mode(False), torch.no_grad():

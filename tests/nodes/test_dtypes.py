@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from zimage_core.weights.checkpoint import open_component
+from zimage_core.weights.snapshot import open_component
 
 from ..helpers import NANO
 

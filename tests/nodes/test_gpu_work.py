@@ -32,7 +32,7 @@ def core(module: str):
 
 def config(layers: int, **settings):
     return core("config").TransformerConfig(
-        **{**core("weights.identify").PUBLISHED_TRANSFORMER, **SIZES, "n_layers": layers, **settings}
+        **{**core("weights.specs").PUBLISHED_TRANSFORMER, **SIZES, "n_layers": layers, **settings}
     )
 
 

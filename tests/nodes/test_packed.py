@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zimage_core.lora import files as core_lora
-from zimage_core.weights.checkpoint import Snapshot, open_component
+from zimage_core.weights.snapshot import Snapshot, open_component
 
 from .. import gguf_writing, process_memory
 from ..helpers import NANO, relative

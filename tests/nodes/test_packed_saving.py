@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zimage_core.weights.checkpoint import open_component
+from zimage_core.weights.snapshot import open_component
 
 from .test_packed import CONFIGS, NANO, encoder_of, file_of, loaded, predict, reference, relative
 

@@ -244,7 +244,7 @@ def test_decoding_takes_odd_cells_and_names_foreign_channels(pack, parts):
 
 
 def test_encoding_gives_the_mean_of_the_core_whatever_the_alpha_channel(pack, parts):
-    core = importlib.import_module("zimage_core.weights.checkpoint").Snapshot(NANO).vae(dtype=torch.float32)
+    core = importlib.import_module("zimage_core.weights.snapshot").Snapshot(NANO).vae(dtype=torch.float32)
     pixels = torch.rand(2, 64, 96, 4, generator=torch.Generator().manual_seed(5))
     (latent,) = pack.vae.ZImageVAEEncode.execute(vae=parts.vae, pixels=pixels).args
     mean = core.encode(pixels[..., :3].movedim(-1, 1) * 2 - 1)

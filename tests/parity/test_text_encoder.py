@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from zimage_core.model.tokenizer import PROMPT_TEMPLATE, Tokenizer
-from zimage_core.weights.checkpoint import Snapshot
+from zimage_core.weights.snapshot import Snapshot
 
 from ..helpers import NANO, relative
 

@@ -19,11 +19,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..weights.checkpoint import Snapshot, open_component, snapshot_folder
+from ..weights.snapshot import Snapshot, open_component, snapshot_folder
+from ..weights.specs import SPECS
 
 __all__ = ["KNOWN", "DownloadError", "Progress", "Repository", "fetch", "find", "is_complete", "missing"]
 
@@ -31,12 +33,6 @@ __all__ = ["KNOWN", "DownloadError", "Progress", "Repository", "fetch", "find", 
 KNOWN = {
     "Tongyi-MAI/Z-Image-Turbo": {"transformer": 24.6e9, "text_encoder": 8.0e9, "vae": 0.2e9},
     "Tongyi-MAI/Z-Image": {"transformer": 24.6e9, "text_encoder": 8.0e9, "vae": 0.2e9},
-}
-# component -> what of a snapshot its loader reads
-NEEDED = {
-    "transformer": ("model_index.json", "transformer/*", "scheduler/*", "vae/config.json"),
-    "text_encoder": ("model_index.json", "text_encoder/*", "tokenizer/*"),
-    "vae": ("model_index.json", "vae/*"),
 }
 SUFFIXES = (".json", ".safetensors", ".txt", ".jinja")  # pickles and pictures are left where they are
 STAGING = ".download"
@@ -154,7 +150,7 @@ def fetch(repository: Repository, folder: Path, components: Sequence[str], callb
     """
     staging = folder / STAGING
     listing = _listing(repository)
-    wanted = [file for file in listing["files"] if any(_matches(file["path"], kind) for kind in components)]
+    wanted = [file for file in listing["files"] if any(_is_read(file["path"], kind) for kind in components)]
     for kind in components:
         if not any(file["path"].startswith(f"{kind}/") and file["path"].endswith(".safetensors") for file in wanted):
             raise DownloadError(
@@ -169,8 +165,10 @@ def fetch(repository: Repository, folder: Path, components: Sequence[str], callb
         _transfer(repository, listing["commit"], folder, staging, absent, done, meter)
 
 
-def _matches(path: str, kind: str) -> bool:
-    return path.endswith(SUFFIXES) and any(PurePosixPath(path).match(pattern) for pattern in NEEDED[kind])
+def _is_read(path: str, kind: str) -> bool:
+    folder, _, name = path.rpartition("/")
+    reads = {"": "model_index.json", **SPECS[kind].reads}
+    return path.endswith(SUFFIXES) and folder in reads and fnmatchcase(name, reads[folder])
 
 
 def _has_size(path: Path, size: int) -> bool:
@@ -322,6 +320,11 @@ def _raise(repository: Repository, line: dict[str, Any]) -> None:
         why = (
             f"{line['message']} arrived damaged (its hash is not the one that the hub lists); it was deleted, try again"
         )
+    elif "TooOld" in kinds:
+        why = (
+            f"downloads need huggingface_hub 1.0 or newer, here is {line['message']}; update it (together with "
+            "transformers, of which 5.0 is the first that goes with it), or download by hand with hf download"
+        )
     elif "GatedRepoError" in kinds or status == 403:
         why = f"access is restricted; accept its terms at {endpoint}/{repository.name} and set HF_TOKEN"
     elif status == 401 or ("RepositoryNotFoundError" in kinds and status != 404):
@@ -334,7 +337,7 @@ def _raise(repository: Repository, line: dict[str, Any]) -> None:
         why = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids downloads; unset it"
     elif status is not None:
         why = f"{endpoint} answered with error {status}; what arrived is kept, try again later"
-    elif any("Timeout" in kind for kind in kinds) or "timed out" in said:
+    elif any("Timeout" in kind for kind in kinds):
         why = f"{endpoint} did not answer in time{said}; what arrived is kept, try again"
     elif any(
         kind in kinds for kind in ("ConnectError", "ConnectionError", "TransportError", "LocalEntryNotFoundError")

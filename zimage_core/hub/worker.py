@@ -18,6 +18,7 @@ from typing import Any
 def main(task: dict[str, Any]) -> None:
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     try:
+        _check_version()
         (_list if task["do"] == "list" else _get)(task)
     except Exception as error:
         response = getattr(error, "response", None)
@@ -26,6 +27,17 @@ def main(task: dict[str, Any]) -> None:
             message=str(error).strip(),
             status=getattr(response, "status_code", None),
         )
+
+
+class TooOld(Exception):
+    """This huggingface_hub does not go on by itself where a connection breaks."""
+
+
+def _check_version() -> None:
+    from huggingface_hub import __version__
+
+    if int(__version__.split(".")[0]) < 1:
+        raise TooOld(__version__)
 
 
 def _list(task: dict[str, Any]) -> None:
@@ -85,11 +97,8 @@ def _fetch(task: dict[str, Any], file: dict[str, Any]) -> None:
             begin = part.tell()
             try:
                 return http_get(place, part, resume_size=begin, headers=headers, expected_size=file["size"])
-            except Exception as error:
-                refused = isinstance(error, HfHubHTTPError)
-                # before 1.0 (with `requests`) huggingface_hub does not go on by itself where a connection breaks
-                broken = any(kind.__name__ == "RequestException" for kind in type(error).__mro__) and not refused
-                if not (broken or (refused and elsewhere)) or part.tell() == begin:
+            except HfHubHTTPError:
+                if not elsewhere or part.tell() == begin:
                     raise  # else the address has expired on the way, and there is a new one
 
 

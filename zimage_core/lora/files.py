@@ -282,10 +282,8 @@ def _refusal(path: Path, files: TensorFiles) -> str:
         if any(re.search(pattern, name) for name in names):
             return f"{path}: this is a LoRA for {what}{said}, not for Z-Image; choose one made for Z-Image"
     if all(_split(key)[1] is None for key in files.entries):
-        held = [
-            identify.NODES[kind] for kind in identify.COMPONENTS if identify.prefix(kind, files.entries) is not None
-        ]
-        return f"{path}: this is {held[0] if held else 'something else'}, not a LoRA; choose a LoRA made for Z-Image"
+        what = identify.held(files.entries) or "something else"
+        return f"{path}: this is {what}, not a LoRA; choose a LoRA made for Z-Image"
     examples = ", ".join(sorted(files.entries)[:3])
     return f"{path}: no key of this LoRA{said} belongs to this model (they begin with {examples}); is it for Z-Image?"
 

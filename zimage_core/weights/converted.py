@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..prompts.cache import stamps
-from .checkpoint import Component
+from .component import Component
 from .tensor_files import DTYPES, TensorFiles, read_header
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -71,6 +71,7 @@ class KeyMap:
         return any(_match(pattern, target) is not None for pattern in self.unflatten)
 
 
+SIGLIP = "siglip_*"  # Omni's part for reference pictures, which nothing here runs
 # transformer/ in the diffusers (and official) layout: 521 tensors become 453
 TRANSFORMER = KeyMap(
     rename={
@@ -87,13 +88,16 @@ TRANSFORMER = KeyMap(
             "*.attention.to_v.weight",
         ),
     },
-    drop=("norm_final.weight",),  # left over from Lumina 2, used by nothing
+    drop=("norm_final.weight", SIGLIP),  # the norm is left over from Lumina 2, used by nothing
 )
 
 
-def text_encoder(layers: int) -> KeyMap:
-    """text_encoder/ of a Qwen3 with this many layers; the last one, the final norm and the head are not used."""
-    unused = (f"layers.{layers - 1}.*", "norm.weight")
+def text_encoder(layers: int | None) -> KeyMap:
+    """text_encoder/ of a Qwen3 with this many layers; the last one (None: no layer), the final norm and the head are
+    not used.
+    """
+    last = "none" if layers is None else layers - 1
+    unused = (f"layers.{last}.*", "norm.weight")
     return KeyMap(
         rename={
             "model.*": "model.*",
@@ -105,7 +109,7 @@ def text_encoder(layers: int) -> KeyMap:
         drop=(
             *unused,
             *(f"model.{pattern}" for pattern in unused),
-            *(f"blk.{layers - 1}.*", "output_norm.weight", "output.weight"),
+            *(f"blk.{last}.*", "output_norm.weight", "output.weight"),
             "lm_head.weight",
         ),
     )
