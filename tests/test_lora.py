@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zimage_core.errors import CheckpointError
+from zimage_core.lora import apply, formulas
 from zimage_core.lora import files as lora
-from zimage_core.lora import formulas
 from zimage_core.weights.snapshot import Snapshot
 
 from .helpers import NANO
@@ -51,9 +51,9 @@ def saved(tmp_path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] |
 def changes(model, component: str, *loras) -> dict[str, Tensor]:
     """Parameter -> what the LoRAs add; the model is left as it was, bit for bit."""
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    kept = lora.add(model, component, loras)
+    kept = apply.add(model, component, loras)
     found = {name: parameter - before[name] for name, parameter in model.named_parameters() if name in kept}
-    lora.remove(model, kept)
+    apply.remove(model, kept)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     return found
 
@@ -329,7 +329,7 @@ def test_a_large_weight_is_changed_in_its_place(family, dtype):
         changes = [(lora.Target("transformer", "w", None, 1), adapter, strength) for strength in (0.5, 1.0)]
         weight = torch.empty(out, width, device="cuda", dtype=dtype)
         with Traffic() as seen:
-            assert lora.apply(weight, changes) is weight
+            assert apply.apply(weight, changes) is weight
     assert seen.peak <= out * width * 4 and seen.copies == seen.waits == []
 
 
@@ -345,9 +345,9 @@ def test_pieces_are_the_whole(tmp_path, transformer, shapes, monkeypatch, famili
         tensors = {f"diffusion_model.{BLOCK}.{module}.{name}": value for name, value in dense(family)[0].items()}
         files.append((lora.open_lora(saved(tmp_path / str(number), tensors), shapes), 0.5))
     name = f"{BLOCK}.{'out' if part is None else 'qkv'}.weight"
-    monkeypatch.setattr(lora, "PIECE", 10**9)
+    monkeypatch.setattr(apply, "PIECE", 10**9)
     whole = changes(transformer, "transformer", *files)[name]
-    monkeypatch.setattr(lora, "PIECE", 7 * WIDTH)
+    monkeypatch.setattr(apply, "PIECE", 7 * WIDTH)
     pieces = changes(transformer, "transformer", *files)[name]
     assert whole.count_nonzero() and close(pieces, whole.double())
     weight = dict(transformer.named_parameters())[name].detach().clone()
@@ -355,7 +355,7 @@ def test_pieces_are_the_whole(tmp_path, transformer, shapes, monkeypatch, famili
         (target, adapter, strength) for file, strength in files for target, adapter in file.of("transformer").items()
     ]
     before = weight.clone()
-    assert close(lora.apply(weight, together) - before, whole.double())
+    assert close(apply.apply(weight, together) - before, whole.double())
 
 
 def test_bias_changes(tmp_path, transformer, shapes):
@@ -396,13 +396,13 @@ def test_bfloat16_weights_come_back_bit_for_bit(tmp_path, shapes):
 def test_overlap_tells_alike_from_apart(tmp_path, transformer, shapes):
     a, b, c = one(tmp_path, shapes, 1), one(tmp_path, shapes, 2), one(tmp_path, shapes, 1, "to_k")
     weights = dict(transformer.named_parameters())
-    cosine, norm_a, norm_again = lora.overlap(a, a, weights)
+    cosine, norm_a, norm_again = apply.overlap(a, a, weights)
     assert cosine == pytest.approx(1) and norm_a == pytest.approx(norm_again)
     weight = weights[f"{BLOCK}.qkv.weight"][:WIDTH]
     change = random(WIDTH, 2, seed=1) @ random(2, WIDTH, seed=1)
     assert norm_a == pytest.approx(float(change.norm() / weight.norm()), rel=1e-5)
-    assert abs(lora.overlap(a, b, weights)[0]) < 0.2
-    assert lora.overlap(a, c, weights)[0] == pytest.approx(0, abs=1e-6)
+    assert abs(apply.overlap(a, b, weights)[0]) < 0.2
+    assert apply.overlap(a, c, weights)[0] == pytest.approx(0, abs=1e-6)
 
 
 def test_overlap_of_low_rank_changes_is_that_of_the_whole_matrices(tmp_path, transformer, shapes):
@@ -417,7 +417,7 @@ def test_overlap_of_low_rank_changes_is_that_of_the_whole_matrices(tmp_path, tra
         (tmp_path / str(seed)).mkdir()
         files.append(lora.open_lora(saved(tmp_path / str(seed), tensors), shapes))
     a, b = (changes(transformer, "transformer", (file, 1.0))[f"{BLOCK}.qkv.weight"] for file in files)
-    cosine, norm_a, norm_b = lora.overlap(*files, weights)
+    cosine, norm_a, norm_b = apply.overlap(*files, weights)
     weight = weights[f"{BLOCK}.qkv.weight"]
     assert cosine == pytest.approx(float((a * b).sum() / a.norm() / b.norm()), rel=1e-4)
     assert norm_a == pytest.approx(float(a.norm() / weight[:WIDTH].norm()), rel=1e-4)
@@ -429,7 +429,7 @@ def test_overlap_of_low_rank_changes_is_that_of_the_whole_matrices(tmp_path, tra
             for target, adapter in files[1].adapters.items()
         },
     )
-    assert lora.overlap(files[0], dense, weights) == pytest.approx((cosine, norm_a, norm_b), rel=1e-4)
+    assert apply.overlap(files[0], dense, weights) == pytest.approx((cosine, norm_a, norm_b), rel=1e-4)
 
 
 # What is refused

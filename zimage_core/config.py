@@ -28,7 +28,6 @@ class TransformerConfig:
     axes_dims: tuple[int, int, int]  # (32, 48, 48): share of a head for (sequence, row, column)
     in_channels: int  # 16 latent channels
     patch_size: int  # 2: a token is 2x2 latent cells, 16x16 pixels
-    siglip_feat_dim: int | None = None  # of Omni's part for reference pictures, which no file's config asks for
 
     @property
     def head_dim(self) -> int:

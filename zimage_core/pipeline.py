@@ -16,6 +16,7 @@ from .config import SchedulerConfig
 from .diagnostics import finite
 from .diagnostics.finite import NotFinite, named
 from .errors import CheckpointError
+from .lora import apply as lora_apply
 from .lora import files as lora_files
 from .model import vae_bands
 from .model.text_encoder import TextEncoder
@@ -124,7 +125,7 @@ class ZImagePipeline:
             assert self._unread is not None
             with torch.inference_mode(False):  # else it could never be trained, as what is made in that mode can't
                 encoder = self._unread.build()
-                self._plain["text_encoder"] = lora_files.add(encoder, "text_encoder", self._loras)
+                self._plain["text_encoder"] = lora_apply.add(encoder, "text_encoder", self._loras)
             self._text_encoder = encoder
         return self._text_encoder
 
@@ -146,8 +147,8 @@ class ZImagePipeline:
         before = stamps(path for path, _ in files)
         opened = [(lora_files.open_lora(path, shapes), strength) for path, strength in files]
         for kind, model in self._networks().items():
-            lora_files.remove(model, self._plain.pop(kind, {}))
-            self._plain[kind] = lora_files.add(model, kind, opened)
+            lora_apply.remove(model, self._plain.pop(kind, {}))
+            self._plain[kind] = lora_apply.add(model, kind, opened)
         self._loras = opened
         self._encoder_loras = [
             (stamp, strength)

@@ -14,11 +14,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import comfy.ldm.modules.attention as host_attention
 import comfy.model_management as mm
@@ -29,7 +28,7 @@ from comfy.cli_args import args as flags
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ...zimage_core.model.patchify import padded
+from .sizes import Size, example_of, key_of, sizes_of, words_of
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +156,7 @@ class Choice:
     def _settled(self, guider: Any, noise: Tensor, steps: int) -> _Run:
         installed = _backends()
         tried = {name: installed[name] for name in self.tried if installed[name] is not self.backend}
-        sizes = _sizes(guider, noise, joint=self.name == AUTO) if tried else []
+        sizes = sizes_of(guider, noise, joint=self.name == AUTO) if tried else []
         name = None
         if sizes and self.name == AUTO:
             calls = steps * len(guider.inner_model.diffusion_model.layers) * len(sizes)
@@ -170,7 +169,7 @@ class Choice:
                 name = None
         if name is None:
             return _Run(self.plain, None, self.backend)
-        return _Run(name, tried[name], self.backend, frozenset(map(_key, sizes)))
+        return _Run(name, tried[name], self.backend, frozenset(map(key_of, sizes)))
 
     def _fastest(self, tried: dict[str, Backend], sizes: list[Size], calls: int) -> str | None:
         """The backend that is so much faster than plain attention that it is worth a change."""
@@ -188,7 +187,7 @@ class Choice:
         best = min(times, key=lambda name: times[name], default=None)
         if best is None or times[best] > (1 - WORTH_SHARE) * plain:
             best = None
-        logger.info("attention for %s: %s, of %s", _words(largest), best or self.plain, {self.plain: plain, **times})
+        logger.info("attention for %s: %s, of %s", words_of(largest), best or self.plain, {self.plain: plain, **times})
         return best
 
 
@@ -286,68 +285,8 @@ _TORCH_BACKENDS = {name: partial(_torch_kernel, kernel) for name, kernel in TORC
 # Trials
 
 
-class Size(NamedTuple):
-    """Of the tensors of a trial."""
-
-    batch: int
-    heads: int
-    queries: int
-    keys: int
-    head_dim: int
-    dtype: torch.dtype
-    device: torch.device
-
-
 _refusals: dict[tuple[Backend, Size], str | None] = {}  # found so far
 _times: dict[tuple[Backend, Size], float] = {}
-
-
-def _sizes(guider: Any, noise: Tensor, joint: bool = False) -> list[Size]:
-    """Of all attention that a run will ask for; joint: of its main blocks' alone."""
-    model = guider.inner_model
-    config = getattr(model.diffusion_model, "config", model.diffusion_model)  # the host's own has it on itself
-    prompts: Counter[tuple[int, int]] = Counter()  # (image tokens, caption tokens)
-    for cond in (cond for conds in guider.conds.values() for cond in conds):
-        if "c_crossattn" not in cond["model_conds"]:
-            continue
-        area = list(noise.shape[-2:])
-        if "area" in cond:
-            sides = len(cond["area"]) // 2
-            given = zip(cond["area"][:sides][-2:], cond["area"][-2:], area, strict=True)
-            area = [min(length, total - offset) for length, offset, total in given]
-        image = math.prod(-(-length // 2) for length in area)
-        prompts[image, cond["model_conds"]["c_crossattn"].cond.shape[1]] += 1
-    found: Counter[tuple[int, int]] = Counter()
-    for (image, caption), count in prompts.items():
-        everything = padded(image) + padded(caption)
-        lengths = {(everything, everything)}
-        if not joint:  # ... the last block's, and the refiners'
-            lengths |= {(image, everything), (padded(image), padded(image)), (padded(caption), padded(caption))}
-        found.update(dict.fromkeys(lengths, count * len(noise)))  # the host batches what has the same length
-    head_dim, dtype = config.dim // config.n_heads, model.get_dtype_inference()
-    return [
-        Size(batch, config.n_heads, queries, keys, head_dim, dtype, noise.device)
-        for (queries, keys), batch in found.items()
-    ]
-
-
-def _key(size: Size) -> Any:
-    return size.queries, size.keys, size.head_dim, size.dtype, size.device
-
-
-def _words(size: Size) -> str:
-    return f"{size.queries} queries to {size.keys} keys in {size.dtype}"
-
-
-def _example(size: Size) -> tuple[Tensor, Tensor, Tensor]:
-    """Random q, k, v laid out as the transformer's; from head to head attention gets less even, as in trained ones."""
-    source = size.device if mm.is_device_cuda(size.device) else torch.device("cpu")  # others may have no generator
-    shape = (size.batch, size.keys, 3, size.heads, size.head_dim)
-    generator = torch.Generator(source).manual_seed(0)
-    qkv = torch.randn(shape, generator=generator, device=source, dtype=torch.float32).to(size.device, size.dtype)
-    q, k, v = qkv.unbind(2)
-    q = q[:, : size.queries] * torch.linspace(1, 4, size.heads, device=size.device, dtype=size.dtype)[:, None]
-    return q.transpose(1, 2), k.contiguous().transpose(1, 2), v.transpose(1, 2)
 
 
 def _exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -369,16 +308,16 @@ def _refusal(name: str, backend: Backend, sizes: list[Size]) -> str | None:
                 raise
             except Exception as error:
                 if _is_oom(error):  # perhaps not the next time
-                    return f"{_words(size)}: there is not enough memory for it"
+                    return f"{words_of(size)}: there is not enough memory for it"
                 _refusals[backend, size] = f"it failed with {type(error).__name__}: {error}"
         refusal = _refusals[backend, size]
         if refusal is not None:
-            return f"{_words(size)}: {refusal}"
+            return f"{words_of(size)}: {refusal}"
     return None
 
 
 def _error(name: str, backend: Backend, size: Size) -> str | None:
-    q, k, v = _example(size)
+    q, k, v = example_of(size)
     result = backend(q, k, v, size.heads, skip_reshape=True)
     rows = torch.linspace(0, size.queries - 1, ROWS, device=q.device).long()
     exact = _exact(q.index_select(2, rows), k, v)
@@ -396,7 +335,7 @@ def _seconds(backend: Backend, size: Size) -> float | None:
     """Of a call; None where memory doesn't suffice."""
     if (backend, size) not in _times:
         try:
-            q, k, v = _example(size)
+            q, k, v = example_of(size)
             backend(q, k, v, size.heads, skip_reshape=True)  # the first one also builds plans and loads kernels
             mm.synchronize()
             started = time.perf_counter()

@@ -12,6 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
+from ...zimage_core.lora import apply as lora_apply
 from ...zimage_core.lora import files as lora_files
 from ...zimage_core.lora import formulas
 from . import files, folders
@@ -56,11 +57,11 @@ class HostAdapter(comfy.weight_adapter.WeightAdapterBase):
         intermediate_dtype=torch.float32,
         original_weight=None,
     ):
-        changes: list[lora_files.Change] = []
+        changes: list[lora_apply.Change] = []
         for family, names, tensors, alpha, own_strength, part, parts in self.near.get(weight.device, self.weights):
             adapter = formulas.Adapter(family, dict(zip(names, tensors, strict=True)), alpha)
             changes.append((lora_files.Target("", key, part, parts), adapter, strength * own_strength))
-        return lora_files.apply(weight, changes)
+        return lora_apply.apply(weight, changes)
 
     def size(self) -> int:
         return sum(tensor.nbytes for entry in self.weights for tensor in entry[2])
@@ -171,6 +172,6 @@ def _waiting(opened: lora_files.Lora) -> str:
 
 
 def _overlap(opened: lora_files.Lora, other: lora_files.Lora, weights: dict[str, Tensor]) -> str:
-    cosine, ours, theirs = lora_files.overlap(opened, other, weights)
+    cosine, ours, theirs = lora_apply.overlap(opened, other, weights)
     norms = f"norm relative to the weights {ours:.2%} here, {theirs:.2%} there"
     return f"with {other.path.name}: cosine {cosine:+.2f}, {norms}"

@@ -285,7 +285,7 @@ def test_auto_survives_without_memory_for_a_trial(pack, sample, registered, monk
     monkeypatch.setattr(pack.bridge.attention, "_tried", lambda _device: ("flash",))
     monkeypatch.setattr(pack.bridge.attention, "WORTH_SECONDS", 0.0)
     if gone == "before":
-        monkeypatch.setattr(pack.bridge.attention, "_example", fail)
+        monkeypatch.setattr(pack.bridge.attention, "example_of", fail)
         monkeypatch.setattr(pack.bridge.attention, "_times", {})
     assert torch.equal(sample("auto"), expected)
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from zimage_core.lora import apply
 from zimage_core.lora import files as core_lora
 from zimage_core.weights.snapshot import Snapshot, open_component
 
@@ -105,7 +106,7 @@ def reference(pack, path: Path, lora_file: Path | None = None, strength: float =
         plain = Snapshot(NANO).transformer(dtype=torch.float32)
         plain.load_state_dict(weights)
         opened = core_lora.open_lora(lora_file, core_lora.shapes_of(transformer=plain))
-        core_lora.add(plain, "transformer", [(opened, strength)])
+        apply.add(plain, "transformer", [(opened, strength)])
         weights = plain.state_dict()
     patcher.model.diffusion_model.load_state_dict(weights)
     return patcher

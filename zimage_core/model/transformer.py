@@ -112,13 +112,6 @@ class ZImageTransformer(nn.Module):
         self.final_layer = FinalLayer(config, **make)
         self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim, **place))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim, **place))
-        if config.siglip_feat_dim is not None:  # for reference images; a image from text alone does without
-            self.siglip_embedder = nn.Sequential(
-                ops.RMSNorm(config.siglip_feat_dim, eps=config.norm_eps, **place),
-                ops.Linear(config.siglip_feat_dim, config.dim, **place),
-            )
-            self.siglip_refiner = nn.ModuleList(Block(config, modulated=False, **make) for _ in refiners)
-            self.siglip_pad_token = nn.Parameter(torch.zeros(1, config.dim, **place))
 
     def forward(
         self,
