@@ -12,6 +12,8 @@ from typing import Any
 
 from .errors import CheckpointError
 
+MOST = 2**24  # of any size: products of three of them are still numbers of bytes
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -211,8 +213,9 @@ def _expect(raw: Mapping[str, Any], source: str, key: str, allowed: tuple[Any, .
 def _number(raw: Mapping[str, Any], source: str, key: str, kind: type = int) -> Any:
     value = _value(raw, source, key)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or kind(value) != value or (kind is int and value <= 0):
-        wanted = "a positive whole number" if kind is int else "a number"
+    fits = is_number and (0 < value < MOST if kind is int else True)
+    if not fits or kind(value) != value:
+        wanted = f"a positive whole number below {MOST}" if kind is int else "a number"
         raise CheckpointError(f"{source}: {key} is {value!r}, expected {wanted}")
     return kind(value)
 
