@@ -28,7 +28,7 @@ class Size(NamedTuple):
 def sizes_of(guider: Any, noise: Tensor, joint: bool = False) -> list[Size]:
     """Of all attention that a run will ask for; joint: of its main blocks' alone."""
     model = guider.inner_model
-    config = getattr(model.diffusion_model, "config", model.diffusion_model)  # the host's own has it on itself
+    config = getattr(model.diffusion_model, "config", model.diffusion_model)  # ComfyUI's own has it on itself
     prompts: Counter[tuple[int, int]] = Counter()  # (image tokens, caption tokens)
     for cond in (cond for conds in guider.conds.values() for cond in conds):
         if "c_crossattn" not in cond["model_conds"]:
@@ -46,7 +46,7 @@ def sizes_of(guider: Any, noise: Tensor, joint: bool = False) -> list[Size]:
         lengths = {(everything, everything)}
         if not joint:  # ... the last block's, and the refiners'
             lengths |= {(image, everything), (padded(image), padded(image)), (padded(caption), padded(caption))}
-        found.update(dict.fromkeys(lengths, count * len(noise)))  # the host batches what has the same length
+        found.update(dict.fromkeys(lengths, count * len(noise)))  # ComfyUI batches what has the same length
     head_dim, dtype = config.dim // config.n_heads, model.get_dtype_inference()
     return [
         Size(batch, config.n_heads, queries, keys, head_dim, dtype, noise.device)

@@ -76,7 +76,7 @@ def test_bfloat16_is_no_further_from_float32_than_diffusers(make_transformer, tm
 
 
 def test_the_siglip_part_of_omni_is_left_out(make_transformer, tmp_path, caplog):
-    """From a snapshot and a single file, said once for each; text alone gives the same picture."""
+    """From a snapshot and a single file, said once for each; text alone gives the same image."""
     caplog.set_level(logging.INFO)
     reference = make_transformer("wide", 0, siglip_feat_dim=40)
     reference.save_pretrained(tmp_path / "transformer")
@@ -90,7 +90,7 @@ def test_the_siglip_part_of_omni_is_left_out(make_transformer, tmp_path, caplog)
         assert not [name for name in model.state_dict() if "siglip" in name]
         found, expected = _both(reference, model, "neither, portrait", torch.float32)
         assert relative(found, expected) <= 1e-5
-    said = [record.getMessage() for record in caplog.records if "reference pictures" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "reference images" in record.getMessage()]
     assert len(said) == 2 and all(f"(siglip_*, {count} tensors)" in line for line in said)
 
 

@@ -34,7 +34,7 @@ KNOWN = {
     "Tongyi-MAI/Z-Image-Turbo": {"transformer": 24.6e9, "text_encoder": 8.0e9, "vae": 0.2e9},
     "Tongyi-MAI/Z-Image": {"transformer": 24.6e9, "text_encoder": 8.0e9, "vae": 0.2e9},
 }
-SUFFIXES = (".json", ".safetensors", ".txt", ".jinja")  # pickles and pictures are left where they are
+SUFFIXES = (".json", ".safetensors", ".txt", ".jinja")  # pickles and images are left where they are
 STAGING = ".download"
 SPARE = 100_000_000  # bytes that must stay free
 POLL = 0.1  # seconds between two looks at how much has arrived; cancelling takes no longer

@@ -25,7 +25,7 @@ def add(model: nn.Module, component: str, loras: Sequence[tuple[Lora, float]]) -
     """Adds LoRAs with their strengths to a model's weights; returns the weights as they were, for `remove`.
 
     Each change is computed from the original weight in float32, so the order of the LoRAs does not matter. Weights
-    that stay quantised are changed whenever they are expanded.
+    that stay quantized are changed whenever they are expanded.
     """
     parameters = dict(model.named_parameters())
     layers = packed.layers(model)

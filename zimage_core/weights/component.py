@@ -79,10 +79,10 @@ class Component:
         return cls(kind, config, files, keys, prefix or "", config_source=f"{kind}/config.json")
 
     def build(self, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> Any:
-        """The network, ready to run. `dtype` None keeps each tensor's own; what is quantised then becomes bfloat16.
+        """The network, ready to run. `dtype` None keeps each tensor's own; what is quantized then becomes bfloat16.
 
         Checks every key and shape from the headers, then assigns the file-mapped tensors. Only tensors that are cast,
-        moved, fused or quantised are copied, one at a time. Layers of a GGUF file stay as they are (`packed`).
+        moved, fused or quantized are copied, one at a time. Layers of a GGUF file stay as they are (`packed`).
         """
         shapes = self.shapes
         model = self.spec.network(self.config, device="meta", dtype=dtype)
@@ -90,7 +90,7 @@ class Component:
             parts = self.packed(name)
             if parts and all(part.is_gguf for part in parts):
                 self._check_shape(name, (sum(part.shape[0] for part in parts), *parts[0].shape[1:]), shape)
-                if packed.replace(model, name, parts, dtype or quantized.DEQUANTISED):
+                if packed.replace(model, name, parts, dtype or quantized.DEQUANTIZED):
                     continue
             path, _, last = name.rpartition(".")
             tensor = self.tensor(name, shape, device=device, dtype=dtype)
@@ -112,7 +112,7 @@ class Component:
         return wanted
 
     def dtype(self) -> torch.dtype:
-        """That of most of its values, from the headers alone; what is quantised counts as what it becomes."""
+        """That of most of its values, from the headers alone; what is quantized counts as what it becomes."""
         return self.weights.dtype()
 
     def sums_fit_half(self) -> bool:
@@ -131,7 +131,7 @@ class Component:
         return dtype in (None, DTYPES.get(self.files.entries[keys[0]].dtype))
 
     def packed(self, name: str) -> list[quantized.Packed]:
-        """A parameter as its file has it, if it is quantised: the parts that are stacked by rows, mostly one."""
+        """A parameter as its file has it, if it is quantized: the parts that are stacked by rows, mostly one."""
         parts = [self.weights.packed(self._keys[key]) for key in self._sources[name]]
         return [part for part in parts if part is not None] if all(parts) else []
 
@@ -194,7 +194,7 @@ class Component:
         if count and self.kind == "transformer" and self.source not in _told:
             _told.add(self.source)
             logger.info(
-                "%s has a part for reference pictures (%s, %d tensors), which nothing here runs; it is left out.",
+                "%s has a part for reference images (%s, %d tensors), which nothing here runs; it is left out.",
                 self.source,
                 SIGLIP,
                 count,
@@ -204,7 +204,7 @@ class Component:
         return self.files.entries[key].path
 
 
-_told: set[str] = set()  # sources whose part for reference pictures was spoken of
+_told: set[str] = set()  # sources whose part for reference images was spoken of
 
 
 def _place(files: TensorFiles) -> Path:
