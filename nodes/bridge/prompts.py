@@ -1,6 +1,6 @@
-"""The prompt cache in the host: where it lies, what a conditioning depends on, and in which precision it is kept.
+"""The prompt cache in ComfyUI: where it lies, what a conditioning depends on, and in which precision it is kept.
 
-For our own text encoder only: what a node makes of another one, the host keeps while the node's inputs stay the same.
+For our own text encoder only: what a node makes of another one, ComfyUI keeps while the node's inputs stay the same.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PARAMETERS = 6_154_908_736  # of the published transformer
 
 
 def cache() -> PromptCache:
-    """The one of this server, in the host's user directory; other servers may use the same."""
+    """The one of this server, in ComfyUI's user directory; other servers may use the same."""
     folder = Path(folder_paths.get_user_directory()) / "zimage" / "prompts"
     return _cache(folder, os.environ.get(VARIABLE, ""))
 
@@ -48,10 +48,10 @@ def _cache(folder: Path, setting: str) -> PromptCache:
 
 
 def kept_dtype() -> torch.dtype:
-    """The precision of features that are kept: that in which the host computes Z-Image on this device.
+    """The precision of features that are kept: that in which ComfyUI computes Z-Image on this device.
 
     A transformer begins by casting features to what it computes in, so rounding them to that before changes nothing.
-    Where that is float16 for our model, the host's own may compute in float32, for which they are kept.
+    Where that is float16 for our model, ComfyUI's own may compute in float32, for which they are kept.
     """
     device, supported = mm.get_torch_device(), comfy.supported_models.ZImage.supported_inference_dtypes
     storage = mm.unet_dtype(
@@ -106,7 +106,7 @@ def _is_altered(patcher: ModelPatcher) -> bool:
         return True
     tables = [kind for table in (patcher.callbacks, patcher.wrappers) for kind in table.values()]
     called = [name for kind in tables for name, calls in kind.items() if calls and name != lora.ATTACHMENT]
-    # the host sets this one itself for every text encoder, to what they compute in anyway
+    # ComfyUI sets this one itself for every text encoder, to what they compute in anyway
     objects = [patch for patch in patcher.object_patches.items() if patch != ("manual_cast_dtype", torch.float32)]
     attached = (patcher.injections, patcher.additional_models, patcher.attachments, patcher.weight_wrapper_patches)
     return any((patcher.hook_patches, called, objects, *attached, *patcher.model_options.values()))
