@@ -27,9 +27,9 @@ class ZImageTextEncode(io.ComfyNode):
                     default=True,
                     optional=True,
                     tooltip=(
-                        "Keep encoded prompts, also for later sessions: for a known one the text encoder is not even "
-                        "loaded. They are kept in the precision that the transformer computes in by default on this "
-                        "device. Off: encode anew, in float32."
+                        "Keep prompts that our text encoder has encoded, also for later sessions: for a known one it "
+                        "is not even loaded. They are kept in the precision that the transformer computes in by "
+                        "default on this device. Off: encode anew, in float32."
                     ),
                 ),
             ],

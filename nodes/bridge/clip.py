@@ -17,7 +17,6 @@ import comfy.sd
 import comfy.supported_models_base
 import comfy.text_encoders
 import torch
-from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from ...zimage_core.diagnostics.finite import not_finite
@@ -66,7 +65,6 @@ class HostTextModel(nn.Module):
     @property
     def encoder(self) -> TextEncoder:
         """With the values of all its weights."""
-        self.fill()
         return getattr(self, NAME).transformer
 
     def fill(self) -> None:
@@ -77,18 +75,33 @@ class HostTextModel(nn.Module):
                 self._read = None
                 mm.archive_model_dtypes(self)
 
+    # The ways on which ComfyUI's patchers, of whichever kind, come to the weights to load, patch and move them
+
+    def __getattr__(self, name: str) -> Any:
+        if name == NAME:
+            self.fill()
+        return super().__getattr__(name)
+
+    def named_modules(self, *arguments: Any, **settings: Any) -> Iterator[tuple[str, nn.Module]]:
+        self._fill_unless_names_suffice()
+        return super().named_modules(*arguments, **settings)
+
+    def state_dict(self, *arguments: Any, **settings: Any) -> dict[str, Any]:  # type: ignore[override]
+        self._fill_unless_names_suffice()
+        return super().state_dict(*arguments, **settings)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         self.fill()  # only values can be moved
         return super()._apply(fn, recurse)
 
-    def state_dict(self, *arguments: Any, **settings: Any) -> dict[str, Any]:  # type: ignore[override]
-        if not self._names_suffice:
-            self.fill()
-        return super().state_dict(*arguments, **settings)
+    def _fill_unless_names_suffice(self) -> None:
+        with _reading:  # other threads wait until names no longer suffice
+            if not self._names_suffice:
+                self.fill()
 
     @contextmanager
     def names_suffice(self) -> Iterator[None]:
-        """Within it, a state dict is asked for names, shapes and dtypes only."""
+        """Within it, modules and state dict are asked for names, shapes and dtypes only."""
         with _reading:
             self._names_suffice = True
             try:
@@ -188,19 +201,19 @@ def load_clip(
     read = functools.partial(_read_weights, encoder, component, dtype, left, files) if left else None
     model = HostTextModel(encoder.eval(), dtype, identity, read)
 
-    clip = comfy.sd.CLIP(
-        comfy.supported_models_base.ClipTarget(lambda **_: tokenizer, lambda **_: model),
-        parameters=sum(math.prod(shape) for shape in component.shapes.values()),
-        # no device to compute on: where that is the CPU, ComfyUI would load the encoder at once
-        model_options={"dtype": dtype, "initial_device": torch.device("meta")},
-        disable_dynamic=disable_dynamic,
-    )
+    with model.names_suffice():
+        clip = comfy.sd.CLIP(
+            comfy.supported_models_base.ClipTarget(lambda **_: tokenizer, lambda **_: model),
+            parameters=sum(math.prod(shape) for shape in component.shapes.values()),
+            # no device to compute on: where that is the CPU, ComfyUI would load the encoder at once
+            model_options={"dtype": dtype, "initial_device": torch.device("meta")},
+            disable_dynamic=disable_dynamic,
+        )
+        clip.patcher.model_size()  # which ComfyUI keeps, with the clones of this patcher as well
     if packed:
         quantized_patcher.keep_packed(clip.patcher)
     if disable_dynamic:  # this one is taken apart, its model put into a patcher of ComfyUI's own kind
         model.fill()
-    elif left:
-        clip.patcher.__class__ = _filling(type(clip.patcher))  # type: ignore[arg-type]
     clip.patcher.cached_patcher_init = (load_clip_patcher, (str(path), weight_dtype, cache_converted))
     return clip
 
@@ -244,39 +257,15 @@ def _load(layer: nn.Module, path: str, tensors: dict[str, torch.Tensor]) -> None
     layer.load_state_dict(own, strict=True, assign=True)
 
 
-@functools.cache
-def _filling(kind: type[ModelPatcher]) -> type[ModelPatcher]:
-    """A patcher of ComfyUI as it is for its device, that has the model filled before it touches weights."""
-
-    class Filling(kind):
-        def load(self, *arguments, **settings):
-            self.model.fill()
-            return super().load(*arguments, **settings)
-
-        def patch_weight_to_device(self, *arguments, **settings):
-            self.model.fill()
-            return super().patch_weight_to_device(*arguments, **settings)
-
-        def add_patches(self, *arguments, **settings):
-            with self.model.names_suffice():
-                return super().add_patches(*arguments, **settings)
-
-        def model_size(self):
-            with self.model.names_suffice():
-                return super().model_size()
-
-    return Filling
-
-
 def encode(clip: comfy.sd.CLIP, text: str, cached: bool = True) -> list[Any]:
     """CONDITIONING of a prompt, checked: a damaged weight is named.
 
-    cached: for a prompt that is known, the encoder is neither read nor loaded. Features are then kept, and given out,
-    in the precision that Z-Image computes in here (`prompts.kept_dtype`), the first time as well; without, they
+    cached: for a prompt that is known, our encoder is neither read nor loaded. Its features are then kept, and given
+    out, in the precision that Z-Image computes in here (`prompts.kept_dtype`), the first time as well; without, they
     are float32's.
     """
     tokens = clip.tokenize(text)
-    key = prompts.key(clip, tokens) if cached else None
+    key = prompts.key(clip, tokens) if cached and isinstance(clip.cond_stage_model, HostTextModel) else None
     known = None if key is None else prompts.cache().get(key)
     if known is not None:
         logger.debug("Prompt known, text encoder not used: %.60r", text)
@@ -285,7 +274,7 @@ def encode(clip: comfy.sd.CLIP, text: str, cached: bool = True) -> list[Any]:
     if any(isinstance(cond, torch.Tensor) and not cond.isfinite().all() for cond, _ in conditioning):
         # as ComfyUI computes every text encoder, so there is no safer way
         raise not_finite("the text encoder", "float32 with plain attention", text_encoder=clip.cond_stage_model)
-    if key is None or not _is_plain(conditioning):
+    if key is None:
         return conditioning
     features = conditioning[0][0].to(prompts.kept_dtype())
     if not features.isfinite().all():  # beyond the range of float16
@@ -299,20 +288,6 @@ def _conditioning(features: torch.Tensor) -> list[Any]:
     cond = features.float().to(mm.intermediate_device())
     mask = torch.ones(cond.shape[:2], dtype=torch.long, device=cond.device)
     return [[cond, {"pooled_output": None, "attention_mask": mask}]]
-
-
-def _is_plain(conditioning: list[Any]) -> bool:
-    """Whether its features tell all of it."""
-    if len(conditioning) != 1 or conditioning[0][0].dtype != torch.float32:
-        return False
-    ((cond, extra),) = conditioning
-    mask = extra.get("attention_mask")
-    return (
-        extra.keys() == {"pooled_output", "attention_mask"}
-        and extra["pooled_output"] is None
-        and mask.shape == cond.shape[:2]
-        and bool(mask.all())
-    )
 
 
 def _tokenizer(path: str | Path) -> Tokenizer:

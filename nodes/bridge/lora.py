@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+from contextlib import nullcontext
 from typing import Any
 
 import comfy.model_management as mm
@@ -63,6 +66,17 @@ class HostAdapter(comfy.weight_adapter.WeightAdapterBase):
             changes.append((lora_files.Target("", key, part, parts), adapter, strength * own_strength))
         return lora_apply.apply(weight, changes)
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of all that it adds to a weight."""
+        hashed = hashlib.sha256()
+        for family, names, tensors, *settings in self.weights:
+            forms = [(str(tensor.dtype), tuple(tensor.shape)) for tensor in tensors]
+            hashed.update(repr((family, names, forms, settings)).encode())
+            for tensor in tensors:
+                hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return hashed.hexdigest()
+
     def size(self) -> int:
         return sum(tensor.nbytes for entry in self.weights for tensor in entry[2])
 
@@ -114,6 +128,14 @@ def add_lora(
     model: ModelPatcher, clip: comfy.sd.CLIP | None, name: str, strength: float, strength_clip: float
 ) -> tuple[ModelPatcher, comfy.sd.CLIP | None, str]:
     """(MODEL, CLIP, report) with the file on top; the inputs stay as they are."""
+    # our encoder's weights may still be in the file, where they stay
+    with getattr(clip and clip.cond_stage_model, "names_suffice", nullcontext)():
+        return _add_lora(model, clip, name, strength, strength_clip)
+
+
+def _add_lora(
+    model: ModelPatcher, clip: comfy.sd.CLIP | None, name: str, strength: float, strength_clip: float
+) -> tuple[ModelPatcher, comfy.sd.CLIP | None, str]:
     patchers = {"transformer": model} if clip is None else {"transformer": model, "text_encoder": clip.patcher}
     weights = {kind: _weights(patcher, PREFIXES[kind]) for kind, patcher in patchers.items()}
     shapes = {kind: {key: tuple(weight.shape) for key, weight in of.items()} for kind, of in weights.items()}

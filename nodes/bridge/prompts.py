@@ -1,42 +1,31 @@
-"""The prompt cache in ComfyUI: where it lies, what a conditioning depends on, and in which precision it is kept."""
+"""The prompt cache in ComfyUI: where it lies, what a conditioning depends on, and in which precision it is kept.
+
+For our own text encoder only: what a node makes of another one, ComfyUI keeps while the node's inputs stay the same.
+"""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import os
-import time
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import comfy.ldm.modules.attention
 import comfy.model_management as mm
 import comfy.sd
 import comfy.supported_models
+import comfyui_version
 import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.weight_adapter import WeightAdapterBase
-from torch import Tensor
 
-from ...zimage_core.prompts.cache import DISK_BYTES, PromptCache, key_of, stamps
+from ...zimage_core.prompts.cache import DISK_BYTES, PromptCache, key_of
+from . import lora
 
 logger = logging.getLogger(__name__)
 
 VARIABLE = "ZIMAGE_PROMPT_CACHE_MB"
 PARAMETERS = 6_154_908_736  # of the published transformer
-CLIP_ATTRIBUTES = {
-    "patcher",
-    "cond_stage_model",
-    "tokenizer",
-    "layer_idx",
-    "tokenizer_options",
-    "use_clip_schedule",
-    "apply_hooks_to_conds",
-}
-STARTED = time.time_ns()  # before any model was loaded
 
 
 def cache() -> PromptCache:
@@ -73,161 +62,51 @@ def kept_dtype() -> torch.dtype:
 
 
 def key(clip: comfy.sd.CLIP, tokens: Any) -> str | None:
-    """What the features of these tokens depend on, or None where something takes part that can't be known for sure.
+    """What our encoder's features of these tokens depend on, or None where other nodes have changed more than a LoRA.
 
     Token ids stand for prompt, template, limit and tokenizer.
     """
-    if type(clip) is not comfy.sd.CLIP or not vars(clip).keys() <= CLIP_ATTRIBUTES:
+    model, patcher = clip.cond_stage_model, clip.patcher
+    # by an attribute of its own in place of the class's
+    replaced = any(hasattr(type(thing), name) for thing in (clip, model, patcher) for name in vars(thing))
+    if replaced or type(clip) is not comfy.sd.CLIP or clip.use_clip_schedule or clip.apply_hooks_to_conds is not None:
         return None
-    if clip.use_clip_schedule or clip.apply_hooks_to_conds is not None or _is_altered(clip.patcher):
+    patches = _patches(patcher)
+    if patches is None or _is_altered(patcher):
         return None
     try:
-        identity = getattr(clip.cond_stage_model, "identity", None) or _stock_identity(clip)
         return key_of(
-            encoder=identity,
-            patches=_patches(clip.patcher),
+            encoder=model.identity,
+            host=comfyui_version.__version__,
+            patches=patches,
             layer=clip.layer_idx,
-            device=clip.patcher.load_device.type,
+            device=patcher.load_device.type,
             kept=str(kept_dtype()),
             tokens=tokens,
         )
-    except (TypeError, OSError) as error:
+    except TypeError as error:  # embeddings among the tokens
         logger.debug("This prompt is not looked up in the cache: %s", error)
         return None
 
 
+def _patches(patcher: ModelPatcher) -> list[Any] | None:
+    """What our LoRA add to each weight; None if there are patches of others."""
+    found = []
+    for name, patches in sorted(patcher.patches.items()):
+        for strength, adapter, *others in patches:
+            if type(adapter) is not lora.HostAdapter or (strength, *others) != (1.0, 1.0, None, None):
+                return None
+            found.append((name, adapter.digest))
+    return found
+
+
 def _is_altered(patcher: ModelPatcher) -> bool:
-    """Whether something but plain patches may change what comes out."""
-    hooked = patcher.forced_hooks is not None or patcher.current_hooks is not None or bool(patcher.hook_patches)
-    attached = (patcher.injections, patcher.additional_models, patcher.attachments, patcher.weight_wrapper_patches)
-    called = [
-        found for table in (patcher.callbacks, patcher.wrappers) for kind in table.values() for found in kind.values()
-    ]
-    options = {name: option for name, option in patcher.model_options.items() if option}
+    """Whether something but patches may change what comes out."""
+    if patcher.forced_hooks is not None or patcher.current_hooks is not None:
+        return True
+    tables = [kind for table in (patcher.callbacks, patcher.wrappers) for kind in table.values()]
+    called = [name for kind in tables for name, calls in kind.items() if calls and name != lora.ATTACHMENT]
     # ComfyUI sets this one itself for every text encoder, to what they compute in anyway
-    objects = {
-        name for name, value in patcher.object_patches.items() if (name, value) != ("manual_cast_dtype", torch.float32)
-    }
-    return hooked or any(attached) or any(called) or bool(options) or bool(objects)
-
-
-# Patches, by their content
-
-
-def _patches(patcher: ModelPatcher) -> list[str]:
-    """The hash of all LoRA and other patches, and ComfyUI's version, whose formulas apply them; empty if none does.
-
-    Raises TypeError for one that can't be known by its content.
-    """
-    if not patcher.patches:
-        return []
-    if patcher.patches_uuid not in _hashes:
-        if len(_hashes) > 100:
-            _hashes.clear()
-        _hashes[patcher.patches_uuid] = _hash(patcher)
-    found = _hashes[patcher.patches_uuid]
-    return [found, _host_version()] if found else []
-
-
-_hashes: dict[Any, str] = {}  # a patcher's patches_uuid, which changes with its patches -> their hash
-
-
-def _hash(patcher: ModelPatcher) -> str:
-    hashed, count = hashlib.sha256(), 0
-    for name in sorted(patcher.patches):
-        for strength, value, strength_model, offset, function in patcher.patches[name]:
-            if function is not None:
-                raise TypeError(f"the patch of {name} has a function of its own")
-            if strength == 0 and strength_model == 1 and isinstance(value, WeightAdapterBase):
-                continue  # adds nothing
-            _feed(hashed, (name, strength, value, strength_model, offset))
-            count += 1
-    return hashed.hexdigest() if count else ""
-
-
-def _feed(hashed: Any, value: Any) -> None:
-    """Adds a value to a hash, such that different values make different bytes."""
-    if value is None or isinstance(value, bool | int | float | str):
-        said = repr(value)
-    elif isinstance(value, list | tuple):
-        said = f"{len(value)} values"
-    elif isinstance(value, dict):
-        said = f"{len(value)} items"
-    elif type(value) in (Tensor, torch.nn.Parameter) and not value.is_meta:
-        said = f"{value.dtype} {list(value.shape)}"
-    elif isinstance(value, WeightAdapterBase) and _is_known(value):
-        said = f"adapter {value.name}"
-    else:
-        raise TypeError(f"a patch has a {type(value).__name__}, whose effect is not known")
-    hashed.update(f"{type(value).__name__} {len(said)} {said} ".encode())
-    if isinstance(value, list | tuple):
-        for item in value:
-            _feed(hashed, item)
-    elif isinstance(value, dict):
-        for name in sorted(value, key=repr):
-            _feed(hashed, name)
-            _feed(hashed, value[name])
-    elif isinstance(value, Tensor):
-        hashed.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    elif isinstance(value, WeightAdapterBase):
-        _feed(hashed, value.weights)
-
-
-def _is_known(adapter: WeightAdapterBase) -> bool:
-    """Whether it is of a class of ComfyUI or ours, and `weights` is all there is to it."""
-    module = type(adapter).__module__
-    return module.startswith(("comfy.weight_adapter.", f"{__package__}.")) and vars(adapter).keys() <= {
-        "loaded_keys",
-        "weights",
-    }
-
-
-@functools.cache
-def _host_version() -> str:
-    return (Path(comfy.sd.__file__).parents[1] / "comfyui_version.py").read_text(encoding="utf-8")
-
-
-# Text encoders of ComfyUI's own loaders
-
-
-def _stock_identity(clip: comfy.sd.CLIP) -> dict[str, Any]:
-    """What ComfyUI's own loader has read. Raises TypeError where that can't be known."""
-    init = getattr(clip.patcher, "cached_patcher_init", None)
-    model = clip.cond_stage_model
-    if init is None or init[0].__module__ != "comfy.sd" or not type(model).__module__.startswith("comfy."):
-        raise TypeError(f"the text encoder is a {type(model).__name__} of an unknown loader")
-    texts: list[str] = []
-    arguments = _plain(init[1:], texts)
-    files = [text for text in texts if os.path.isfile(text)]
-    for file in files:
-        state = os.stat(file)
-        # other than our own loader, ComfyUI's says nothing of the files as they were when it read them
-        if max(state.st_mtime_ns, state.st_ctime_ns) >= STARTED:
-            raise TypeError(f"{file} has changed since ComfyUI started")
-    return {
-        "host": _host_version(),
-        "loader": init[0].__name__,
-        "arguments": arguments,
-        "files": stamps(files),
-        "model": type(model).__name__,
-        "dtypes": sorted(map(str, getattr(model, "dtypes", ()))),
-        "attention": comfy.ldm.modules.attention.optimized_attention.__name__,
-    }
-
-
-def _plain(value: Any, texts: list[str]) -> Any:
-    """A loader's argument as JSON has it; strings are also added to `texts`."""
-    if isinstance(value, str):
-        texts.append(value)
-        return value
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, Enum):
-        return value.name
-    if isinstance(value, torch.dtype | torch.device):
-        return str(value)
-    if isinstance(value, list | tuple):
-        return [_plain(item, texts) for item in value]
-    if isinstance(value, dict):
-        return [[_plain(name, texts), _plain(value[name], texts)] for name in sorted(value, key=repr)]
-    raise TypeError(f"the text encoder was loaded with a {type(value).__name__}")
+    objects = [patch for patch in patcher.object_patches.items() if patch != ("manual_cast_dtype", torch.float32)]
+    attached = (patcher.injections, patcher.additional_models, patcher.attachments, patcher.weight_wrapper_patches)
+    return any((patcher.hook_patches, called, objects, *attached, *patcher.model_options.values()))

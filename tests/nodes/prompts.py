@@ -13,7 +13,6 @@ TEXT = "two green stars on a white background"
 def restart(pack, comfy) -> None:
     """Forgets what is in memory."""
     pack.bridge.prompts._cache.cache_clear()
-    pack.bridge.prompts._hashes.clear()
     comfy.model_management.unload_all_models()
 
 

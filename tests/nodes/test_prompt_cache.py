@@ -6,12 +6,10 @@ import functools
 import importlib
 import logging
 import os
-import time
-from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from zimage_core.weights.snapshot import Snapshot
 
@@ -112,62 +110,28 @@ def test_a_changed_file_and_another_encoder_miss(pack, user, model):
 # The host's own text encoders
 
 
-@pytest.fixture
-def stock(pack, comfy, tmp_path, monkeypatch):
-    """A function that loads a stock CLIP of Qwen3-4B's width, but only three layers and the nano model's vocabulary."""
+def test_a_stock_clip_is_encoded_each_time(pack, comfy, user, tmp_path, monkeypatch):
+    """One of Qwen3-4B's width, but only three layers and the nano model's vocabulary."""
     llama = importlib.import_module("comfy.text_encoders.llama")
     sizes = {"vocab_size": 640, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
     small = functools.partial(llama.Qwen3_4BConfig, **sizes, num_key_value_heads=1)
     monkeypatch.setattr(llama, "Qwen3_4BConfig", small)
-    path = tmp_path / "qwen.safetensors"
     with torch.device("meta"):
         network = llama.Qwen3_4B({}, torch.float16, "meta", torch.nn)
     shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
+    path = tmp_path / "qwen.safetensors"
     save_file({name: random(*shape, seed=i).half() for i, (name, shape) in enumerate(shapes.items())}, path)
+    clip = comfy.sd.load_clip([str(path)])
+    clip.tokenizer = pack.bridge.clip.HostTokenizer(Snapshot(NANO).tokenizer())  # of ids in that vocabulary
 
-    def host_starts():
-        time.sleep(0.02)  # the file system's clock is coarse
-        monkeypatch.setattr(pack.bridge.prompts, "STARTED", time.time_ns())
-
-    host_starts()
-
-    def load():
-        clip = comfy.sd.load_clip([str(path)])
-        clip.tokenizer = pack.bridge.clip.HostTokenizer(Snapshot(NANO).tokenizer())  # of ids in that vocabulary
-        return clip
-
-    return SimpleNamespace(load=load, path=path, host_starts=host_starts)
-
-
-def test_the_hosts_own_encoders_are_cached_too(pack, comfy, user, stock):
-    clip = stock.load()
     assert type(clip.cond_stage_model).__name__.startswith("ZImageTEModel")
-    expected = clip.encode_from_tokens_scheduled(clip.tokenize(TEXT))
-    features = encode(pack, clip)
-    assert features.shape[-1] == 2560 and torch.equal(features, expected[0][0]) and entries(user) == 1
-    restart(pack, comfy)
-    again = stock.load()
-    comfy.model_management.unload_all_models()  # which the host loads at once where it computes on the CPU
-    assert torch.equal(encode(pack, again), features) and not is_loaded(comfy, again)
-    again.clip_layer(-1)
-    encode(pack, again)
-    assert is_loaded(comfy, again) and entries(user) == 2
-    lora = stock.load()
-    assert lora.add_patches({"qwen3_4b.transformer.model.layers.0.mlp.down_proj.weight": (random(2560, 64),)})
-    assert not torch.equal(encode(pack, lora), features)
-    assert entries(user) == 3
-    weights = {name: weight * 1.5 for name, weight in load_file(stock.path).items()}
-    save_file(weights, stock.path)
-    stock.host_starts()
-    assert not torch.equal(encode(pack, stock.load()), features)
-    assert entries(user) == 4
-
-
-def test_a_stock_file_that_may_have_changed_since_it_was_read_is_not_cached(pack, user, stock):
-    clip = stock.load()
-    os.utime(stock.path, ns=(1, 1))  # its content may be another now, the host would not say
-    encode(pack, clip)
-    assert entries(user) == 0
+    ((expected, expected_extra),) = clip.encode_from_tokens_scheduled(clip.tokenize(TEXT))
+    monkeypatch.setattr(pack.bridge.prompts, "kept_dtype", lambda: torch.bfloat16)  # of what is kept
+    for _ in range(2):
+        comfy.model_management.unload_all_models()
+        (((features, extra),),) = pack.conditioning.ZImageTextEncode.execute(clip, TEXT).args
+        assert features.shape[-1] == 2560 and torch.equal(features, expected) and is_loaded(comfy, clip)
+        assert extra.keys() == expected_extra.keys() and entries(user) == 0
 
 
 # Settings

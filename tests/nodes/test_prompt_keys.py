@@ -1,4 +1,4 @@
-"""What the prompt cache knows an encoder by: files, LoRA and patches; what can't be known is not kept."""
+"""What the prompt cache knows our encoder by: files and our LoRA; what other nodes have changed is not kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .prompts import TEXT, encode, entries, random, restart, write_lora
 
 LAYER = "qwen3_4b.transformer.model.layers.1.self_attn.q_proj.weight"
 
-# LoRA and other patches
+# LoRA
 
 
 def test_our_loras_are_known_by_content_and_strength(pack, comfy, user, model, loras):
@@ -41,62 +41,48 @@ def test_our_loras_are_known_by_content_and_strength(pack, comfy, user, model, l
     assert entries(user) == 3
 
 
-def stock_lora(comfy, clip, strength: float, seed: int = 1, **more: torch.Tensor):
+def test_one_lora_on_another_is_known(pack, user, model, loras):
+    write_lora(loras / "a.safetensors")
+    write_lora(loras / "b.safetensors", seed=2)
+    patcher = pack.bridge.model.load_model(model)
+
+    def with_loras(*names: str):
+        clip = pack.bridge.clip.load_clip(model)
+        for name in names:
+            clip = pack.lora.ZImageLoraLoader.execute(patcher, f"{name}.safetensors", 1.0, clip=clip).args[1]
+        return encode(pack, clip)
+
+    a, ab = with_loras("a"), with_loras("a", "b")
+    assert entries(user) == 2 and not torch.allclose(a, ab, atol=1e-3)
+    assert torch.equal(with_loras("a", "b"), ab) and torch.equal(with_loras("a"), a) and entries(user) == 2
+    assert not torch.equal(with_loras("a", "a"), a) and entries(user) == 3
+
+
+# What other nodes have changed is not kept
+
+
+def test_our_lora_put_on_again_by_another_node_is_not_known(pack, user, model, loras):
+    write_lora(loras / "l.safetensors")
+    clip = pack.bridge.clip.load_clip(model)
+    ours = pack.lora.ZImageLoraLoader.execute(
+        pack.bridge.model.load_model(model), "l.safetensors", 1.0, clip=clip
+    ).args[1]
+    ((_, adapter, *_),) = ours.patcher.patches[LAYER]
+    plain, half = encode(pack, clip), encode(pack, patched(clip, adapter, strength=0.5))
+    assert not torch.equal(half, plain) and not torch.equal(half, encode(pack, ours))
+    assert entries(user) == 2
+
+
+def stock_lora(comfy, clip):
     name = "text_encoders.qwen3_4b.transformer.model.layers.1.self_attn.q_proj"
-    lora = {f"{name}.lora_up.weight": random(128, 2, seed=seed), f"{name}.lora_down.weight": random(2, 128)}
-    lora |= {f"{name}.{part}": tensor for part, tensor in more.items()}
-    return comfy.sd.load_lora_for_models(None, clip, lora, 0.0, strength)[1]
-
-
-def test_stock_loras_are_known_by_content_and_strength(pack, comfy, user, model):
-    def clip():
-        return pack.bridge.clip.load_clip(model)
-
-    plain, changed = encode(pack, clip()), encode(pack, stock_lora(comfy, clip(), 0.8))
-    assert entries(user) == 2 and not torch.allclose(changed, plain, atol=1e-3)
-    poison(model / "text_encoder" / "model.safetensors")
-    restart(pack, comfy)
-    assert torch.equal(encode(pack, stock_lora(comfy, clip(), 0.8)), changed)
-    assert torch.equal(encode(pack, stock_lora(comfy, clip(), 0.0)), plain)
-    for other in (
-        stock_lora(comfy, clip(), 0.7),
-        stock_lora(comfy, clip(), 0.8, seed=2),
-        stock_lora(comfy, clip(), 0.8, alpha=torch.tensor(1.0)),
-        stock_lora(comfy, stock_lora(comfy, clip(), 0.8), 0.8),
-        patched(clip(), ("diff", (random(128, 128),))),
-    ):
-        with pytest.raises(ValueError, match="not finite"):
-            encode(pack, other)
+    lora = {f"{name}.lora_up.weight": random(128, 2, seed=1), f"{name}.lora_down.weight": random(2, 128)}
+    return comfy.sd.load_lora_for_models(None, clip, lora, 0.0, 0.8)[1]
 
 
 def patched(clip, value, strength: float = 1.0, strength_model: float = 1.0, key=LAYER):
     clip = clip.clone()
     assert clip.add_patches({key: value}, strength, strength_model)
     return clip
-
-
-def test_plain_patches_are_known_by_content(pack, user, model):
-    clip = pack.bridge.clip.load_clip(model)
-    differ = [
-        ("diff", (random(128, 128),)),
-        (random(128, 128, seed=1),),
-        ("diff", (random(128, 128).half(),)),
-        ("set", (random(128, 128),)),
-        (None,),
-    ]
-    encode(pack, clip)
-    for count, value in enumerate(differ, 2):
-        strengths = (0.0, 0.5) if value == (None,) else (1.0, 1.0)  # as CLIPAttentionMultiply makes it
-        for _ in range(2):
-            encode(pack, patched(clip, value, *strengths))
-        assert entries(user) == count
-    for settings in ({"strength": 0.5}, {"strength_model": 0.5}, {"key": LAYER.replace("layers.1", "layers.2")}):
-        encode(pack, patched(clip, differ[0], **settings))
-    encode(pack, patched(clip, differ[0], key=(LAYER, (0, 0, 128))))  # some of its rows
-    assert entries(user) == len(differ) + 5
-
-
-# What can't be known is not kept
 
 
 def attached(clip, name: str, value):
@@ -161,24 +147,6 @@ def with_forced_hooks(clip):
     return clip
 
 
-class OddAdapter:
-    """An adapter of another pack: what it does with a weight, nobody here knows."""
-
-    @staticmethod
-    def make():
-        base = importlib.import_module("comfy.weight_adapter").WeightAdapterBase
-
-        class Odd(base):
-            name = "lora"
-            loaded_keys: set[str] = set()
-            weights = (torch.ones(1),)
-
-            def calculate_weight(self, weight, *_, **__):
-                return weight
-
-        return Odd()
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -196,12 +164,16 @@ class OddAdapter:
         lambda comfy, clip: attached(clip, "attachments", object()),
         lambda comfy, clip: with_object_patch(clip),
         lambda comfy, clip: attached(clip, "model_options", {"something": True}),
-        lambda comfy, clip: patched(clip, OddAdapter.make()),
-        lambda comfy, clip: patched(clip, (random(128, 128),), key=(LAYER, (0, 0, 128), lambda change: change)),
+        lambda comfy, clip: with_attribute(clip.patcher, "load", clip.patcher.load) and clip,
+        lambda comfy, clip: with_attribute(clip.cond_stage_model, "load_sd", clip.cond_stage_model.load_sd) and clip,
+        stock_lora,
+        lambda comfy, clip: patched(clip, ("diff", (random(128, 128),))),
+        lambda comfy, clip: patched(clip, (random(128, 128),), strength=0.5),
+        lambda comfy, clip: patched(clip, (None,), 0.0, 0.5),  # as CLIPAttentionMultiply makes it
     ],
     ids="hooks|forced hooks|hook patches|"
     "schedule|replaced method|bypass|merge|callback|wrapper|weight wrapper|compute dtype|attachment|"
-    "object patch|option|unknown adapter|function".split("|"),
+    "object patch|option|patcher's method|model's method|stock lora|difference|weight|factor".split("|"),
 )
 def test_what_can_not_be_known_is_encoded_each_time(pack, comfy, user, model, change):
     clip = change(comfy, pack.bridge.clip.load_clip(model))
