@@ -37,6 +37,16 @@ _low_memory: ContextVar[str] = ContextVar("low_memory", default="auto")  # of th
 Memory = Callable[[tuple[int, ...], torch.dtype], float]  # of (shape, dtype): bytes for one picture, as the host says
 
 
+@contextmanager
+def cast_weights(layer: Any, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """`Weights` where the host moves, casts and patches them as they are used."""
+    weight, bias, lent = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
+    try:
+        yield weight, bias
+    finally:
+        comfy.ops.uncast_bias_weight(layer, weight, bias, lent)
+
+
 class HostAutoencoder(AutoencoderKL):
     """The autoencoder behind the calls that the host's VAE makes of it."""
 
@@ -90,15 +100,6 @@ class HostAutoencoder(AutoencoderKL):
             return vae_bands.bands_bytes(self, shape[2], shape[3], dtype.itemsize)
         return self._host_memory(call, shape, dtype)
 
-    def gain_and_bias(self, norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        plain = not norm.weight_function and not norm.bias_function and norm.weight.device == x.device
-        if plain and not hasattr(norm, "_v"):  # where the host pages weights, it knows where they are
-            return super().gain_and_bias(norm, x)
-        weight, bias, stream = comfy.ops.cast_bias_weight(norm, x, offloadable=True)
-        copies = weight.clone(), bias.clone()
-        comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
-        return copies
-
     def _host_memory(self, call: str, shape: tuple[int, ...], dtype: torch.dtype) -> float:
         cell = self.config.downscale
         of_one = (1, *shape[1:])
@@ -144,6 +145,7 @@ class ZImageVAE(comfy.sd.VAE):
             config,
             ops=comfy.ops.disable_weight_init,
             attention=vae_attention(),
+            weights=cast_weights,
             device="meta",
             dtype=self.vae_dtype,
         )
