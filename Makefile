@@ -19,7 +19,7 @@ help: ## this list
 setup: ## the environment: .venv and a ComfyUI in it, pinned (the other targets see to it)
 	@$(PYTHON) .ci/setup.py
 
-demo: setup ## a picture through a real ComfyUI: PROMPT="two red stars on a blue background" NEGATIVE= SEED= STEPS= GUIDANCE= WIDTH= HEIGHT=
+demo: setup ## an image through a real ComfyUI: PROMPT="two red stars on a blue background" NEGATIVE= SEED= STEPS= GUIDANCE= WIDTH= HEIGHT=
 	@$(RUN) .ci/demo.py $(if $(PROMPT),--prompt="$$PROMPT") $(if $(NEGATIVE),--negative="$$NEGATIVE") \
 		$(if $(SEED),--seed=$(SEED)) $(if $(STEPS),--steps=$(STEPS)) $(if $(GUIDANCE),--guidance=$(GUIDANCE)) \
 		$(if $(WIDTH),--width=$(WIDTH)) $(if $(HEIGHT),--height=$(HEIGHT))
@@ -52,6 +52,6 @@ gpu-kit: setup ## build/gpu-kit/, which bench-gpu needs on a machine where `make
 nano: setup ## trains the nano model anew, hours on a CPU: ARGS="..."
 	@$(RUN) -m nano $(ARGS)
 
-clean: ## deletes caches and build leftovers; pictures, .comfyui and .venv stay
+clean: ## deletes caches and build leftovers; images, .comfyui and .venv stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -not -path './.comfyui/*' -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""A prompt, a real ComfyUI with this pack, a picture: queues the nano text-to-image workflow over the server's API."""
+"""A prompt, a real ComfyUI with this pack, an image: queues the nano text-to-image workflow over the server's API."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def main() -> int:
         print("\ndemo: interrupted; ComfyUI is stopped", file=sys.stderr)
         return 130
     path = args.output.relative_to(Path.cwd()) if args.output.is_relative_to(Path.cwd()) else args.output
-    print(f"{path}  {seconds[1]:.1f} s for the picture, {sum(seconds):.1f} s with the start of ComfyUI")
+    print(f"{path}  {seconds[1]:.1f} s for the image, {sum(seconds):.1f} s with the start of ComfyUI")
     return 0
 
 
 def make(args: argparse.Namespace) -> tuple[float, float]:
-    """Writes the picture; returns the seconds that the server's start and the picture took."""
+    """Writes the image; returns the seconds that the server's start and the image took."""
     prompt = workflow.load("zimage_nano_txt2img")
     workflow.set_text(prompt, args.prompt)
     if args.negative is not None:
@@ -52,11 +52,11 @@ def make(args: argparse.Namespace) -> tuple[float, float]:
         ready = time.perf_counter()
         _show(f"ComfyUI  {provision.release(server.comfyui)}, started in {ready - started:.1f} s", last=True)
         with server.connect() as client:
-            picture = _draw(client, prompt)
+            image = _draw(client, prompt)
         done = time.perf_counter()
     finally:
         server.stop()
-    _write(args.output, picture)
+    _write(args.output, image)
     return ready - started, done - ready
 
 
@@ -68,16 +68,16 @@ def _draw(client: Client, prompt: dict) -> bytes:
             _show(f"Sampling {'█' * (24 * value // total):░<24} {value}/{total}", last=value == total)
 
     _show("Loading the model")
-    pictures = client.pictures(client.run(prompt, progress))
-    if not pictures:
-        raise ValueError("the workflow ran and saved no picture; does it end in a Save Image node?")
-    return pictures[0]
+    images = client.images(client.run(prompt, progress))
+    if not images:
+        raise ValueError("the workflow ran and saved no image; does it end in a Save Image node?")
+    return images[0]
 
 
-def _write(path: Path, picture: bytes) -> None:
+def _write(path: Path, image: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(picture)
+    partial.write_bytes(image)
     os.replace(partial, path)
 
 

@@ -35,8 +35,8 @@ NOTES = {
         "sizes, `two` or `three` of a thing, and coloured backgrounds."
     ),
     "zimage_nano_img2img": (
-        "The second prompt changes the first picture. **denoise** says how much: near 0.4 keeps the picture, "
-        "0.8 follows the new prompt, 1 forgets the picture."
+        "The second prompt changes the first image. **denoise** says how much: near 0.4 keeps the image, "
+        "0.8 follows the new prompt, 1 forgets the image."
     ),
     "zimage_turbo_txt2img": (
         "Switch **download** on in the three loaders (33 GB), or put the snapshot of **Tongyi-MAI/Z-Image-Turbo** into "
@@ -58,7 +58,7 @@ NOTES = {
         "all-in-one files go the same way."
     ),
     "zimage_turbo_gguf": (
-        "GGUF files stay quantised in memory. The transformer goes into `models/diffusion_models`, the Qwen3-4B into "
+        "GGUF files stay quantized in memory. The transformer goes into `models/diffusion_models`, the Qwen3-4B into "
         "`models/text_encoders`; the VAE is `ae.safetensors` in `models/vae`."
     ),
 }

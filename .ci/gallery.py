@@ -1,4 +1,4 @@
-"""Draws nano/samples.png: sixteen prompts through the shipped workflow in a real ComfyUI, each picture over its prompt.
+"""Draws nano/samples.png: sixteen prompts through the shipped workflow in a real ComfyUI, each image over its prompt.
 
 .venv/bin/python .ci/gallery.py
 """
@@ -31,23 +31,23 @@ PROMPTS = (
     "a gray triangle to the right of a red heart on a white background",
     "a large white star on a green background",
 )
-COLUMNS, PICTURE, LABEL, GAP = 4, 192, 44, 12  # pictures in a row; the rest in pixels
+COLUMNS, IMAGE, LABEL, GAP = 4, 192, 44, 12  # images in a row; the rest in pixels
 
 
 def main() -> None:
     rows = -(-len(PROMPTS) // COLUMNS)
-    size = (COLUMNS * (PICTURE + GAP) + GAP, rows * (PICTURE + LABEL + GAP) + GAP)
+    size = (COLUMNS * (IMAGE + GAP) + GAP, rows * (IMAGE + LABEL + GAP) + GAP)
     sheet = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     with Server(provision.newest(), packs={"comfyui-zimage": provision.ROOT}) as server, server.connect() as client:
         for index, text in enumerate(PROMPTS):
             prompt = workflow.load("zimage_nano_txt2img")
             workflow.set_text(prompt, text)
-            (png,) = client.pictures(client.run(prompt))
-            x = GAP + index % COLUMNS * (PICTURE + GAP)
-            y = GAP + index // COLUMNS * (PICTURE + LABEL + GAP)
-            sheet.paste(Image.open(io.BytesIO(png)).resize((PICTURE, PICTURE), Image.Resampling.LANCZOS), (x, y))
-            draw.multiline_text((x, y + PICTURE + 4), textwrap.fill(text, 32), "black", font)
+            (png,) = client.images(client.run(prompt))
+            x = GAP + index % COLUMNS * (IMAGE + GAP)
+            y = GAP + index // COLUMNS * (IMAGE + LABEL + GAP)
+            sheet.paste(Image.open(io.BytesIO(png)).resize((IMAGE, IMAGE), Image.Resampling.LANCZOS), (x, y))
+            draw.multiline_text((x, y + IMAGE + 4), textwrap.fill(text, 32), "black", font)
     sheet.save(provision.ROOT / "nano" / "samples.png", optimize=True)
 
 

@@ -2,7 +2,7 @@
 
 with Server(provision.newest(), packs={"comfyui-zimage": ROOT}) as server, server.connect() as client:
     entry = client.run(prompt)
-    pictures = client.pictures(entry)
+    images = client.images(entry)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 import websocket
 
-PREVIEW = (1, 4)  # the websocket's binary messages that carry a preview picture
+PREVIEW = (1, 4)  # the websocket's binary messages that carry a preview image
 
 
 class HostError(RuntimeError):
@@ -224,7 +224,7 @@ class Client:
         self.server = server
         self.id = uuid.uuid4().hex
         self.events: list[dict[str, Any]] = []
-        self.previews: list[bytes] = []  # encoded pictures: JPEG or PNG
+        self.previews: list[bytes] = []  # encoded images: JPEG or PNG
         address = f"ws://127.0.0.1:{server.port}/ws?clientId={self.id}"
         self.socket = websocket.create_connection(address, timeout=30, suppress_origin=True)
 
@@ -298,7 +298,7 @@ class Client:
 
     # files
 
-    def pictures(self, entry: Entry, node: str | None = None) -> list[bytes]:
+    def images(self, entry: Entry, node: str | None = None) -> list[bytes]:
         """The image files that a prompt (or one node of it) saved."""
         outputs = entry["outputs"]
         wanted = [outputs[node]] if node is not None else outputs.values()
@@ -308,10 +308,10 @@ class Client:
         query = urllib.parse.urlencode({"filename": filename, "subfolder": subfolder, "type": type})
         return _request(f"{self.server.url}/view?{query}")
 
-    def upload(self, picture: bytes, name: str) -> str:
+    def upload(self, image: bytes, name: str) -> str:
         """Puts an image file into the input folder; returns the name that LoadImage takes."""
         boundary = uuid.uuid4().hex
-        parts = [("overwrite", "", b"true"), ("image", f'; filename="{name}"', picture)]
+        parts = [("overwrite", "", b"true"), ("image", f'; filename="{name}"', image)]
         body = b"".join(
             f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"{extra}\r\n\r\n'.encode() + value + b"\r\n"
             for field, extra, value in parts
@@ -343,7 +343,7 @@ class Client:
     def _preview(self, message: bytes) -> dict[str, Any]:
         kind = int.from_bytes(message[:4], "big")
         if kind in PREVIEW:
-            # type 1: format, picture; type 4: length of a JSON, the JSON, picture
+            # type 1: format, image; type 4: length of a JSON, the JSON, image
             skip = 8 if kind == 1 else 8 + int.from_bytes(message[4:8], "big")
             self.previews.append(message[skip:])
         return {"type": "preview" if kind in PREVIEW else f"binary {kind}", "data": {}}

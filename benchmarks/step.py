@@ -3,7 +3,7 @@
     python -m benchmarks.step                  # 4 main layers, the sizes of a CPU; `benchmarks.gpu` has those of a GPU
 
 A step of ours is one call of the transformer and, because it runs once for a prompt, an eighth of the caption's part:
-that of a run of 8 steps. The floor is the step's matrix products and attention at the measured rate of such products.
+that of a run of 8 steps. The floor is the step's matmuls and attention at the measured rate of such products.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def measure(built: dict[str, Any], given: Inputs, repeats: int) -> Measured:
 
 
 def operations(config: TransformerConfig, case: Case) -> float:
-    """Multiplications and additions of a step's matrix products and attention, the caption's part by an eighth."""
+    """Multiplications and additions of a step's matmuls and attention, the caption's part by an eighth."""
     image = padded((case.size // 16) ** 2)
     weights = 4 * config.dim**2 + 3 * config.dim * config.ffn_dim  # of one block
 

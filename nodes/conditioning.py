@@ -21,7 +21,7 @@ class ZImageTextEncode(io.ComfyNode):
             search_aliases=["z-image", "zimage", "prompt", "positive", "negative", "clip text encode"],
             inputs=[
                 io.Clip.Input("clip", tooltip="A Z-Image text encoder: ours, or the stock CLIPLoader's Qwen3-4B."),
-                io.String.Input("text", multiline=True, dynamic_prompts=True, tooltip="What the picture shows."),
+                io.String.Input("text", multiline=True, dynamic_prompts=True, tooltip="What the image shows."),
                 io.Boolean.Input(
                     "cache",
                     default=True,

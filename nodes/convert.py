@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-PIXELS = 16  # Z-Image cuts the picture into patches of this size: 8 pixels a latent cell, 2x2 cells a token
+PIXELS = 16  # Z-Image cuts the image into patches of this size: 8 pixels a latent cell, 2x2 cells a token
 CELLS = 2
 
 
@@ -14,11 +14,11 @@ def checked_latents(samples: Tensor, channels: int) -> Tensor:
     """Raw latents [B, channels, h, w]; raises ValueError with what to do otherwise."""
     if getattr(samples, "is_nested", False) or samples.ndim != 4:
         shape = "several tensors" if getattr(samples, "is_nested", False) else f"shape {list(samples.shape)}"
-        raise ValueError(f"The latent is not a picture's ({shape}), expected [batch, {channels}, height/8, width/8].")
+        raise ValueError(f"The latent is not an image's ({shape}), expected [batch, {channels}, height/8, width/8].")
     if samples.shape[1] != channels:
         raise ValueError(
             f"The latent has {samples.shape[1]} channels, expected {channels}: it belongs to another model. "
-            "Encode the picture with Z-Image's VAE, or start from EmptySD3LatentImage."
+            "Encode the image with Z-Image's VAE, or start from EmptySD3LatentImage."
         )
     return samples
 
@@ -35,7 +35,7 @@ def checked_pixels(pixels: Tensor) -> Tensor:
     """IMAGE [B, H, W, C] with H and W divisible by 16; raises ValueError otherwise."""
     height, width = pixels.shape[1:3]
     if height % PIXELS or width % PIXELS:
-        raise ValueError(_size_message("picture", width, height))
+        raise ValueError(_size_message("image", width, height))
     return pixels
 
 

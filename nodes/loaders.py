@@ -72,7 +72,7 @@ class ZImageTransformerLoader(io.ComfyNode):
                     default=False,
                     optional=True,
                     tooltip=(
-                        "Compile what lies between the matrix products (torch.compile): the first step waits some "
+                        "Compile what lies between the matmuls (torch.compile): the first step waits some "
                         "seconds, later ones are faster. Once for all sizes, prompts and LoRA. Needs Triton on a GPU, "
                         "a C++ compiler on a CPU."
                     ),

@@ -17,12 +17,12 @@ class ZImageLoraLoader(io.ComfyNode):
             node_id="ZImageLoraLoader",
             display_name="Load Z-Image LoRA",
             category=CATEGORY,
-            description="Adds a LoRA (or LoKr, LoHa, OFT, DoRA, ...) of any dialect, and reports what was matched.",
+            description="Adds a LoRA (or LoKr, LoHa, OFT, DoRA, ...) of any format, and reports what was matched.",
             search_aliases=["z-image", "zimage", "lora", "lycoris", "lokr", "loha", "dora", "style"],
             inputs=[
                 io.Model.Input("model", tooltip="The transformer, from a loader or another LoRA."),
                 io.Combo.Input(
-                    "lora", options=folders.lora_choices(), tooltip="A .safetensors file in the host's models/loras."
+                    "lora", options=folders.lora_choices(), tooltip="A .safetensors file in ComfyUI's models/loras."
                 ),
                 io.Float.Input(
                     "strength",

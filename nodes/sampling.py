@@ -12,7 +12,7 @@ from .bridge import attention as bridge_attention
 from .bridge import sampler
 
 SAFE_RETRY_TOOLTIP = (
-    "Numbers too large for the precision would end as a black picture. On: all steps are run once more, from the same "
+    "Numbers too large for the precision would end as a black image. On: all steps are run once more, from the same "
     "noise, in a precision with more room and with plain attention; the log says so. Off: an error."
 )
 
@@ -31,7 +31,7 @@ class ZImageSampler(io.ComfyNode):
             search_aliases=["z-image", "zimage", "ksampler", "denoise", "euler", "turbo", "guidance", "cfg"],
             inputs=[
                 io.Model.Input("model", tooltip="A Z-Image transformer, ours or one from a stock loader."),
-                io.Conditioning.Input("positive", tooltip="What the picture shall show."),
+                io.Conditioning.Input("positive", tooltip="What the image shall show."),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
@@ -40,7 +40,7 @@ class ZImageSampler(io.ComfyNode):
                 ),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="Where to start: EmptySD3LatentImage for a new picture, ZImageVAEEncode to change one.",
+                    tooltip="Where to start: EmptySD3LatentImage for a new image, ZImageVAEEncode to change one.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -48,7 +48,7 @@ class ZImageSampler(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Number that the random noise follows from: the same number gives the same picture.",
+                    tooltip="Number that the random noise follows from: the same number gives the same image.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -82,7 +82,7 @@ class ZImageSampler(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     round=0.001,
-                    tooltip="Guidance ends once this share of the way from noise to picture is done. 1 is to the end.",
+                    tooltip="Guidance ends once this share of the way from noise to image is done. 1 is to the end.",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -106,7 +106,7 @@ class ZImageSampler(io.ComfyNode):
                 ),
                 io.Boolean.Input("safe_retry", default=True, optional=True, tooltip=SAFE_RETRY_TOOLTIP),
             ],
-            outputs=[io.Latent.Output(tooltip="The picture's latents, for ZImageVAEDecode.")],
+            outputs=[io.Latent.Output(tooltip="The image's latents, for ZImageVAEDecode.")],
         )
 
     @classmethod

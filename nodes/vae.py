@@ -1,4 +1,4 @@
-"""Pictures to latents and back."""
+"""Images to latents and back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from . import convert
 from .bridge import vae as bridge_vae
 
 SAFE_RETRY_TOOLTIP = (
-    "Numbers too large for the autoencoder's precision would end as a black picture. On: it runs once more in float32; "
+    "Numbers too large for the autoencoder's precision would end as a black image. On: it runs once more in float32; "
     "the log says so. Off: an error."
 )
 
@@ -21,7 +21,7 @@ class ZImageVAEDecode(io.ComfyNode):
             display_name="Z-Image VAE Decode",
             category="Z-Image",
             description=(
-                "Decodes latents to pictures. On a CPU, and where memory is short, in bands of rows: the same picture, "
+                "Decodes latents to images. On a CPU, and where memory is short, in bands of rows: the same image, "
                 "without seams."
             ),
             search_aliases=["z-image", "zimage", "latent to image", "decode"],
@@ -34,13 +34,13 @@ class ZImageVAEDecode(io.ComfyNode):
                     default="auto",
                     optional=True,
                     tooltip=(
-                        "Decode in bands of rows: the same picture in about a third of the memory. "
+                        "Decode in bands of rows: the same image in about a third of the memory. "
                         "auto: on a CPU, where that is faster as well, and where memory is short."
                     ),
                 ),
                 io.Boolean.Input("safe_retry", default=True, optional=True, tooltip=SAFE_RETRY_TOOLTIP),
             ],
-            outputs=[io.Image.Output(tooltip="The pictures.")],
+            outputs=[io.Image.Output(tooltip="The images.")],
         )
 
     @classmethod
@@ -57,11 +57,11 @@ class ZImageVAEEncode(io.ComfyNode):
             node_id="ZImageVAEEncode",
             display_name="Z-Image VAE Encode",
             category="Z-Image",
-            description="Encodes pictures to latents, to change them with a denoise below 1. Sizes divisible by 16.",
+            description="Encodes images to latents, to change them with a denoise below 1. Sizes divisible by 16.",
             search_aliases=["z-image", "zimage", "image to latent", "img2img", "encode"],
             inputs=[
                 io.Vae.Input("vae", tooltip="Z-Image's autoencoder (FLUX's is the same)."),
-                io.Image.Input("pixels", tooltip="Pictures whose width and height are divisible by 16."),
+                io.Image.Input("pixels", tooltip="Images whose width and height are divisible by 16."),
                 io.Boolean.Input("safe_retry", default=True, optional=True, tooltip=SAFE_RETRY_TOOLTIP),
             ],
             outputs=[io.Latent.Output(tooltip="Their latents, for the latent_image input of a sampler.")],

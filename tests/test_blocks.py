@@ -99,7 +99,7 @@ def test_equals_the_block_in_float32(model, case, small, calls, monkeypatch):
     assert calls == []
     assert relative(in_rows(model, latents, t, cap_feats), reference) <= 1e-6
     tokens = latents.shape[2] * latents.shape[3] // 4
-    assert calls == [None] * 6 + [tokens]  # refiners and layers; the last one for the picture's tokens
+    assert calls == [None] * 6 + [tokens]  # refiners and layers; the last one for the image's tokens
     assert torch.equal(latents, before[0]) and all(map(torch.equal, cap_feats, before[1]))
 
 
@@ -139,7 +139,7 @@ def test_captions_refined_once_serve_every_step_and_size(model, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_large_pictures_with_captions_of_different_lengths_run_one_by_one(model, monkeypatch, case):
+def test_large_images_with_captions_of_different_lengths_run_one_by_one(model, monkeypatch, case):
     latents, t, cap_feats = given(case)
     with torch.inference_mode():
         captions = model.refine_captions(cap_feats, torch.float32)
@@ -305,7 +305,7 @@ def test_no_compiler_is_a_warning_not_an_error(caplog):
 
 
 @pytest.mark.parametrize("small", [0, SMALL])
-def test_a_batch_of_small_pictures_goes_whole(model, small, monkeypatch):
+def test_a_batch_of_small_images_goes_whole(model, small, monkeypatch):
     """Item by item it took 1.6 times as long: there as many calls as the arithmetic take time."""
     monkeypatch.setattr(cpu_rows, "SMALL", small)
     batches = []

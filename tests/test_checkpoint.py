@@ -183,7 +183,7 @@ def test_config_and_weights_of_different_sizes(folder):
     refuse(Snapshot(folder).transformer, "cap_embedder.0.weight", "shape", "config.json")
 
 
-def test_a_quantised_dtype_is_named(folder):
+def test_a_quantized_dtype_is_named(folder):
     path = folder / "transformer" / WEIGHTS
     save_file({key: value.to(torch.int8) for key, value in load_file(path).items()}, path)
     refuse(lambda: Snapshot(folder).weight_dtype("transformer"), str(path), "I8")

@@ -17,7 +17,7 @@ from zimage_core.__main__ import main
 from .helpers import ROOT
 
 
-def test_a_picture_from_a_shell(tmp_path):
+def test_a_image_from_a_shell(tmp_path):
     out = tmp_path / "new folder" / "cat.png"
     command = [sys.executable, "-X", "importtime", "-m", "zimage_core", "generate", "a red circle", "--seed", "3"]
     done = subprocess.run([*command, "-o", out, "--cpu"], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -27,7 +27,7 @@ def test_a_picture_from_a_shell(tmp_path):
     image = Image.open(out)
     assert image.size == (128, 128)
     assert image.text["parameters"].startswith("a red circle\nSteps: 8, Sampler: Euler, CFG scale: 1, Seed: 3")
-    # what takes seconds to import, and a picture can be made without
+    # what takes seconds to import, and an image can be made without
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert {"torch", "transformers"} <= imported
     assert not imported & {"torch._dynamo", "sympy", "scipy", "transformers.modeling_utils", "diffusers"}
@@ -49,16 +49,16 @@ def test_loras_and_parts_from_elsewhere(tmp_path, capsys):
         save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path / f"{colon}.safetensors")
     model = ROOT / "nano" / "snapshot"
     options = ["--seed", "1", "-s", "2", "--cpu", "--vae", str(model / "vae"), "--tokenizer", str(model)]
-    pictures = []
+    images = []
     for number, files in enumerate(([], ["a.safetensors:0.5", "b.safetensors"], ["a.safetensors:0"])):
         loras = [word for file in files for word in ("--lora", str(tmp_path / file))]
         out = tmp_path / f"{number}.png"
         assert main(["generate", "a red circle", *options, *loras, "-o", str(out)]) == 0
-        pictures.append(Image.open(out))
+        images.append(Image.open(out))
     told = capsys.readouterr().out
     assert "LoRA      strength 0.5\n  a.safetensors: 2 of 2 keys matched, 1 weights" in told
-    assert "LoRA: a.safetensors:0.5, LoRA: b.safetensors:1" in pictures[1].text["parameters"]
-    assert pictures[0].tobytes() == pictures[2].tobytes() != pictures[1].tobytes()
+    assert "LoRA: a.safetensors:0.5, LoRA: b.safetensors:1" in images[1].text["parameters"]
+    assert images[0].tobytes() == images[2].tobytes() != images[1].tobytes()
 
 
 def test_names_that_are_not_utf8(tmp_path, capsys):
@@ -77,7 +77,7 @@ def test_without_an_output_nothing_is_overwritten(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("zimage-*.png"))) == 1
 
 
-def test_without_a_seed_the_pictures_differ_and_the_seed_is_told(tmp_path, capsys):
+def test_without_a_seed_the_images_differ_and_the_seed_is_told(tmp_path, capsys):
     for name in ("a.png", "b.png"):
         assert main(["generate", "a red circle", "--steps", "1", "--cpu", "-o", str(tmp_path / name)]) == 0
     assert capsys.readouterr().out.count("seed ") == 2
@@ -108,7 +108,7 @@ def test_wrong_options(options, words, capsys):
     ("options", "words"),
     [
         (["-m", "no/such/model"], "no/such/model: there is no such file or folder"),
-        (["-o", "picture.gif"], "unknown picture format '.gif'; use one of .png"),
+        (["-o", "image.gif"], "unknown image format '.gif'; use one of .png"),
     ],
 )
 def test_wrong_paths_are_told_in_one_line(options, words, capsys):

@@ -453,7 +453,7 @@ def test_the_command_line_stops_at_once(hub, tmp_path):
     process.send_signal(signal.SIGINT)
     _, words = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "interrupted, no picture was written" in words and not download.is_complete(folder, ALL)
+    assert "interrupted, no image was written" in words and not download.is_complete(folder, ALL)
 
 
 # Two at once

@@ -240,7 +240,7 @@ def test_diffusers_names_with_mixed_types(tmp_path, nano_transformer):
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL", "IQ3_S"])
 def test_k_types_and_the_forward(tmp_path, kind):
-    """A transformer of published proportions, two heads wide; the same picture as with the expanded weights."""
+    """A transformer of published proportions, two heads wide; the same image as with the expanded weights."""
     numbers_ = {**json.loads(CONFIGS["transformer"]), "dim": 256, "n_heads": 2, "n_kv_heads": 2, "n_layers": 1}
     numbers_ |= {"cap_feat_dim": 256, "axes_dims": [32, 48, 48]}
     config = TransformerConfig.from_dict(numbers_, "")
@@ -289,7 +289,7 @@ def gguf_files(tmp_path_factory, nano_transformer) -> dict[str, Path]:
     return {kind: folder / f"{kind}.gguf" for kind in ("transformer", "text_encoder")}
 
 
-def test_the_picture_is_nearly_that_of_the_whole_weights(gguf_files):
+def test_the_image_is_nearly_that_of_the_whole_weights(gguf_files):
     settings = {"width": 128, "height": 128, "seed": 1}
     whole = ZImagePipeline.from_pretrained(NANO).generate(PROMPT, **settings)
     pipe = ZImagePipeline.from_pretrained(NANO, **gguf_files)

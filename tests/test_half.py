@@ -78,7 +78,7 @@ def evaluated(exact: ZImageTransformer, case: str = "one", **settings) -> tuple[
 
 
 def peak(model: ZImageTransformer) -> float:
-    """The largest number that goes into or comes out of a matrix product."""
+    """The largest number that goes into or comes out of a matmul."""
     found = [0.0]
 
     def look(_layer, arguments, result):

@@ -28,7 +28,7 @@ def test_shapes_and_ranges(pipe):
     assert torch.equal(pipe.decode(latents), image)
 
 
-def test_the_same_seed_gives_the_same_picture(pipe):
+def test_the_same_seed_gives_the_same_image(pipe):
     first, again = (pipe.generate("a red circle", seed=5, **SMALL) for _ in range(2))
     other = pipe.generate("a red circle", seed=6, **SMALL)
     assert torch.equal(first, again)
@@ -76,7 +76,7 @@ def test_callback_and_cancellation(pipe):
         ({"height": 8}, "height is 8"),
         ({"steps": 0}, "steps is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"seed": [1, 2]}, "2 seeds for 1 pictures"),
+        ({"seed": [1, 2]}, "2 seeds for 1 images"),
         ({"output": "pil"}, "output is 'pil'"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
     ],
@@ -94,7 +94,7 @@ def test_no_prompt_and_a_prompt_that_is_no_text(pipe):
         pipe.generate([7], **SMALL)
 
 
-def test_float16_gives_the_picture_of_float32():
+def test_float16_gives_the_image_of_float32():
     """The nano model's activations reach a million, which float16 doesn't hold as they are."""
     latents = [
         ZImagePipeline.from_pretrained(NANO, dtype=dtype).generate("a red circle", output="latents", **SMALL)

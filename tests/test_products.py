@@ -1,4 +1,4 @@
-"""Matrix products on a CPU: every way that a processor may choose, against float64."""
+"""Matmuls on a CPU: every way that a processor may choose, against float64."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ CAPTIONS = [torch.zeros(3, 8), torch.zeros(5, 8)]
 
 
 class Straight:
-    """A model that knows the picture: its velocity towards it is picture - noise. Records what it is asked."""
+    """A model that knows the image: its velocity towards it is image - noise. Records what it is asked."""
 
     def __init__(self):
         self.times, self.batches, self.dtypes = [], [], []
@@ -29,7 +29,7 @@ class Straight:
         return (PICTURE - NOISE).repeat(len(latents) // 2, 1, 1, 1).to(latents.dtype)
 
 
-def test_it_arrives_at_the_picture_and_time_runs_upwards():
+def test_it_arrives_at_the_image_and_time_runs_upwards():
     model = Straight()
     result = loop.denoise(model, NOISE, sigmas(8, SCHEDULE, 4), CAPTIONS)
     assert torch.allclose(result, PICTURE, atol=1e-5)

@@ -127,7 +127,7 @@ def test_a_storage_folder_with_one_revision(tmp_path):
     same("vae", folder)
 
 
-def test_a_pipeline_of_single_files_draws_the_same_picture(tmp_path):
+def test_a_pipeline_of_single_files_draws_the_same_image(tmp_path):
     settings = {"width": 64, "height": 64, "steps": 2, "seed": 3}
     expected = ZImagePipeline.from_pretrained(NANO).generate("a red circle", **settings)
     for kind in KINDS:
@@ -245,7 +245,7 @@ def test_families_that_are_not_supported_are_named(tmp_path, keys, name):
     tensors = {key: tuple(value.shape) for key, value in native("transformer").items() if ".qkv." not in key}
     tensors |= {f"layers.{layer}.attention.to_{x}.{key}": (1,) for layer in range(2) for x in "qkv" for key in keys}
     message = refusal(tmp_path, "transformer", tensors)
-    assert f"quantised by {name}" in message and "load the bf16 or fp16 version of the same model instead" in message
+    assert f"quantized by {name}" in message and "load the bf16 or fp16 version of the same model instead" in message
 
 
 def test_one_of_our_components_in_the_wrong_loader(tmp_path):
@@ -280,7 +280,7 @@ def test_vaes_of_other_models(tmp_path, channels, whose):
     assert whose in message and "ae.safetensors" in message
 
 
-def test_quantised_weights_are_refused_by_name(tmp_path):
+def test_quantized_weights_are_refused_by_name(tmp_path):
     tensors = native("transformer")
     name = "layers.0.feed_forward.w1.weight"
     tensors[name] = tensors[name].to(torch.int8)

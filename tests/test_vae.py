@@ -72,7 +72,7 @@ def test_weights_of_16_bits_are_not_added_up(layer):
 
 
 @pytest.mark.parametrize("kind", ["padding mode", "convolution", "forward"])
-def test_nodes_that_make_pictures_tile_keep_working(layer, kind):
+def test_nodes_that_make_images_tile_keep_working(layer, kind):
     """They change the padding mode of each convolution, or replace a method of it."""
     x, conv = torch.randn(1, CHANNELS, 5, 4), layer.conv
 

@@ -109,7 +109,7 @@ def test_bfloat16_is_no_further_from_float32_than_plain(vae):
 
 
 def test_size_that_can_not_be_encoded_is_an_error(vae):
-    with pytest.raises(ValueError, match="a picture of 20x16 can't be encoded"):
+    with pytest.raises(ValueError, match="an image of 20x16 can't be encoded"):
         vae_bands.encode(vae, torch.zeros(1, 3, 16, 20))
 
 
@@ -209,7 +209,7 @@ def test_a_cpu_decodes_in_bands_what_is_more_than_one(monkeypatch):
     monkeypatch.setattr(vae_bands, "decode", lambda *arguments: calls.append(1) or decode(*arguments))
     assert (pipe.decode(latents) - plain).abs().max() <= 1e-5
     assert calls == [1]
-    pipe.vae.decoder.conv_in.padding_mode = "circular"  # what reaches beyond its neighbours can't be cut into bands
+    pipe.vae.decoder.conv_in.padding_mode = "circular"  # what reaches beyond its neighbors can't be cut into bands
     assert (pipe.decode(latents) - plain).abs().max() > 1e-3
     assert calls == [1]
 

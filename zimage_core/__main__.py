@@ -45,14 +45,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted, no picture was written", file=sys.stderr)
+        print("interrupted, no image was written", file=sys.stderr)
         return 130
 
 
 def generate(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     output = args.output or Path(f"zimage-{datetime.now():%Y%m%d-%H%M%S}.png")
-    _check_output(output)  # before the weights are read: nobody waits for a picture that can't be saved
+    _check_output(output)  # before the weights are read: nobody waits for an image that can't be saved
     folder = _model_folder(args)
     parts = {"transformer": args.transformer, "text_encoder": args.text_encoder, "vae": args.vae}
     size = open_component(args.vae or folder, "vae").config.sample_size
@@ -105,7 +105,7 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def save(image: Tensor, path: Path, parameters: str) -> None:
-    """Writes a picture [3, H, W] in 0..1 in the format of the extension, whole or not at all.
+    """Writes an image [3, H, W] in 0..1 in the format of the extension, whole or not at all.
 
     PNG carries `parameters` as text, in the form that other programs show.
     """
@@ -131,7 +131,7 @@ def save(image: Tensor, path: Path, parameters: str) -> None:
 def _check_output(path: Path) -> str:
     kind = FORMATS.get(path.suffix.lower())
     if kind is None:
-        raise ValueError(f"{path}: unknown picture format {path.suffix!r}; use one of {', '.join(FORMATS)}")
+        raise ValueError(f"{path}: unknown image format {path.suffix!r}; use one of {', '.join(FORMATS)}")
     return kind
 
 
@@ -207,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m zimage_core", description="Z-Image from the command line.")
     commands = parser.add_subparsers(required=True, metavar="command")
     command = commands.add_parser(
-        "generate", help="make a picture", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        "generate", help="make an image", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = command.add_argument
     add("prompt", help="what to show")
@@ -246,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--no-safe-retry",
         action="store_true",
-        help="fail where values are not finite (a black picture), instead of computing that stage again with more room",
+        help="fail where values are not finite (a black image), instead of computing that stage again with more room",
     )
     add("--cpu", action="store_true", help="use the processor even if there is a GPU")
     return parser

@@ -30,7 +30,7 @@ class TransformerConfig:
     axes_lens: tuple[int, int, int]  # (1536, 512, 512): positions seen in training
     in_channels: int  # 16 latent channels
     patch_size: int  # 2: a token is 2x2 latent cells, 16x16 pixels
-    siglip_feat_dim: int | None = None  # 1152 in Omni, whose refiner for reference pictures is then kept
+    siglip_feat_dim: int | None = None  # 1152 in Omni, whose refiner for reference images is then kept
 
     @property
     def head_dim(self) -> int:
@@ -125,12 +125,12 @@ class VAEConfig:
     in_channels: int  # 3
     out_channels: int  # 3
     latent_channels: int  # 16
-    block_out_channels: tuple[int, ...]  # (128, 256, 512, 512): each level but the last halves the picture
+    block_out_channels: tuple[int, ...]  # (128, 256, 512, 512): each level but the last halves the image
     layers_per_block: int  # 2 (the decoder has one more)
     norm_num_groups: int  # 32
     scaling_factor: float  # 0.3611
     shift_factor: float  # 0.1159
-    sample_size: int  # 1024, the picture size it was made for
+    sample_size: int  # 1024, the image size it was made for
 
     @property
     def downscale(self) -> int:
@@ -168,7 +168,7 @@ class SchedulerConfig:
     """Flow-matching Euler, from `scheduler/scheduler_config.json` (comments: Turbo; Base has shift 6.0)."""
 
     shift: float  # 3.0
-    use_dynamic_shifting: bool  # false; if true the shift follows the picture size by the four numbers below
+    use_dynamic_shifting: bool  # false; if true the shift follows the image size by the four numbers below
     base_shift: float  # 0.5
     max_shift: float  # 1.15
     base_image_seq_len: int  # 256

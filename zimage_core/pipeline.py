@@ -1,4 +1,4 @@
-"""The whole of Z-Image on one page: prompt -> caption features -> denoised latents -> picture."""
+"""The whole of Z-Image on one page: prompt -> caption features -> denoised latents -> image."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class ZImagePipeline:
     ):
         """prompt_cache: keeps the features of prompts that an `UnreadEncoder` has encoded. What another network holds
         can't be known, so its features are not kept.
-        safe_retry: a stage that gives numbers which are not finite (they would end as a black picture) is computed once
+        safe_retry: a stage that gives numbers which are not finite (they would end as a black image) is computed once
         more in a dtype with more room, and the log says so; without it, and where that doesn't help, `CheckpointError`.
         """
         self.tokenizer = tokenizer
@@ -178,17 +178,17 @@ class ZImagePipeline:
         output: Literal["image", "latents"] = "image",
         callback: loop.Callback | None = None,
     ) -> Tensor:
-        """Pictures [B, 3, height, width] float32 in 0..1, or scaled latents [B, 16, height/8, width/8].
+        """Images [B, 3, height, width] float32 in 0..1, or scaled latents [B, 16, height/8, width/8].
 
-        prompt: one, or a list; each gives `batch_size` pictures in a row, B in all.
+        prompt: one, or a list; each gives `batch_size` images in a row, B in all.
         negative_prompt: one for all or one per prompt; counts only with guidance. None is the empty prompt.
         width, height: pixels, divisible by 16.
         steps: model evaluations; 8 for Turbo, 28-50 for Base.
         guidance_scale: 0 is off (Turbo), 3-5 for Base; the CFG of ComfyUI is this + 1.
         cfg_normalization: k caps the norm of the guided velocity at k times the unguided one (True is 1, False off).
         cfg_truncation: guidance stops once 1 - sigma exceeds it; 1 never stops it.
-        seed: an int seeds one generator for the whole batch, a list of B seeds each picture on its own.
-        callback: (steps done, steps, latents, estimated picture latents) after each step; False cancels by raising
+        seed: an int seeds one generator for the whole batch, a list of B seeds each image on its own.
+        callback: (steps done, steps, latents, estimated image latents) after each step; False cancels by raising
             `sampling.Cancelled`. It starts over where sampling has to (see `safe_retry` of `__init__`).
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -308,17 +308,17 @@ class ZImagePipeline:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents [B, 16, h, w] to pictures [B, 3, H, W] float32 in 0..1."""
+        """Scaled latents [B, 16, h, w] to images [B, 3, H, W] float32 in 0..1."""
 
         def decode(dtype: torch.dtype) -> Tensor:
             vae = self.vae if dtype == own else copy.deepcopy(self.vae).to(dtype)
             raw = vae.unscale(latents).to(dtype)
-            pictures = torch.cat([_decode_one(vae, item) for item in raw.split(1)])  # one by one bounds the memory
-            if not pictures.isfinite().all():
+            images = torch.cat([_decode_one(vae, item) for item in raw.split(1)])  # one by one bounds the memory
+            if not images.isfinite().all():
                 if not latents.isfinite().all():
                     raise ValueError(f"the latents to decode hold {finite.WHAT}: they are at fault, not the VAE")
                 raise NotFinite("decoding (VAE)")
-            return (pictures.float() / 2 + 0.5).clamp(0, 1)
+            return (images.float() / 2 + 0.5).clamp(0, 1)
 
         own = next(self.vae.parameters()).dtype
         return self._finite(decode, own, torch.float32 if own.itemsize < torch.float32.itemsize else None, vae=self.vae)
@@ -340,7 +340,7 @@ class UnreadEncoder:
         self._component = component
         self._device = device
         self._dtype = dtype
-        # scales of a quantised weight can only be checked by reading it
+        # scales of a quantized weight can only be checked by reading it
         if not any(not part.is_gguf for name in self.shapes for part in component.packed(name)):
             component.build(device="meta", dtype=dtype)  # on this device no value is read
 
@@ -365,7 +365,7 @@ def noise(seed: int | Sequence[int], shape: tuple[int, int, int, int]) -> Tensor
     if isinstance(seed, int):
         return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
     if len(seed) != shape[0]:
-        raise ValueError(f"{len(seed)} seeds for {shape[0]} pictures; give one seed, or one for each picture")
+        raise ValueError(f"{len(seed)} seeds for {shape[0]} images; give one seed, or one for each image")
     return torch.stack([torch.randn(shape[1:], generator=torch.Generator("cpu").manual_seed(s)) for s in seed])
 
 

@@ -159,13 +159,13 @@ def _judge(
 def _packed_files(folder: Path) -> dict[str, Path]:
     """The nano transformer as quantized files."""
     sys.path.append(str(models.ROOT / "tests"))
-    quantising, gguf_writing = (importlib.import_module(name) for name in ("quantising", "gguf_writing"))
+    quantizing, gguf_writing = (importlib.import_module(name) for name in ("quantizing", "gguf_writing"))
     save_file = importlib.import_module("safetensors.torch").save_file
     kinds = ("transformer", "text_encoder")
     configs = {f"zimage.{kind}.config": (SNAPSHOT / kind / "config.json").read_text() for kind in kinds}
     plain = {name: value.clone() for name, value in Snapshot(SNAPSHOT).transformer().state_dict().items()}
     made = SimpleNamespace(fp8=folder / "fp8.safetensors", gguf=folder / "q8_0.gguf")
-    stored, _ = quantising.quantise(plain, "marked", torch.float8_e4m3fn)
+    stored, _ = quantizing.quantize(plain, "marked", torch.float8_e4m3fn)
     save_file(stored, made.fp8, configs)
     gguf_writing.write(made.gguf, plain, gguf_writing.linear_weights("Q8_0"), strings=configs)
     return {"fp8": made.fp8, "GGUF Q8_0": made.gguf}

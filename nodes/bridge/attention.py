@@ -1,12 +1,12 @@
-"""Attention by choice: the host's backends and torch's kernels, checked before the first step of a run.
+"""Attention by choice: ComfyUI's backends and torch's kernels, checked before the first step of a run.
 
-A run carries a `Choice` as the override that the host's attention functions look for. Before its first step the chosen
+A run carries a `Choice` as the override that ComfyUI's attention functions look for. Before its first step the chosen
 backend computes random tensors of the run's sizes; one that fails, or errs by more than its kind explains, is refused
 with a warning, and the run takes plain attention. So do calls of sizes that were not foreseen, calls with a mask, and
-whatever is not the transformer's own. Inside the steps nothing is judged, and the host never waits for the device.
+whatever is not the transformer's own. Inside the steps nothing is judged, and ComfyUI never waits for the device.
 
-Plain attention is what the host itself took for the device, so that torch's is not forced on those where the host
-avoids it. Only on a CPU torch's takes the place of the host's, which is slower there.
+Plain attention is what ComfyUI itself took for the device, so that torch's is not forced on those where ComfyUI
+avoids it. Only on a CPU torch's takes the place of ComfyUI's, which is slower there.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from ...zimage_core.model.patchify import padded
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-PYTORCH = "pytorch"  # the host's name for torch's scaled_dot_product_attention
-OVERRIDE = "optimized_attention_override"  # where the host's attention functions look for another one
-KEY = "zimage_attention"  # of our wrapper among the host's
-# torch's own kernels, one at a time; for "pytorch" torch takes the first of the host's list that can
+PYTORCH = "pytorch"  # ComfyUI's name for torch's scaled_dot_product_attention
+OVERRIDE = "optimized_attention_override"  # where ComfyUI's attention functions look for another one
+KEY = "zimage_attention"  # of our wrapper among ComfyUI's
+# torch's own kernels, one at a time; for "pytorch" torch takes the first of ComfyUI's list that can
 TORCH_KERNELS = {"pytorch cudnn": SDPBackend.CUDNN_ATTENTION, "pytorch flash": SDPBackend.FLASH_ATTENTION}
 FIRST = ("sage3", "sage", "flash", "xformers", "sub_quad", "split")  # in the order of the list, before newer ones
 EXACT = (PYTORCH, *TORCH_KERNELS, "flash", "xformers", "sub_quad", "split")
@@ -59,7 +59,7 @@ TIMED_CALLS = 3
 # of a call of the transformer's own; one with more to it takes plain attention
 USUAL = ("skip_reshape", "transformer_options", "_inside_attn_wrapper")
 
-Backend = Callable[..., Tensor]  # the host's: (q, k, v, heads, mask=None, skip_reshape=..., ...) -> [B, N, heads * D]
+Backend = Callable[..., Tensor]  # ComfyUI's: (q, k, v, heads, mask=None, skip_reshape=..., ...) -> [B, N, heads * D]
 
 
 def choices() -> list[str]:
@@ -116,7 +116,7 @@ def force_plain(options: dict[str, Any]) -> bool:
 
 
 class Choice:
-    """Takes the place of the host's attention function. Before the first step of a run it settles on a backend."""
+    """Takes the place of ComfyUI's attention function. Before the first step of a run it settles on a backend."""
 
     steady = True  # the same at every step, unlike what other nodes may put there
 
@@ -141,7 +141,7 @@ class Choice:
         return self.backend(q, k, v, heads, mask, *rest, **more)
 
     def around_run(self, executor: Any, guider: Any, sigmas: Tensor, extra: Any, callback: Any, noise: Tensor, *rest):
-        """The host's wrapper of a run: model and noise are on the device by now, prompts and areas are resolved."""
+        """ComfyUI's wrapper of a run: model and noise are on the device by now, prompts and areas are resolved."""
         global _run
         before = _run
         _run = self._settled(guider, noise, len(sigmas) - 1)
@@ -210,7 +210,7 @@ class _Run:
 
 
 # One run is under way at a time, on all of its devices. A graph of torch.compile looks for it here: what is in the
-# transformer options the host's compile node takes for constant.
+# transformer options ComfyUI's compile node takes for constant.
 _run: _Run | None = None
 
 
@@ -240,10 +240,10 @@ def _name(backend: Backend) -> str:
 
 
 def _tried(device: torch.device) -> tuple[str, ...]:
-    """What `auto` may prefer to the host's own: nothing where that isn't torch's attention on an NVIDIA GPU."""
+    """What `auto` may prefer to ComfyUI's own: nothing where that isn't torch's attention on an NVIDIA GPU."""
     if not mm.is_nvidia() or not mm.is_device_cuda(device) or not mm.pytorch_attention_enabled():
         return ()
-    # the host's own list has cuDNN last; torch prefers it from this generation on (Hopper), where it is the fastest
+    # ComfyUI's own list has cuDNN last; torch prefers it from this generation on (Hopper), where it is the fastest
     left_out = () if torch.cuda.get_device_capability(device)[0] >= CUDNN_FROM else ("pytorch cudnn",)
     return tuple(name for name in _backends() if name in CANDIDATES and name not in left_out)
 
@@ -268,7 +268,7 @@ def _torch_kernel(
     skip_output_reshape: bool = False,
     **more: Any,
 ) -> Tensor:
-    """One kernel of torch's, called like the host's backends, whose own call of torch would set other kernels."""
+    """One kernel of torch's, called like ComfyUI's backends, whose own call of torch would set other kernels."""
     if not skip_reshape:
         q, k, v = (t.unflatten(-1, (-1, q.shape[-1] // heads)).transpose(1, 2) for t in (q, k, v))
     if mask is not None:
@@ -305,7 +305,7 @@ _times: dict[tuple[Backend, Size], float] = {}
 def _sizes(guider: Any, noise: Tensor, joint: bool = False) -> list[Size]:
     """Of all attention that a run will ask for; joint: of its main blocks' alone."""
     model = guider.inner_model
-    config = getattr(model.diffusion_model, "config", model.diffusion_model)  # the host's own has it on itself
+    config = getattr(model.diffusion_model, "config", model.diffusion_model)  # ComfyUI's own has it on itself
     prompts: Counter[tuple[int, int]] = Counter()  # (image tokens, caption tokens)
     for cond in (cond for conds in guider.conds.values() for cond in conds):
         if "c_crossattn" not in cond["model_conds"]:
@@ -323,7 +323,7 @@ def _sizes(guider: Any, noise: Tensor, joint: bool = False) -> list[Size]:
         lengths = {(everything, everything)}
         if not joint:  # ... the last block's, and the refiners'
             lengths |= {(image, everything), (padded(image), padded(image)), (padded(caption), padded(caption))}
-        found.update(dict.fromkeys(lengths, count * len(noise)))  # the host batches what has the same length
+        found.update(dict.fromkeys(lengths, count * len(noise)))  # ComfyUI batches what has the same length
     head_dim, dtype = config.dim // config.n_heads, model.get_dtype_inference()
     return [
         Size(batch, config.n_heads, queries, keys, head_dim, dtype, noise.device)
@@ -412,4 +412,4 @@ def _seconds(backend: Backend, size: Size) -> float | None:
 
 
 def _is_oom(error: Exception) -> bool:
-    return mm.is_oom(error) if hasattr(mm, "is_oom") else isinstance(error, mm.OOM_EXCEPTION)  # older hosts
+    return mm.is_oom(error) if hasattr(mm, "is_oom") else isinstance(error, mm.OOM_EXCEPTION)  # older ComfyUI

@@ -30,10 +30,10 @@ from . import layers, prompts, quantized, quantized_patcher
 
 logger = logging.getLogger(__name__)
 
-NAME = "qwen3_4b"  # the host's name for this encoder: key of its tokens, prefix of its parameters, so LoRA files fit
-# the tokenizer that comes with the host: Qwen's, whose ids are those of Qwen3 for every text
+NAME = "qwen3_4b"  # ComfyUI's name for this encoder: key of its tokens, prefix of its parameters, so LoRA files fit
+# the tokenizer that comes with ComfyUI: Qwen's, whose ids are those of Qwen3 for every text
 QWEN_TOKENIZER = Path(next(iter(comfy.text_encoders.__path__))) / "qwen25_tokenizer"
-_reading = threading.RLock()  # the host may run nodes in several threads
+_reading = threading.RLock()  # ComfyUI may run nodes in several threads
 
 
 class HostTextModel(nn.Module):
@@ -161,7 +161,7 @@ def load_clip(
     cache_converted: bool = False,
     disable_dynamic: bool = False,
 ) -> comfy.sd.CLIP:
-    """A CLIP of a snapshot's text encoder and tokenizer, or of a single file with the host's Qwen tokenizer.
+    """A CLIP of a snapshot's text encoder and tokenizer, or of a single file with ComfyUI's Qwen tokenizer.
 
     weight_dtype: of the weights in memory, None the file's. No weight is read here: they stay mapped, and those that
     have to be converted are left in the file until the encoder is loaded onto its device. cache_converted: they are
@@ -173,29 +173,29 @@ def load_clip(
     dtype = weight_dtype or component.dtype()
     if dtype.itemsize == 1:  # fp8 without scales: an Embedding can't look rows up in it
         dtype = torch.bfloat16
-    quantised = weight_dtype is None and quantized.keeps(component)
-    if cache_converted and not quantised:
+    packed = weight_dtype is None and quantized.keeps(component)
+    if cache_converted and not packed:
         component = bridge_files.cache_converted(component, dict.fromkeys(component.shapes, dtype))
     operations = layers.for_device(mm.text_encoder_device(), comfy.ops.manual_cast)
     build_device = torch.device("meta")
-    if quantised:
+    if packed:
         operations, build_device = quantized.operations(component, torch.float32, mm.text_encoder_device(), exact=True)
     encoder = TextEncoder(config, ops=operations, device=build_device, dtype=dtype).requires_grad_(False)
-    left = _map_weights(encoder, component, dtype, quantised)
-    identity = {"config": repr(config), "weights": str(dtype), "quantised": quantised, "files": files}
+    left = _map_weights(encoder, component, dtype, packed)
+    identity = {"config": repr(config), "weights": str(dtype), "quantized": packed, "files": files}
     read = functools.partial(_read_weights, encoder, component, dtype, left, files) if left else None
     model = HostTextModel(encoder.eval(), dtype, identity, read)
 
     clip = comfy.sd.CLIP(
         comfy.supported_models_base.ClipTarget(lambda **_: tokenizer, lambda **_: model),
         parameters=sum(math.prod(shape) for shape in component.shapes.values()),
-        # no device to compute on: where that is the CPU, the host would load the encoder at once
+        # no device to compute on: where that is the CPU, ComfyUI would load the encoder at once
         model_options={"dtype": dtype, "initial_device": torch.device("meta")},
         disable_dynamic=disable_dynamic,
     )
-    if quantised:
+    if packed:
         quantized_patcher.keep_packed(clip.patcher)
-    if disable_dynamic:  # this one is taken apart, its model put into a patcher of the host's own kind
+    if disable_dynamic:  # this one is taken apart, its model put into a patcher of ComfyUI's own kind
         model.fill()
     elif left:
         clip.patcher.__class__ = _filling(type(clip.patcher))  # type: ignore[arg-type]
@@ -203,18 +203,18 @@ def load_clip(
     return clip
 
 
-def _map_weights(encoder: TextEncoder, component: Component, dtype: torch.dtype, quantised: bool) -> list[str]:
+def _map_weights(encoder: TextEncoder, component: Component, dtype: torch.dtype, packed: bool) -> list[str]:
     """Gives the layers all weights that can stay as the file has them; the others get a shape and a dtype.
 
-    Returns the names of the latter. Checks every key, and the shape of what is not quantised.
+    Returns the names of the latter. Checks every key, and the shape of what is not quantized.
     """
     left = []
     for name, shape in component.shapes.items():
         path, _, last = name.rpartition(".")
         layer = encoder.get_submodule(path)
-        # the host's layers for quantised weights hold others in the dtype that they compute in
+        # ComfyUI's layers for quantized weights hold others in the dtype that they compute in
         held = getattr(layer, "factory_kwargs", {}).get("dtype", dtype)
-        tensors = quantized.kept_tensors(component, name, shape, torch.float32) if quantised else {}
+        tensors = quantized.kept_tensors(component, name, shape, torch.float32) if packed else {}
         if not tensors and not component.packed(name):
             mapped = component.tensor(name, shape)
             tensors = {name: mapped} if mapped.dtype == held else {}
@@ -244,7 +244,7 @@ def _load(layer: nn.Module, path: str, tensors: dict[str, torch.Tensor]) -> None
 
 @functools.cache
 def _filling(kind: type[ModelPatcher]) -> type[ModelPatcher]:
-    """A patcher of the host as it is for its device, that has the model filled before it touches weights."""
+    """A patcher of ComfyUI as it is for its device, that has the model filled before it touches weights."""
 
     class Filling(kind):
         def load(self, *arguments, **settings):
@@ -281,7 +281,7 @@ def encode(clip: comfy.sd.CLIP, text: str, cached: bool = True) -> list[Any]:
         return _conditioning(known)
     conditioning = clip.encode_from_tokens_scheduled(tokens)
     if any(isinstance(cond, torch.Tensor) and not cond.isfinite().all() for cond, _ in conditioning):
-        # as the host computes every text encoder, so there is no safer way
+        # as ComfyUI computes every text encoder, so there is no safer way
         raise not_finite("the text encoder", "float32 with plain attention", text_encoder=clip.cond_stage_model)
     if key is None or not _is_plain(conditioning):
         return conditioning

@@ -28,7 +28,7 @@ def repository_of(choice: str, repository: str) -> Repository | None:
 def snapshot(repository: Repository, component: str, *, allowed: bool) -> tuple[Path, bool]:
     """(folder in which this component of it is complete, whether that took a download, which has to be allowed).
 
-    Raises CheckpointError with its size and what to do if it is not there, and what the host raises on interruption.
+    Raises CheckpointError with its size and what to do if it is not there, and what ComfyUI raises on interruption.
     """
     roots = [Path(root) for root in folder_paths.get_folder_paths("zimage")]
     found = download.find(repository, roots)
@@ -42,7 +42,7 @@ def snapshot(repository: Repository, component: str, *, allowed: bool) -> tuple[
 
 
 class _Report:
-    """Bytes and speed on the node; the host's interruption ends the download."""
+    """Bytes and speed on the node; ComfyUI's interruption ends the download."""
 
     def __init__(self) -> None:
         self.bar: comfy.utils.ProgressBar | None = None

@@ -1,4 +1,4 @@
-"""Weight files as the host maps its own, and the converted ones that we keep for it."""
+"""Weight files as ComfyUI maps its own, and the converted ones that we keep for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...zimage_core.weights import converted
 from ...zimage_core.weights.checkpoint import Component
 from ...zimage_core.weights.tensor_files import MapFile, Mapped, map_safetensors
 
-try:  # the paging of weights; older hosts have none
+try:  # the paging of weights; older versions have none
     import comfy.memory_management as paging
 except ImportError:
     paging = None
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 def map_file() -> MapFile | None:
-    """How weight files are mapped (`TensorFiles`); None with the host's flag --disable-mmap.
+    """How weight files are mapped (`TensorFiles`); None with ComfyUI's flag --disable-mmap.
 
-    Where the host pages weights it reads tensors that it has mapped itself straight from their file, into pinned memory
+    Where ComfyUI pages weights it reads tensors that it has mapped itself straight from their file, into pinned memory
     or the device; others pass through the memory of the process first.
     """
     if comfy.utils.DISABLE_MMAP:
@@ -38,8 +38,8 @@ def map_file() -> MapFile | None:
 def _by_the_host(path: Path) -> Mapped:
     try:
         return _HostFile(comfy.utils.load_safetensors(str(path))[0])
-    except Exception as error:  # a dtype that the host doesn't map, or a library that fails: it would only be faster
-        logger.debug("%s is mapped without the host (%s)", path, error)
+    except Exception as error:  # a dtype that ComfyUI doesn't map, or a library that fails: it would only be faster
+        logger.debug("%s is mapped without ComfyUI (%s)", path, error)
         return map_safetensors(path)
 
 
@@ -52,7 +52,7 @@ class _HostFile:
 
 
 def cache_converted(component: Component, dtypes: converted.Dtypes) -> Component:
-    """The same network from a file in the host's user directory that holds it so (`converted`), written if need be."""
+    """The same network from a file in ComfyUI's user directory that holds it so (`converted`), written if need be."""
     folder = Path(folder_paths.get_user_directory()) / "zimage" / "weights"
     between: Any = mm.throw_exception_if_processing_interrupted
     return converted.cache_converted(component, dtypes, folder, between)

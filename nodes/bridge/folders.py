@@ -1,4 +1,4 @@
-"""The host's model folders: which snapshots and files the loaders offer, where they are, whether they changed."""
+"""ComfyUI's model folders: which snapshots and files the loaders offer, where they are, whether they changed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NANO_LORA_FILE = NANO_FOLDER.parent / "zimage_nano_moon.safetensors"
 
 FOLDER_KINDS = ("zimage", "diffusers")  # sub-folders of models/, in the order in which equal names win
 MARKS = ("transformer", "text_encoder", "vae", "snapshots")  # one of these is in a snapshot, or in a cached one
-# the host's folders of single files, by what the file may hold
+# ComfyUI's folders of single files, by what the file may hold
 FILE_KINDS = {
     "transformer": ("diffusion_models", "checkpoints"),
     "text_encoder": ("text_encoders", "checkpoints"),
@@ -36,16 +36,16 @@ FILE_KINDS = {
 FILE_SUFFIXES = (".safetensors", ".sft")
 DEPTH = 2  # models/zimage/<name> and models/zimage/<author>/<name>
 
-# Known to the host from now on: extra_model_paths.yaml may add further folders under the same name.
+# Known to ComfyUI from now on: extra_model_paths.yaml may add further folders under the same name.
 folder_paths.add_model_folder_path("zimage", os.path.join(folder_paths.models_dir, "zimage"))
-# GGUF files lie in the same folders, but the host does not list them; the lists of folders are shared, not copied
+# GGUF files lie in the same folders, but ComfyUI does not list them; the lists of folders are shared, not copied
 GGUF_KINDS = {kind: f"zimage_gguf_{kind}" for kind in ("diffusion_models", "text_encoders")}
 for _kind, _own in GGUF_KINDS.items():
     folder_paths.folder_names_and_paths[_own] = (folder_paths.folder_names_and_paths[_kind][0], {".gguf"})
 
 
 def model_choices(component: str) -> list[str]:
-    """The built-in model, snapshots under the host's folders, those that can be downloaded, then single files."""
+    """The built-in model, snapshots under ComfyUI's folders, those that can be downloaded, then single files."""
     snapshots = {*_snapshots(), *(Repository(name).folder_name for name in KNOWN)}
     return [NANO, *sorted(snapshots, key=str.casefold), *sorted(_files(component), key=str.casefold)]
 
@@ -85,7 +85,7 @@ def fingerprint(choice: str, component: str, repository: str = "") -> list[tuple
     return [] if _downloaded.get((path, component)) == stamps else stamps
 
 
-# what was downloaded since the host started -> what `_stamps` said right after
+# what was downloaded since ComfyUI started -> what `_stamps` said right after
 _downloaded: dict[tuple[Path, str], list[tuple[str, int, int]]] = {}
 READ = {  # component -> folder of a snapshot -> files in it
     "transformer": {"transformer": "*", "scheduler": "*", "vae": "config.json"},
@@ -108,7 +108,7 @@ def _stamps(path: Path, component: str) -> list[tuple[str, int, int]]:
 
 
 def lora_choices() -> list[str]:
-    """The LoRA files of the host's own folder, then the built-in model's."""
+    """The LoRA files of ComfyUI's own folder, then the built-in model's."""
     return [*_names("loras"), NANO_LORA]
 
 
@@ -128,7 +128,7 @@ def _stamp(file: Path) -> tuple[str, int, int]:
 
 
 def asked_dtype() -> torch.dtype | None:
-    """What the host's flags (--fp32-unet and the like, --force-fp32) want a transformer stored in; None without one."""
+    """What ComfyUI's flags (--fp32-unet and the like, --force-fp32) want a transformer stored in; None without one."""
     asked = args.force_fp32 or any(name.endswith("_unet") and value for name, value in vars(args).items())
     return mm.unet_dtype() if asked else None
 
@@ -138,7 +138,7 @@ def _roots() -> list[Path]:
 
 
 def _files(component: str) -> dict[str, tuple[str, str]]:
-    """Name, as the combo shows it ("folder/file"), to (the host's folder kind, the file's name in it)."""
+    """Name, as the combo shows it ("folder/file"), to (ComfyUI's folder kind, the file's name in it)."""
     found: dict[str, tuple[str, str]] = {}
     for kind in FILE_KINDS[component]:
         found |= {f"{kind}/{name}": (kind, name) for name in _names(kind)}
@@ -149,7 +149,7 @@ def _files(component: str) -> dict[str, tuple[str, str]]:
 
 
 def _names(kind: str, suffixes: tuple[str, ...] = FILE_SUFFIXES) -> list[str]:
-    """The files of a kind as the host lists them, or as we do where it gives up over a folder that it can't read."""
+    """The files of a kind as ComfyUI lists them, or as we do where it gives up over a folder that it can't read."""
     try:
         names: Iterable[str] = folder_paths.get_filename_list(kind)
     except OSError:
@@ -163,7 +163,7 @@ def _names(kind: str, suffixes: tuple[str, ...] = FILE_SUFFIXES) -> list[str]:
 
 
 def _snapshots() -> dict[str, Path]:
-    """Name, as the combo shows it, to folder. Runs whenever the host asks for the schema, so it only lists folders."""
+    """Name, as the combo shows it, to folder. Runs whenever ComfyUI asks for the schema, so it only lists folders."""
     found: dict[str, Path] = {}
     for root in _roots():
         for folder in _snapshots_in(_listed(root), DEPTH):

@@ -1,4 +1,4 @@
-"""The host's layers, with the core's matrix products where they compute on a CPU."""
+"""ComfyUI's layers, with the core's matmuls where they compute on a CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...zimage_core.backends import matmul
 
 
 class CPUOperations(comfy.ops.manual_cast):
-    """The host's casting layers. Without patches that are added on the way, a Linear needs no copy of its weight."""
+    """ComfyUI's casting layers. Without patches that are added on the way, a Linear needs no copy of its weight."""
 
     class Linear(comfy.ops.manual_cast.Linear):
         def forward_comfy_cast_weights(self, input: Tensor) -> Tensor:

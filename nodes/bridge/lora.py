@@ -1,4 +1,4 @@
-"""LoRA on the host's patchers: our reading and formulas, its memory manager applies them where the weight lies."""
+"""LoRA on ComfyUI's patchers: our reading and formulas, its memory manager applies them where the weight lies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...zimage_core.lora import files as lora_files
 from ...zimage_core.lora import formulas
 from . import files, folders
 
-# component -> what stands before our parameter names in the host's model (ours and its native Z-Image alike)
+# component -> what stands before our parameter names in ComfyUI's model (ours and its native Z-Image alike)
 PREFIXES = {"transformer": "diffusion_model.", "text_encoder": "qwen3_4b.transformer."}
 ATTACHMENT = "zimage_loras"  # the LoRAs that a patcher carries, for the report on how they overlap
 
@@ -26,10 +26,10 @@ Entry = tuple[str, tuple[str, ...], tuple[Tensor, ...], float | None, float, int
 
 
 class HostAdapter(comfy.weight_adapter.WeightAdapterBase):
-    """All our adapters of one weight behind the call that the host makes of its own.
+    """All our adapters of one weight behind the call that ComfyUI makes of its own.
 
     Together, because each changes the weight as it was without the others: two LoRA agree in either order. `weights` is
-    plain tuples: the host takes it apart and rebuilds it with moved tensors. alpha is a number, as asking a tensor for
+    plain tuples: ComfyUI takes it apart and rebuilds it with moved tensors. alpha is a number, as asking a tensor for
     one would wait for the device.
     """
 
@@ -90,7 +90,7 @@ def _bring(patcher: ModelPatcher, device: torch.device | None = None, *_load: An
         needed = _unmerged(patcher)  # those of the weights that left are more now
     for adapter in needed:
         adapter.bring(device)
-    if patcher.model.model_lowvram:  # else the host would take it for weights that it has loaded twice
+    if patcher.model.model_lowvram:  # else ComfyUI would take it for weights that it has loaded twice
         patcher.model.model_loaded_weight_memory += size
 
 

@@ -1,6 +1,6 @@
 """MODEL: the S3-DiT as ComfyUI's own kind of model, so that its memory manager, samplers, LoRA and patches apply.
 
-The class derives from the host's native Z-Image model and keeps its parameter names; only the network is ours.
+The class derives from ComfyUI's native Z-Image model and keeps its parameter names; only the network is ours.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ...zimage_core.sampling.loop import model_time, velocity
 from ...zimage_core.weights.checkpoint import Component, Snapshot, open_component, schedule_of, snapshot_folder
 from . import files, folders, layers, quantized, quantized_patcher
 
-try:  # the host's kernel package; older ones lack these two
+try:  # ComfyUI's kernel package; older ones lack these two
     from comfy_kitchen import rms_rope, rms_rope1
 except ImportError:
     rms_rope = rms_rope1 = None
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 HALF = 2  # bytes
-NATIVE_DIM = 3840  # the width for which the host measured memory_usage_factor
+NATIVE_DIM = 3840  # the width for which ComfyUI measured memory_usage_factor
 
 
 class _Kernels(Operations):
@@ -107,7 +107,7 @@ class HostTransformer(ZImageTransformer):
         kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
         wrappers = comfy.patcher_extension.get_all_wrappers(kind, options)
         if wrappers:
-            x = x.clone()  # EasyCache writes into it, and where nothing was cast the host still computes with it
+            x = x.clone()  # EasyCache writes into it, and where nothing was cast ComfyUI still computes with it
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._velocity, self, wrappers)
         return executor.execute(x, timesteps, context, num_tokens, attention_mask, **kwargs)
 
@@ -117,7 +117,7 @@ class HostTransformer(ZImageTransformer):
         height, width = x.shape[-2:]
         patch = self.config.patch_size
         if height % patch or width % patch:
-            # Areas of a picture may have odd sizes; like the native model, make them even and cut the excess off.
+            # Areas of an image may have odd sizes; like the native model, make them even and cut the excess off.
             x = comfy.ldm.common_dit.pad_to_patch_size(x, (patch, patch))
         patches = _Patches(options, self.config)
         out = super().forward(
@@ -138,19 +138,19 @@ class HostTransformer(ZImageTransformer):
                 f"{self.config.cap_feat_dim}. Load text encoder and transformer from the same Z-Image snapshot."
             )
         if conds.get("ref_latents") or conds.get("siglip_feats"):
-            raise ValueError("This Z-Image model takes no reference pictures. Remove the node that attaches them.")
+            raise ValueError("This Z-Image model takes no reference images. Remove the node that attaches them.")
 
 
 def _attention(options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The host's attention of choice; the options carry overrides that other nodes set."""
+    """ComfyUI's attention of choice; the options carry overrides that other nodes set."""
     return optimized_attention_masked(q, k, v, q.shape[1], mask, skip_reshape=True, transformer_options=options)
 
 
 class _RunCaptions:
     """Refined captions, from the start of a sampling run to its end; only on a CPU.
 
-    The host hands the same prompts over in new tensors at every step, and other nodes may change them on the way: only
-    their content tells whether they are the same. On a GPU looking would make the host wait for it, for a hundredth of
+    ComfyUI hands the same prompts over in new tensors at every step, and other nodes may change them on the way: only
+    their content tells whether they are the same. On a GPU looking would make ComfyUI wait for it, for a hundredth of
     a step at most.
     """
 
@@ -170,7 +170,7 @@ class _RunCaptions:
         self, model: ZImageTransformer, x: Tensor, context: Tensor, options: dict[str, Any]
     ) -> Captions | Tensor:
         """What the transformer takes in place of `context`."""
-        # the host's hooks change weights, other nodes' overrides the attention and what they put into the blocks
+        # ComfyUI's hooks change weights, other nodes' overrides the attention and what they put into the blocks
         # anything, all perhaps by the step
         steady = self.patcher is not None and self.patcher.current_hooks is None
         steady = steady and getattr(options.get("optimized_attention_override", self), "steady", False)
@@ -199,7 +199,7 @@ class _Patches:
     def after_block(self, stage: str, index: int) -> None:
         """Keeps the options current."""
         if not torch.compiler.is_compiling():
-            mm.throw_exception_if_processing_interrupted()  # a step can take minutes; only newer hosts look inside it
+            mm.throw_exception_if_processing_interrupted()  # a step takes minutes; only newer versions look inside
         if self:
             return  # the options say where a patch is until it has run
         self._advance(stage, index)
@@ -229,7 +229,7 @@ class _Patches:
 
 
 class ZImageModel(comfy.model_base.Lumina2):
-    """The host's native model class around our network: being a Lumina2 is what makes the host map Z-Image's LoRA."""
+    """ComfyUI's native model class around our network: being a Lumina2 is what makes ComfyUI map Z-Image's LoRA."""
 
     def __init__(
         self,
@@ -250,17 +250,17 @@ class ZImageModel(comfy.model_base.Lumina2):
 
 
 class ZImageModelConfig(comfy.supported_models.ZImage):
-    """What the host wants to know of a model, from the snapshot's files instead of from a detected state dict."""
+    """What ComfyUI wants to know of a model, from the snapshot's files instead of from a detected state dict."""
 
     def __init__(self, path: str | Path, config: TransformerConfig, scheduler: SchedulerConfig):
         super().__init__(
             {
                 "image_model": "lumina2",
                 "in_channels": config.in_channels,
-                "dim": config.dim,  # this and the next two: read by the host's map of LoRA keys
+                "dim": config.dim,  # this and the next two: read by ComfyUI's map of LoRA keys
                 "n_layers": config.n_layers,
                 "n_refiner_layers": config.n_refiner_layers,
-                # float16 where the device has no bfloat16. The host judges by one norm whether its own network would
+                # float16 where the device has no bfloat16. ComfyUI judges by one norm whether its own network would
                 # overflow; ours doesn't, whatever the weights.
                 "allow_fp16": True,
             }
@@ -268,7 +268,7 @@ class ZImageModelConfig(comfy.supported_models.ZImage):
         self.sampling_settings = {"multiplier": 1.0, "shift": scheduler.shift}  # multiplier 1: the network gets sigma
         native: Any = type(self)
         self.memory_usage_factor = native.memory_usage_factor * config.dim / NATIVE_DIM
-        if folder := snapshot_folder(path):  # a single file has the published factors, which are the host's defaults
+        if folder := snapshot_folder(path):  # a single file has the published factors, which are ComfyUI's defaults
             vae = Snapshot(folder).vae_config()
             self.latent_format.scale_factor = vae.scaling_factor
             self.latent_format.shift_factor = vae.shift_factor
@@ -290,9 +290,9 @@ def load_model(
     config = component.config
     model_config = ZImageModelConfig(path, config, scheduler)
     device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
-    quantised = weight_dtype is None and quantized.keeps(component)
-    if quantised:
-        asked = folders.asked_dtype()  # of the weights that are not quantised
+    packed = weight_dtype is None and quantized.keeps(component)
+    if packed:
+        asked = folders.asked_dtype()  # of the weights that are not quantized
         storage = component.dtype() if asked in (None, *FP8) else asked
         compute = mm.unet_manual_cast(None, device, model_config.supported_inference_dtypes)
         model_config.custom_operations, build_device = quantized.operations(component, compute, device)
@@ -301,7 +301,7 @@ def load_model(
         storage, compute = _dtypes(
             weight_dtype or folders.asked_dtype(), component, model_config.supported_inference_dtypes, device
         )
-        model_config.custom_operations = layers.for_device(device)  # None: the host picks
+        model_config.custom_operations = layers.for_device(device)  # None: ComfyUI picks
         build_device = torch.device("meta")
         dtypes = _dtypes_in_memory(component, storage)
         stored = files.cache_converted(component, dtypes) if cache_converted else component
@@ -322,10 +322,10 @@ def load_model(
     model.device = offload_device  # until here "meta", where it was built
     model.to(offload_device)
 
-    # The host rebinds CoreModelPatcher when it starts; it must be looked up at the time of the call.
+    # ComfyUI rebinds CoreModelPatcher when it starts; it must be looked up at the time of the call.
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, load_device=device, offload_device=offload_device)
-    if quantised:
+    if packed:
         quantized_patcher.keep_packed(patcher)
     captions = model.diffusion_model.run_captions
     patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, captions.begin)
@@ -342,7 +342,7 @@ def _dtypes(
 ) -> tuple[torch.dtype, torch.dtype | None]:
     """(dtype of the weights in memory, dtype to which each layer casts them or None to compute in the former).
 
-    The host decides what is computed in. Weights that each layer would cast to that anyhow, or that would be held in
+    ComfyUI decides what is computed in. Weights that each layer would cast to that anyhow, or that would be held in
     32 bits or more, stay as the file has them.
     """
     if asked is not None:

@@ -1,4 +1,4 @@
-"""The prompt cache in the host: where it lies, what a conditioning depends on, and in which precision it is kept."""
+"""The prompt cache in ComfyUI: where it lies, what a conditioning depends on, and in which precision it is kept."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ STARTED = time.time_ns()  # before any model was loaded
 
 
 def cache() -> PromptCache:
-    """The one of this server, in the host's user directory; other servers may use the same."""
+    """The one of this server, in ComfyUI's user directory; other servers may use the same."""
     folder = Path(folder_paths.get_user_directory()) / "zimage" / "prompts"
     return _cache(folder, os.environ.get(VARIABLE, ""))
 
@@ -59,10 +59,10 @@ def _cache(folder: Path, setting: str) -> PromptCache:
 
 
 def kept_dtype() -> torch.dtype:
-    """The precision of features that are kept: that in which the host computes Z-Image on this device.
+    """The precision of features that are kept: that in which ComfyUI computes Z-Image on this device.
 
     A transformer begins by casting features to what it computes in, so rounding them to that before changes nothing.
-    Where that is float16 for our model, the host's own may compute in float32, for which they are kept.
+    Where that is float16 for our model, ComfyUI's own may compute in float32, for which they are kept.
     """
     device, supported = mm.get_torch_device(), comfy.supported_models.ZImage.supported_inference_dtypes
     storage = mm.unet_dtype(
@@ -104,7 +104,7 @@ def _is_altered(patcher: ModelPatcher) -> bool:
         found for table in (patcher.callbacks, patcher.wrappers) for kind in table.values() for found in kind.values()
     ]
     options = {name: option for name, option in patcher.model_options.items() if option}
-    # the host sets this one itself for every text encoder, to what they compute in anyway
+    # ComfyUI sets this one itself for every text encoder, to what they compute in anyway
     objects = {
         name for name, value in patcher.object_patches.items() if (name, value) != ("manual_cast_dtype", torch.float32)
     }
@@ -115,7 +115,7 @@ def _is_altered(patcher: ModelPatcher) -> bool:
 
 
 def _patches(patcher: ModelPatcher) -> list[str]:
-    """The hash of all LoRA and other patches, and the host's version, whose formulas apply them; empty if none does.
+    """The hash of all LoRA and other patches, and ComfyUI's version, whose formulas apply them; empty if none does.
 
     Raises TypeError for one that can't be known by its content.
     """
@@ -174,7 +174,7 @@ def _feed(hashed: Any, value: Any) -> None:
 
 
 def _is_known(adapter: WeightAdapterBase) -> bool:
-    """Whether it is of a class of the host or ours, and `weights` is all there is to it."""
+    """Whether it is of a class of ComfyUI or ours, and `weights` is all there is to it."""
     module = type(adapter).__module__
     return module.startswith(("comfy.weight_adapter.", f"{__package__}.")) and vars(adapter).keys() <= {
         "loaded_keys",
@@ -187,11 +187,11 @@ def _host_version() -> str:
     return (Path(comfy.sd.__file__).parents[1] / "comfyui_version.py").read_text(encoding="utf-8")
 
 
-# Text encoders of the host's own loaders
+# Text encoders of ComfyUI's own loaders
 
 
 def _stock_identity(clip: comfy.sd.CLIP) -> dict[str, Any]:
-    """What the host's own loader has read. Raises TypeError where that can't be known."""
+    """What ComfyUI's own loader has read. Raises TypeError where that can't be known."""
     init = getattr(clip.patcher, "cached_patcher_init", None)
     model = clip.cond_stage_model
     if init is None or init[0].__module__ != "comfy.sd" or not type(model).__module__.startswith("comfy."):
@@ -201,9 +201,9 @@ def _stock_identity(clip: comfy.sd.CLIP) -> dict[str, Any]:
     files = [text for text in texts if os.path.isfile(text)]
     for file in files:
         state = os.stat(file)
-        # other than our own loader, the host's says nothing of the files as they were when it read them
+        # other than our own loader, ComfyUI's says nothing of the files as they were when it read them
         if max(state.st_mtime_ns, state.st_ctime_ns) >= STARTED:
-            raise TypeError(f"{file} has changed since the host started")
+            raise TypeError(f"{file} has changed since ComfyUI started")
     return {
         "host": _host_version(),
         "loader": init[0].__name__,

@@ -1,7 +1,7 @@
-"""Quantised weights in the host: its own quantised tensors and operations, and one more kind of them for GGUF.
+"""Quantized weights in ComfyUI: its own quantized tensors and operations, and one more kind of them for GGUF.
 
-Where a file's format is known to the host, its mixed-precision layers hold the weights as the file has them. GGUF's
-weights become quantised tensors of a layout of ours, which every layer of the host can move, offload and expand.
+Where a file's format is known to ComfyUI, its mixed-precision layers hold the weights as the file has them. GGUF's
+weights become quantized tensors of a layout of ours, which every layer of ComfyUI can move, offload and expand.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...zimage_core.weights import gguf_dequant
 from ...zimage_core.weights.checkpoint import Component
 from ...zimage_core.weights.quantized import Packed
 
-try:  # the host logs it and goes on without, and so do we: weights are then expanded when they are loaded
+try:  # ComfyUI logs it and goes on without, and so do we: weights are then expanded when they are loaded
     from comfy_kitchen.tensor import BaseLayoutParams, QuantizedLayout, QuantizedTensor, register_layout_class
 except ImportError:
     BaseLayoutParams = QuantizedLayout = object
@@ -31,7 +31,7 @@ GGUF = "ZImageGGUFLayout"
 
 
 def keeps(component: Component) -> bool:
-    """Whether weights of this component stay quantised in the host."""
+    """Whether weights of this component stay quantized in ComfyUI."""
     return QuantizedTensor is not None and any(
         _kept(component, name, shape) for name, shape in component.shapes.items()
     )
@@ -40,9 +40,9 @@ def keeps(component: Component) -> bool:
 def operations(
     component: Component, compute_dtype: torch.dtype, device: torch.device, *, exact: bool = False
 ) -> tuple[Any, torch.device]:
-    """The host's layers for it, and the device to build them on.
+    """ComfyUI's layers for it, and the device to build them on.
 
-    compute_dtype: that weights are expanded to. device: that computes. exact: no matrix products in the quantised
+    compute_dtype: that weights are expanded to. device: that computes. exact: no matmuls in the quantized
     format itself.
     """
     if any(part.is_gguf for name in component.shapes for part in component.packed(name)):
@@ -50,14 +50,14 @@ def operations(
     # these layers hold nothing before they are loaded, and then move it to the device that they were built on
     if exact:
         layers = comfy.ops.mixed_precision_ops({"mixed_ops": True}, compute_dtype, full_precision_mm=True)
-    else:  # the host knows in which formats the device computes; others are expanded layer by layer
+    else:  # ComfyUI knows in which formats the device computes; others are expanded layer by layer
         marked = SimpleNamespace(quant_config={"mixed_ops": True})
         layers = comfy.ops.pick_operations(None, compute_dtype, load_device=device, model_config=marked)
     return layers, torch.device("cpu")
 
 
 def state_dict(component: Component, dtype: torch.dtype, compute_dtype: torch.dtype) -> dict[str, Tensor]:
-    """What such layers load. dtype: of the weights that are not quantised."""
+    """What such layers load. dtype: of the weights that are not quantized."""
     state: dict[str, Tensor] = {}
     for name, shape in component.shapes.items():
         kept = kept_tensors(component, name, shape, compute_dtype)
@@ -81,17 +81,17 @@ def kept_tensors(
 
 
 def _kept(component: Component, name: str, shape: tuple[int, ...]) -> list[Packed]:
-    """The parts of a weight that can stay as they are: GGUF's always, others where the host has their very form."""
+    """The parts of a weight that can stay as they are: GGUF's always, others where ComfyUI has their very form."""
     parts = component.packed(name) if len(shape) == 2 and name.endswith(".weight") else []
     if not parts or all(part.is_gguf for part in parts):
         return parts
     known = parts[0].format in comfy.quant_ops.QUANT_ALGOS and "embed_tokens" not in name
     by_rows = parts[0].format.startswith("float8") and parts[0].tensors["weight_scale"].numel() > 1
-    unread = by_rows or "weight_correction" in parts[0].tensors  # some hosts have these, and leave them out
+    unread = by_rows or "weight_correction" in parts[0].tensors  # some ComfyUI have these, and leave them out
     return parts if known and len(parts) == 1 and not unread else []
 
 
-# GGUF as a layout of the host's quantised tensors
+# GGUF as a layout of ComfyUI's quantized tensors
 
 
 class GGUFLayout(QuantizedLayout):
@@ -135,8 +135,8 @@ def _gguf_tensor(parts: list[Packed], shape: tuple[int, ...], compute_dtype: tor
     return QuantizedTensor(torch.cat(raws) if len(raws) > 1 else raws[0], GGUF, params)
 
 
-class _Quantised:
-    """What layers with quantised weights need besides the host's own class."""
+class _Quantized:
+    """What layers with quantized weights need besides ComfyUI's own class."""
 
     _parameters: dict[str, Any]
 
@@ -151,12 +151,12 @@ class _Quantised:
 
 
 class GGUFOperations(comfy.ops.manual_cast):
-    """The host's casting layers, which expand a quantised weight as they cast it."""
+    """ComfyUI's casting layers, which expand a quantized weight as they cast it."""
 
-    class Linear(_Quantised, comfy.ops.manual_cast.Linear):
+    class Linear(_Quantized, comfy.ops.manual_cast.Linear):
         pass
 
-    class Embedding(_Quantised, comfy.ops.manual_cast.Embedding):
+    class Embedding(_Quantized, comfy.ops.manual_cast.Embedding):
         def forward_comfy_cast_weights(self, input, out_dtype=None):
             weight = self.weight
             if self.weight_function or not isinstance(weight, QuantizedTensor) or len(weight._params.parts) > 1:

@@ -1,4 +1,4 @@
-"""Patchers of models with quantised weights: LoRA, merges and hooks on top, exactly, and files of what samples."""
+"""Patchers of models with quantized weights: LoRA, merges and hooks on top, exactly, and files of what samples."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import torch
 from comfy.model_patcher import LowVramPatch, ModelPatcher
 from torch import Tensor, nn
 
-from ...zimage_core.weights.quantized import DEQUANTISED
+from ...zimage_core.weights.quantized import DEQUANTIZED
 from . import quantized
 
 
 def keep_packed(patcher: ModelPatcher) -> None:
-    """Makes a patcher, of whichever kind the host has chosen for its device, one that knows quantised weights."""
+    """Makes a patcher, of whichever kind ComfyUI has chosen for its device, one that knows quantized weights."""
     patcher.__class__ = _packed(type(patcher))
     if patcher.is_clip and not hasattr(ModelPatcher, "model_state_dict_for_saving"):
-        # older hosts save an encoder by its state dict alone; what it is patched with, its layers know
+        # older ComfyUI save an encoder by its state dict alone; what it is patched with, its layers know
         device = patcher.load_device
         patcher.model.register_state_dict_post_hook(
             lambda model, state, prefix, _: state.update(_for_saving(model, prefix, _attached, device))
@@ -36,10 +36,10 @@ def _packed(kind: type[ModelPatcher]) -> type[ModelPatcher]:
 
 
 class _Packed:
-    """Before a patcher class of the host, static or dynamic: patches are added whenever a weight is expanded.
+    """Before a patcher class of ComfyUI, static or dynamic: patches are added whenever a weight is expanded.
 
-    The host does so with offloaded ones. Merging would have to quantise the sum again: not exact, not to be taken
-    back, and impossible for GGUF. To who asks for it, a quantised weight is what its layer computes with.
+    ComfyUI does so with offloaded ones. Merging would have to quantize the sum again: not exact, not to be taken
+    back, and impossible for GGUF. To who asks for it, a quantized weight is what its layer computes with.
     """
 
     def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, **settings):
@@ -55,7 +55,7 @@ class _Packed:
         return None
 
     def model_state_dict(self, filter_prefix=None):
-        """What can be patched and merged. Of a quantised layer that is its weight, not the tensors that store it."""
+        """What can be patched and merged. Of a quantized layer that is its weight, not the tensors that store it."""
         layers = dict(_layers(self.model))
         state = {}
         for key, value in super().model_state_dict(filter_prefix).items():
@@ -66,7 +66,7 @@ class _Packed:
 
     def clone(self, *arguments, **settings):
         cloned = super().clone(*arguments, **settings)
-        cloned.__class__ = _packed(type(cloned))  # a clone that is not to be dynamic is of the host's own kind
+        cloned.__class__ = _packed(type(cloned))  # a clone that is not to be dynamic is of ComfyUI's own kind
         return cloned
 
     # Loading
@@ -92,7 +92,7 @@ class _Packed:
 
     @contextmanager
     def _marked(self) -> Iterator[None]:
-        """Within it, layers that are loaded as a whole have the host's mark, which it needs to move weights.
+        """Within it, layers that are loaded as a whole have ComfyUI's mark, which it needs to move weights.
 
         Outside they have it not: to others it says that patches are in the weight, to be taken as it is stored.
         """
@@ -106,7 +106,7 @@ class _Packed:
                 layer.is_whole, layer.comfy_patched_weights = layer.comfy_patched_weights, False
 
     def _attach(self) -> None:
-        """Gives each quantised layer its patches, in place of those by which the host would quantise the sum again."""
+        """Gives each quantized layer its patches, in place of those by which ComfyUI would quantize the sum again."""
         for key, layer in _layers(self.model):
             others = [function for function in layer.weight_function if not isinstance(function, LowVramPatch)]
             layer.weight_function = self._patches_of(key) + others
@@ -150,7 +150,7 @@ class _Packed:
 
     @contextmanager
     def _saving(self, model: nn.Module, prefix: str) -> Iterator[None]:
-        """Within it, the state dict of a network has what is to be saved, and the host takes it as it is."""
+        """Within it, the state dict of a network has what is to be saved, and ComfyUI takes it as it is."""
 
         def patches_of(name: str, _layer: nn.Module) -> list[LowVramPatch]:
             return self._patches_of(prefix + name)
@@ -171,7 +171,7 @@ class _Packed:
 
 
 class _Backup(NamedTuple):
-    """What the host keeps of a weight that it has put another in the place of."""
+    """What ComfyUI keeps of a weight that it has put another in the place of."""
 
     weight: Tensor
     inplace_update: bool
@@ -191,7 +191,7 @@ class _HookPatch:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name of the weight, layer) of the quantised ones."""
+    """(name of the weight, layer) of the quantized ones."""
     for name, module in model.named_modules():
         if isinstance(getattr(module, "weight", None), quantized.QuantizedTensor):
             yield f"{name}.weight", module
@@ -218,16 +218,16 @@ def _for_saving(
     patches_of: Callable[[str, nn.Module], list[LowVramPatch]],
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Of a network's quantised weights, key -> what is saved in place of what stores it.
+    """Of a network's quantized weights, key -> what is saved in place of what stores it.
 
-    GGUF's are expanded: the host has no such format. Patched ones are quantised again, as the host does with its own;
+    GGUF's are expanded: ComfyUI has no such format. Patched ones are quantized again, as ComfyUI does with its own;
     the rest is left as the file has it.
     """
     saved: dict[str, Tensor] = {}
     for name, layer in _layers(model):
         weight, key, patches = layer.weight, prefix + name, patches_of(name, layer)
         if weight._layout_cls == quantized.GGUF:
-            like = {key: torch.empty(weight.shape, dtype=DEQUANTISED, device="meta")}
+            like = {key: torch.empty(weight.shape, dtype=DEQUANTIZED, device="meta")}
         elif patches:
             like = weight.state_dict(key)
         else:
@@ -258,7 +258,7 @@ class _Source:
 
 
 class _Part(Tensor):
-    """A tensor without values, which it gets when the host moves it to the CPU to write it."""
+    """A tensor without values, which it gets when ComfyUI moves it to the CPU to write it."""
 
     @staticmethod
     def __new__(cls, like: Tensor, source: _Source, key: str):

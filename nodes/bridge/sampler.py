@@ -1,4 +1,4 @@
-"""Sampling on the host: the guider with Z-Image's guidance, and one run of it with preview, progress and noise mask."""
+"""Sampling on ComfyUI: the guider with Z-Image's guidance, and one run of it with preview, progress and noise mask."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from . import attention as bridge_attention
 
 
 class ZImageGuider(comfy.samplers.CFGGuider):
-    """Guidance as the reference has it, positive + scale * (positive - negative): the host's CFG is scale + 1."""
+    """Guidance as the reference has it, positive + scale * (positive - negative): ComfyUI's CFG is scale + 1."""
 
     def set_guidance(self, scale: float, cfg_normalization: float, cfg_truncation: float) -> None:
         self.scale = scale
@@ -32,11 +32,11 @@ class ZImageGuider(comfy.samplers.CFGGuider):
         self.set_cfg(1.0 + scale)
 
     def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed=None):
-        """The picture that the model foresees in x [B, 16, h, w] at the noise levels `timestep` [B]."""
+        """The image that the model foresees in x [B, 16, h, w] at the noise levels `timestep` [B]."""
         model_options = model_options or {}
         positive, negative = self.conds["positive"], self.conds.get("negative")
         cfg = self.cfg
-        # only a truncation asks for the noise level, for which the host would have to wait on a GPU
+        # only a truncation asks for the noise level, for which ComfyUI would have to wait on a GPU
         sigma = float(timestep[0]) if self.cfg_truncation < 1.0 else 1.0
         if negative is None or not guides_at(sigma, self.scale, self.cfg_truncation):
             cfg, negative = 1.0, None
@@ -47,7 +47,7 @@ class ZImageGuider(comfy.samplers.CFGGuider):
         )
 
     def _normalized(self, args: dict[str, Any]) -> Tensor:
-        # The host hands over and takes back sigma * velocity; the formula commutes with that factor.
+        # ComfyUI hands over and takes back sigma * velocity; the formula commutes with that factor.
         return guided_velocity(args["cond"], args["uncond"], self.scale, self.cfg_normalization)
 
     @property
@@ -63,7 +63,7 @@ class ZImageGuider(comfy.samplers.CFGGuider):
     def safe(self) -> ZImageGuider | None:
         """The same guidance in a dtype with more room and with plain attention; None where this is it.
 
-        The weights are shared, and so are LoRA and patches: the host casts each weight where it is used.
+        The weights are shared, and so are LoRA and patches: ComfyUI casts each weight where it is used.
         """
         guider = copy.copy(self)
         guider.model_options = comfy.model_patcher.create_model_options_clone(self.model_options)
@@ -87,7 +87,7 @@ def make_guider(
     cfg_truncation: float,
     attention: str = bridge_attention.AUTO,
 ) -> ZImageGuider:
-    """A guider of a Z-Image MODEL, ours or the host's own. Raises ValueError where the parts don't fit together."""
+    """A guider of a Z-Image MODEL, ours or ComfyUI's own. Raises ValueError where the parts don't fit together."""
     conds = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
     for name, conditioning in conds.items():
         _check_conditioning(model, name, conditioning)
@@ -140,7 +140,7 @@ def scheduler_config(model) -> SchedulerConfig:
 
 
 def start_latents(model, latent: dict[str, Any]) -> Tensor:
-    """The samples of a LATENT; an empty one of another model is brought to this model's channels, as the host does."""
+    """The samples of a LATENT; an empty one of another model is brought to this model's channels, as ComfyUI does."""
     return comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"))
 
 
@@ -157,7 +157,7 @@ def run(
     safe_retry: bool = True,
 ) -> Tensor:
     """Euler from sigmas[0] to sigmas[-1]: raw latents [B, 16, h, w] in and out. `latent` may hold batch_index and
-    noise_mask. Interruption, previews and progress are the host's.
+    noise_mask. Interruption, previews and progress are ComfyUI's.
 
     safe_retry: where a step gives numbers that are not finite, all steps are run once more from the same noise, with
     plain attention and in a dtype with more room; the log says so. Without it, or if that fails too, CheckpointError.
@@ -170,7 +170,7 @@ def run(
     safe: Any = guider.safe()
 
     def compute() -> Tensor:
-        # to be loaded before the host asks how much memory a step takes: that follows from the dtype in use
+        # to be loaded before ComfyUI asks how much memory a step takes: that follows from the dtype in use
         mm.load_models_gpu([safe.model_patcher])
         return _run(safe, latents, sigmas, seed, latent)
 
@@ -204,7 +204,7 @@ def _run(guider: ZImageGuider, latents: Tensor, sigmas: Tensor, seed: int, laten
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    dtype = mm.intermediate_dtype() if hasattr(mm, "intermediate_dtype") else samples.dtype  # newer hosts
+    dtype = mm.intermediate_dtype() if hasattr(mm, "intermediate_dtype") else samples.dtype  # newer ComfyUI
     samples = samples.to(device=mm.intermediate_device(), dtype=dtype)
     if not samples.isfinite().all():
         steps.check()

@@ -1,7 +1,7 @@
 """VAE: the autoencoder inside ComfyUI's own VAE class, which brings tiling, batching and the out-of-memory fallback.
 
-Where memory is short, ours runs in bands of rows: the same picture, before the host would have to cut it into tiles. On
-a CPU it does so anyway, as that is faster. On other devices the host is asked for what its own VAE would want, so that
+Where memory is short, ours runs in bands of rows: the same image, before ComfyUI would have to cut it into tiles. On
+a CPU it does so anyway, as that is faster. On other devices ComfyUI is asked for what its own VAE would want, so that
 it makes room; bands are for what does not fit then.
 """
 
@@ -32,12 +32,12 @@ from . import files
 
 LOW_MEMORY = ("auto", "on", "off")
 
-Memory = Callable[[tuple[int, ...], torch.dtype], float]  # of (shape, dtype): bytes for one picture, as the host says
+Memory = Callable[[tuple[int, ...], torch.dtype], float]  # of (shape, dtype): bytes for one image, as ComfyUI says
 
 
 @contextmanager
 def cast_weights(layer: Any, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """`Weights` where the host moves, casts and patches them as they are used."""
+    """`Weights` where ComfyUI moves, casts and patches them as they are used."""
     weight, bias, lent = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
     try:
         yield weight, bias
@@ -46,12 +46,12 @@ def cast_weights(layer: Any, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class HostAutoencoder(AutoencoderKL):
-    """The autoencoder behind the calls that the host's VAE makes of it."""
+    """The autoencoder behind the calls that ComfyUI's VAE makes of it."""
 
     low_memory = "auto"  # one of LOW_MEMORY, for the calls that are made of this object
 
     # set by the VAE
-    host_memory: dict[str, Memory]  # for "decode" by latents, for "encode" by pictures
+    host_memory: dict[str, Memory]  # for "decode" by latents, for "encode" by images
     patcher: Callable[[], comfy.model_patcher.ModelPatcher | None] = staticmethod(lambda: None)  # that loads it
 
     def decode(self, raw_latents: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class HostAutoencoder(AutoencoderKL):
         return self._run("encode", image, tuple(image.shape))
 
     def _run(self, call: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """decode or encode, as a whole or in bands; shape: of the pictures."""
+        """decode or encode, as a whole or in bands; shape: of the images."""
         rows = None
         if self.runs_in_bands(call, shape, x.dtype, x.device):
             rows = self._rows(shape, x)
@@ -83,18 +83,18 @@ class HostAutoencoder(AutoencoderKL):
         return self.low_memory != "off" and vae_bands.possible(self)
 
     def runs_in_bands(self, call: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether pictures [B, 3, H, W] do, at this moment."""
+        """Whether images [B, 3, H, W] do, at this moment."""
         if not self._may_run_in_bands() or self.low_memory == "on":
             return self._may_run_in_bands()
         if device.type == "cpu":
             short = self._free_memory(device) < shape[0] * self._host_memory(call, shape, dtype)
             return short or vae_bands.faster(self, shape[2], shape[3], device, dtype)
-        # The host has tried to make room for its figure, which is twice of what maps take.
+        # ComfyUI has tried to make room for its figure, which is twice of what maps take.
         maps = vae_bands.PLAIN_MAPS if call == "decode" else vae_bands.PLAIN_ENCODING_MAPS
         return self._free_memory(device) < shape[0] * vae_bands.plain_bytes(self, shape[2], shape[3], dtype, maps)
 
     def memory(self, call: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> float:
-        """Bytes that the host shall have free before one picture of [B, 3, H, W] is decoded or encoded."""
+        """Bytes that ComfyUI shall have free before one image of [B, 3, H, W] is decoded or encoded."""
         asked = self.low_memory == "on" or device.type == "cpu"  # else it would not even try to make room for a whole
         if asked and self.runs_in_bands(call, (1, *shape[1:]), dtype, device):
             return vae_bands.bands_bytes(self, shape[2], shape[3], dtype.itemsize)
@@ -133,7 +133,7 @@ class ZImageVAE(comfy.sd.VAE):
         component = open_component(path, "vae", map_file=files.map_file())
         config = component.config
         with _without_warning():
-            super().__init__(sd={})  # sets the defaults of a picture VAE and ends where it finds no weights
+            super().__init__(sd={})  # sets the defaults of an image VAE and ends where it finds no weights
         self.latent_channels = config.latent_channels
         self.downscale_ratio = self.upscale_ratio = config.downscale
         self.device = mm.vae_device()
@@ -155,7 +155,7 @@ class ZImageVAE(comfy.sd.VAE):
         module.host_memory = {"decode": self.memory_used_decode, "encode": self.memory_used_encode}
         del self.memory_used_decode, self.memory_used_encode  # for the methods below, which a copy's device matters to
 
-        # The host rebinds CoreModelPatcher when it starts; it must be looked up at the time of the call.
+        # ComfyUI rebinds CoreModelPatcher when it starts; it must be looked up at the time of the call.
         kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
         self.patcher = kind(module, load_device=self.device, offload_device=mm.vae_offload_device())
         self.patcher.cached_patcher_init = (load_vae_patcher, (str(path),))
@@ -163,19 +163,19 @@ class ZImageVAE(comfy.sd.VAE):
         self.model_size()
 
     def memory_used_decode(self, shape: tuple[int, ...], dtype: torch.dtype) -> float:
-        pictures = (shape[0], 3, *(side * self.upscale_ratio for side in shape[-2:]))
-        return self.first_stage_model.memory("decode", pictures, dtype, self.device)
+        images = (shape[0], 3, *(side * self.upscale_ratio for side in shape[-2:]))
+        return self.first_stage_model.memory("decode", images, dtype, self.device)
 
     def memory_used_encode(self, shape: tuple[int, ...], dtype: torch.dtype) -> float:
         return self.first_stage_model.memory("encode", tuple(shape), dtype, self.device)
 
 
 def decode(vae: comfy.sd.VAE, latents: Tensor, low_memory: str = "auto", safe_retry: bool = True) -> Tensor:
-    """Raw latents [B, 16, h, w] to pictures [B, H, W, 3], checked: a damaged weight is named.
+    """Raw latents [B, 16, h, w] to images [B, H, W, 3], checked: a damaged weight is named.
 
     safe_retry: where 16 bits are too few for its values, a VAE runs once more in float32, and the log says so.
     low_memory: in bands of rows "on", "off", or "auto": where that is faster or memory is short. Another VAE than ours
-    can't, nor one that other nodes changed to make pictures tile: ValueError.
+    can't, nor one that other nodes changed to make images tile: ValueError.
     """
     if low_memory == "on" and not isinstance(vae.first_stage_model, HostAutoencoder):
         raise ValueError(
@@ -184,7 +184,7 @@ def decode(vae: comfy.sd.VAE, latents: Tensor, low_memory: str = "auto", safe_re
         )
     if low_memory == "on" and not vae_bands.possible(vae.first_stage_model):
         raise ValueError(
-            'low_memory is "on", but another node has changed how this VAE pads, as those for pictures that tile do: '
+            'low_memory is "on", but another node has changed how this VAE pads, as those for images that tile do: '
             'bands would not join. Use "auto" or "off", or decode with a VAE that was not changed.'
         )
 
@@ -195,7 +195,7 @@ def decode(vae: comfy.sd.VAE, latents: Tensor, low_memory: str = "auto", safe_re
 
 
 def encode(vae: comfy.sd.VAE, pixels: Tensor, safe_retry: bool = True) -> Tensor:
-    """Pictures [B, H, W, 3] to raw latents [B, 16, H/8, W/8], checked as `decode` does."""
+    """Images [B, H, W, 3] to raw latents [B, 16, H/8, W/8], checked as `decode` does."""
     return _finite(vae, pixels, lambda vae: _checked(vae.encode(pixels), "encoding (VAE)"), safe_retry)
 
 
@@ -205,7 +205,7 @@ def _finite(vae: comfy.sd.VAE, given: Tensor, compute: Callable[[comfy.sd.VAE], 
     except NotFinite as error:
         stage = str(error)
     if not given.isfinite().all():
-        what = "latents" if "decoding" in stage else "pictures"
+        what = "latents" if "decoding" in stage else "images"
         raise ValueError(f"The {what} that came in hold {finite.WHAT}: what made them is at fault, not the VAE.")
     dtype = getattr(vae, "vae_dtype", torch.float32)
     return finite.again(
@@ -225,14 +225,14 @@ def _checked(values: Tensor, stage: str) -> Tensor:
 
 
 def _for_one_call(vae: comfy.sd.VAE, low_memory: str) -> comfy.sd.VAE:
-    """The same VAE, whose pictures are checked before they are clamped, which makes white of infinite.
+    """The same VAE, whose images are checked before they are clamped, which makes white of infinite.
 
     It is another object, as is its autoencoder, so that settings are of this call alone; all layers are shared.
     """
     if not isinstance(vae, comfy.sd.VAE):
         return vae
     own = copy.copy(vae)
-    own.process_output = lambda pictures: vae.process_output(_checked(pictures, "decoding (VAE)"))
+    own.process_output = lambda images: vae.process_output(_checked(images, "decoding (VAE)"))
     if isinstance(vae.first_stage_model, HostAutoencoder):
         own.first_stage_model = copy.copy(vae.first_stage_model)
         own.first_stage_model.low_memory = low_memory
@@ -240,7 +240,7 @@ def _for_one_call(vae: comfy.sd.VAE, low_memory: str) -> comfy.sd.VAE:
 
 
 def _exact(vae: comfy.sd.VAE) -> comfy.sd.VAE:
-    """The same VAE in float32: the weights are shared, the host casts each where it is used."""
+    """The same VAE in float32: the weights are shared, ComfyUI casts each where it is used."""
     exact = copy.copy(vae)
     exact.patcher, exact.vae_dtype = vae.patcher.clone(), torch.float32
     exact.patcher.set_model_compute_dtype(torch.float32)
@@ -253,12 +253,12 @@ def load_vae_patcher(path: str, disable_dynamic: bool = False):
 
 @contextmanager
 def _without_warning() -> Iterator[None]:
-    """Drops the host's "No VAE weights detected", which is true at that moment and would alarm for nothing."""
+    """Drops ComfyUI's "No VAE weights detected", which is true at that moment and would alarm for nothing."""
 
     def is_other(record: logging.LogRecord) -> bool:
         return "No VAE weights" not in record.getMessage()
 
-    root = logging.getLogger()  # the host logs on the root logger
+    root = logging.getLogger()  # ComfyUI logs on the root logger
     root.addFilter(is_other)
     try:
         yield

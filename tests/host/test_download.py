@@ -51,10 +51,10 @@ def test_nothing_is_fetched_unasked_and_the_error_says_how(served):
     assert hub.asked == []
 
 
-def test_download_is_shown_interrupted_resumed_and_gives_the_same_picture(served):
+def test_download_is_shown_interrupted_resumed_and_gives_the_same_image(served):
     hub, server = served
     with server.connect() as client:
-        (expected,) = client.pictures(client.run(prompt()))
+        (expected,) = client.images(client.run(prompt()))
         hub.speed = 3e6
         try:
             prompt_id = client.queue(prompt("Org/Nano", True))
@@ -67,8 +67,8 @@ def test_download_is_shown_interrupted_resumed_and_gives_the_same_picture(served
         finally:
             hub.speed = None
         hub.asked.clear()
-        (picture,) = client.pictures(client.run(prompt("Org/Nano", True)))
-        assert _pixels(picture) == _pixels(expected)
+        (image,) = client.images(client.run(prompt("Org/Nano", True)))
+        assert _pixels(image) == _pixels(expected)
         assert any(ranged.startswith("bytes=") for _, _, ranged in hub.asked)
         assert any(event["type"] == "progress" and event["data"]["max"] > 5e6 for event in client.events)
 

@@ -67,8 +67,8 @@ def prompt(text: str, seed: int, strength: float | None = None, **encoding: Any)
     return found
 
 
-def picture(client: Client, *arguments: Any, **settings: Any) -> bytes:
-    (png,) = client.pictures(client.run(prompt(*arguments, **settings)))
+def image(client: Client, *arguments: Any, **settings: Any) -> bytes:
+    (png,) = client.images(client.run(prompt(*arguments, **settings)))
     return Image.open(io.BytesIO(png)).tobytes()
 
 
@@ -85,17 +85,17 @@ def test_after_a_restart_a_known_prompt_needs_no_encoder(each_host, each_client,
     write_lora(lora, 0.5)
     text = "two red stars on a blue background"
     before = entries(each_host)
-    plain, with_lora = picture(each_client, text, 1), picture(each_client, text, 1, strength=0.8)
+    plain, with_lora = image(each_client, text, 1), image(each_client, text, 1, strength=0.8)
     assert plain != with_lora and LOADED in each_host.log_text()
     known = entries(each_host)
     assert len(known - before) == 4  # positive and negative, without and with LoRA
 
     poison(weights)
     with started_after(each_host, tmp_path) as (server, client):
-        assert picture(client, text, 1) == plain
-        assert picture(client, text, 1, strength=0.8) == with_lora
-        assert picture(client, text, 2) != plain
-        assert picture(client, text, 3, cache=True) != plain
+        assert image(client, text, 1) == plain
+        assert image(client, text, 1, strength=0.8) == with_lora
+        assert image(client, text, 2) != plain
+        assert image(client, text, 3, cache=True) != plain
         assert LOADED not in server.log_text()
         for other in (
             prompt("a green ring", 1),
@@ -109,7 +109,7 @@ def test_after_a_restart_a_known_prompt_needs_no_encoder(each_host, each_client,
         with pytest.raises(ExecutionFailed, match=DAMAGED):
             client.run(prompt(text, 1, strength=0.8))
         write_lora(lora, 0.5)  # the same content again, in a new file
-        assert picture(client, text, 1, strength=0.8) == with_lora
+        assert image(client, text, 1, strength=0.8) == with_lora
         os.utime(weights, ns=(1, 1))
         with pytest.raises(ExecutionFailed, match=DAMAGED):
             client.run(prompt(text, 4))

@@ -24,7 +24,7 @@ SAMPLER, TEXT, NEGATIVE, VAE, MODEL, LATENT = "7", "4", "5", "3", "1", "6"  # no
 
 
 def latent_prompt(**sampler: Any) -> dict[str, Any]:
-    """The nano workflow in float32 with settings of the sampler, ending in a saved latent instead of a picture."""
+    """The nano workflow in float32 with settings of the sampler, ending in a saved latent instead of an image."""
     prompt = workflow.load("zimage_nano_txt2img")
     workflow.set_text(prompt, PROMPT)
     prompt[SAMPLER]["inputs"].update(seed=5, steps=4, **sampler)
@@ -100,13 +100,13 @@ def test_stock_decode_plain_and_tiled_on_our_vae(client):
     prompt |= {"20": plain, "21": {**save, "inputs": {"images": ["20", 0], "filename_prefix": "plain"}}}
     prompt |= {"22": tiled, "23": {**save, "inputs": {"images": ["22", 0], "filename_prefix": "tiled"}}}
     entry = client.run(prompt)
-    ours, stock, in_tiles = (_pixels(client.pictures(entry, node)[0]) for node in ("9", "21", "23"))
+    ours, stock, in_tiles = (_pixels(client.images(entry, node)[0]) for node in ("9", "21", "23"))
     assert torch.equal(ours, stock)
-    assert (in_tiles - ours).abs().mean() < 4  # of 255: tiles see their own statistics, the picture is the same
+    assert (in_tiles - ours).abs().mean() < 4  # of 255: tiles see their own statistics, the image is the same
 
 
 def test_our_vae_encodes_what_it_decodes(client):
-    """Picture to latents and back: stock VAEEncode and ours agree, and the picture survives."""
+    """Image to latents and back: stock VAEEncode and ours agree, and the image survives."""
     prompt = workflow.load("zimage_nano_txt2img")
     save = {"class_type": "SaveImage"}
     for number, encoder in ((30, "ZImageVAEEncode"), (40, "VAEEncode")):
@@ -116,7 +116,7 @@ def test_our_vae_encodes_what_it_decodes(client):
         images = {"images": [str(number + 1), 0], "filename_prefix": "again"}
         prompt[str(number + 2)] = {**save, "inputs": images}
     entry = client.run(prompt)
-    before, ours, stock = (_pixels(client.pictures(entry, node)[0]) for node in ("9", "32", "42"))
+    before, ours, stock = (_pixels(client.images(entry, node)[0]) for node in ("9", "32", "42"))
     assert torch.equal(ours, stock)
     assert (ours - before).abs().mean() < 6
 
@@ -213,7 +213,7 @@ def test_shift_of_the_stock_node_is_followed(pipe, client):
 
 
 def test_a_noise_mask_keeps_what_it_does_not_cover(client):
-    """Left half repainted, right half kept: the kept latents are the encoded picture's."""
+    """Left half repainted, right half kept: the kept latents are the encoded image's."""
     prompt = latent_prompt(guidance_scale=0.0)
     prompt["60"] = {
         "class_type": "EmptyImage",
@@ -234,12 +234,12 @@ def test_a_noise_mask_keeps_what_it_does_not_cover(client):
     assert (painted[..., :7] - clean[..., :7]).abs().mean() > 0.1
 
 
-def test_denoise_decides_how_much_of_the_picture_stays(client):
+def test_denoise_decides_how_much_of_the_image_stays(client):
     def distance(denoise: float) -> float:
         prompt = workflow.load("zimage_nano_img2img")
         prompt["12"]["inputs"]["denoise"] = denoise
         entry = client.run(prompt)
-        before, after = (_pixels(client.pictures(entry, node)[0]) for node in ("9", "14"))
+        before, after = (_pixels(client.images(entry, node)[0]) for node in ("9", "14"))
         return (after - before).abs().mean().item()
 
     little, much = distance(0.2), distance(0.95)

@@ -22,8 +22,8 @@ NODES = {
 }
 
 
-def picture(width: int = 64) -> dict:
-    """A prompt of the host's own nodes: one plain picture, saved."""
+def image(width: int = 64) -> dict:
+    """A prompt of the host's own nodes: one plain image, saved."""
     return {
         "1": {"class_type": "EmptyImage", "inputs": {"width": width, "height": 32, "batch_size": 1, "color": 255}},
         "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "plain"}},
@@ -49,9 +49,9 @@ def test_server_is_the_version_it_should_be(each_client: Client, host_version: s
     assert each_client.get("/system_stats")["system"]["comfyui_version"] == host_version
 
 
-def test_prompt_runs_and_its_picture_comes_back(each_client: Client):
-    entry = each_client.run(picture())
-    (png,) = each_client.pictures(entry)
+def test_prompt_runs_and_its_image_comes_back(each_client: Client):
+    entry = each_client.run(image())
+    (png,) = each_client.images(entry)
     assert png.startswith(b"\x89PNG")
     assert png[16:24] == (64).to_bytes(4, "big") + (32).to_bytes(4, "big")
     assert "execution_success" in [event["type"] for event in each_client.events]
@@ -59,22 +59,22 @@ def test_prompt_runs_and_its_picture_comes_back(each_client: Client):
 
 def test_rejected_prompt_names_node_and_reason(client: Client):
     with pytest.raises(PromptRejected, match=r"node 1 \(EmptyImage\): Value -1 smaller than min"):
-        client.run(picture(width=-1))
+        client.run(image(width=-1))
 
 
 def test_failure_in_a_node_is_raised_and_the_next_prompt_runs(client: Client):
-    prompt = picture()
+    prompt = image()
     prompt["2"]["inputs"]["filename_prefix"] = "../outside"
     with pytest.raises(ExecutionFailed, match=r"node 2 \(SaveImage\): .*outside the output folder"):
         client.run(prompt)
-    client.run(picture())
+    client.run(image())
 
 
-def test_uploaded_picture_can_be_loaded(client: Client):
-    name = client.upload(client.pictures(client.run(picture()))[0], "up loaded.png")
-    prompt = picture()
+def test_uploaded_image_can_be_loaded(client: Client):
+    name = client.upload(client.images(client.run(image()))[0], "up loaded.png")
+    prompt = image()
     prompt["1"] = {"class_type": "LoadImage", "inputs": {"image": name}}
-    assert len(client.pictures(client.run(prompt), "2")) == 1
+    assert len(client.images(client.run(prompt), "2")) == 1
 
 
 def test_server_that_dies_says_why_and_leaves_nothing(tmp_path: Path, host: Server):

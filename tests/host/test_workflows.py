@@ -70,10 +70,10 @@ NANO_NAMES = [name for name in NAMES if "nano" in name]
 )
 def test_nano_workflow_runs(name: str, each_client: Client):
     prompt = workflow.load(name)
-    pictures = each_client.pictures(each_client.run(prompt))
-    assert len(pictures) == len(workflow.nodes(prompt, "SaveImage"))
-    for picture in pictures:
-        assert Image.open(io.BytesIO(picture)).size == (128, 128)
+    images = each_client.images(each_client.run(prompt))
+    assert len(images) == len(workflow.nodes(prompt, "SaveImage"))
+    for image in images:
+        assert Image.open(io.BytesIO(image)).size == (128, 128)
 
 
 @pytest.mark.parametrize("name", ["zimage_base_txt2img", "zimage_turbo_txt2img"])
@@ -100,8 +100,8 @@ def test_workflow_of_single_files(name: str, each_host: Server, each_client: Cli
             _write_small(kind, file)
         workflow.set_size(prompt, 128, 128)
         workflow.set_sampler(prompt, steps=1)
-        (picture,) = each_client.pictures(each_client.run(prompt))
-        assert Image.open(io.BytesIO(picture)).size == (128, 128)
+        (image,) = each_client.images(each_client.run(prompt))
+        assert Image.open(io.BytesIO(image)).size == (128, 128)
     finally:
         for file in files.values():
             file.unlink(missing_ok=True)
@@ -138,8 +138,8 @@ def test_the_lora_workflow_draws_moons(each_client: Client):
     for strength in (1.0, 0.0):
         prompt[loader]["inputs"].update(strength=strength, strength_clip=strength)
         entry = each_client.run(prompt)
-        (picture,) = each_client.pictures(entry)
-        image = pil_to_tensor(Image.open(io.BytesIO(picture)).convert("RGB")) / 255
+        (image,) = each_client.images(entry)
+        image = pil_to_tensor(Image.open(io.BytesIO(image)).convert("RGB")) / 255
         seen[strength] = [(item.colour, item.shape) for item in sorted(judge.read(image)[1], key=lambda item: item.y)]
         report = entry["outputs"][workflow.only(prompt, "PreviewAny")]["text"][0]
         assert "122 of 122 keys matched" in report and "trigger words: moon" in report and "rank: 8" in report

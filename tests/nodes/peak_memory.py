@@ -35,7 +35,7 @@ TOY = {"dim": 1152, "n_heads": 9, "n_layers": 2, "n_refiner_layers": 1, "cap_fea
 PROMPT = "a red circle on a blue background"
 OF_SAME_LENGTH = "a blue circle on a red background"  # runs in one batch with it
 STEPS = 2  # a divisor of 1000: for others the host's `simple` takes the nearest of its 1000 noise levels
-SIDE = 24  # tokens: 144 of the picture, padded to 160
+SIDE = 24  # tokens: 144 of the image, padded to 160
 
 
 def main() -> None:
@@ -168,20 +168,20 @@ NATIVE = (load_native, encode_native, sample_native, decode_native)
 
 
 def compare(pack: Any, mm: Any, file: Path, share: float | None) -> dict[str, Any]:
-    ours, ours_latents, ours_picture = graph(pack, mm, file, share, OURS)
-    native, native_latents, native_picture = graph(pack, mm, file, share, NATIVE)
+    ours, ours_latents, ours_image = graph(pack, mm, file, share, OURS)
+    native, native_latents, native_image = graph(pack, mm, file, share, NATIVE)
     return {
         "ours": ours,
         "native": native,
         "latents differ": two_devices.relative(ours_latents, native_latents),
-        "pictures differ": two_devices.relative(ours_picture, native_picture),
+        "images differ": two_devices.relative(ours_image, native_image),
     }
 
 
 def graph(
     pack: Any, mm: Any, file: Path, share: float | None, side: tuple[Any, ...]
 ) -> tuple[dict[str, int], torch.Tensor, torch.Tensor]:
-    """Peaks of one run from encoder to picture with fresh models, by step, and what came out."""
+    """Peaks of one run from encoder to image with fresh models, by step, and what came out."""
     load, encode, sample, decode = side
     clear(mm)
     clip, _nano, vae = two_devices.load(pack)
@@ -199,8 +199,8 @@ def graph(
     cond = measured("encode", encode, clip)
     latents = measured("sample", sample, model, cond)
     peaks["loaded"] = model.loaded_size()
-    picture = measured("decode", decode, vae, latents)
-    return peaks, latents, picture
+    image = measured("decode", decode, vae, latents)
+    return peaks, latents, image
 
 
 def leaving(pack: Any, mm: Any, folder: Path) -> dict[str, Any]:

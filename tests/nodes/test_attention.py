@@ -72,7 +72,7 @@ def test_choices_are_what_is_installed(pack, registered):
 
 
 @pytest.mark.parametrize("name", ["pytorch", "sub_quad", "split", "auto"])
-def test_every_installed_backend_gives_the_same_picture(sample, name):
+def test_every_installed_backend_gives_the_same_image(sample, name):
     assert relative(sample(name), sample("pytorch")) <= 1e-5
 
 
@@ -88,7 +88,7 @@ def test_a_backend_is_checked_once_per_size_and_before_the_first_step(sample, pa
 
     model = parts.model.clone()
     model.set_model_unet_function_wrapper(first)
-    for checks in (4, 0):  # of both together, of the picture's to both, of either alone
+    for checks in (4, 0):  # of both together, of the image's to both, of either alone
         before.clear()
         calls.clear()
         sample("flash", model=model)

@@ -160,7 +160,7 @@ def test_the_quantized_transformer(pack, comfy, become, name):
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_the_autoencoder_as_the_host(pack, comfy, become, name):
-    """Its 16-bit picture is right in bfloat16 only."""
+    """Its 16-bit image is right in bfloat16 only."""
     device, compute, _ = DEVICES[name]
     device = become(device)
     vae = comfy.sd.VAE(sd={})  # knows what it works in before it knows the weights

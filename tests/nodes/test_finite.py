@@ -1,4 +1,4 @@
-"""Never a black picture: what overflows in the real host is noticed, told and computed again, on its MODEL and ours."""
+"""Never a black image: what overflows in the real host is noticed, told and computed again, on its MODEL and ours."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_in_bfloat16_only_the_attention_changes_and_then_the_dtype(pack, sample,
 
 
 def test_attention_of_another_node_stays_and_is_named(sample, model, told):
-    """It may be what the picture depends on; only the precision is changed."""
+    """It may be what the image depends on; only the precision is changed."""
     seen = []
 
     def theirs(function, *arguments, **settings):
@@ -243,7 +243,7 @@ def test_damage_is_named_without_a_second_run(sample, model, told):
     assert not told()
 
 
-def test_damage_in_quantised_weights_is_named(pack, comfy):
+def test_damage_in_quantized_weights_is_named(pack, comfy):
     layer = pack.bridge.quantized.GGUFOperations.Linear(32, 2, bias=False, device="meta")
     parts = [SimpleNamespace(shape=(2, 32), format="Q8_0", tensors={"weight": torch.zeros(68, dtype=torch.uint8)})]
     parts[0].tensors["weight"].view(2, 34)[1, :2] = torch.tensor([0x00, 0x7E])  # the scale of a block: NaN
@@ -281,7 +281,7 @@ def test_features_that_float16_can_not_hold_begin_in_a_wider_dtype(pack, sample,
     assert [message.split(" gave")[0] for message in told()] == ["text features for step 1"]
 
 
-# Pictures
+# Images
 
 
 @pytest.fixture(params=["ours", "native"])
@@ -319,12 +319,12 @@ def test_a_vae_that_overflows_runs_in_float32(pack, vae, told, low_memory):
     if low_memory == "on" and not isinstance(vae, pack.bridge.vae.ZImageVAE):
         pytest.skip("the host's own has no bands")
     samples = {"samples": torch.randn(2, 16, 2, 4, generator=torch.Generator().manual_seed(0))}
-    (pictures,) = pack.vae.ZImageVAEDecode.execute(vae, samples, low_memory).args
-    (latents,) = pack.vae.ZImageVAEEncode.execute(vae, pictures).args
+    (images,) = pack.vae.ZImageVAEDecode.execute(vae, samples, low_memory).args
+    (latents,) = pack.vae.ZImageVAEEncode.execute(vae, images).args
     decoding, encoding = told()
     assert "decoding (VAE) gave values that are not finite (NaN or infinite) in float16" in decoding
     assert "encoding (VAE)" in encoding and "computed again, in float32" in encoding
-    assert pictures.isfinite().all() and latents["samples"].isfinite().all()
+    assert images.isfinite().all() and latents["samples"].isfinite().all()
     module = vae.first_stage_model
     assert vae.vae_dtype == HALF and {weight.dtype for weight in module.parameters()} == {HALF}
     # it is as it was for the next run
@@ -333,8 +333,8 @@ def test_a_vae_that_overflows_runs_in_float32(pack, vae, told, low_memory):
     vae.patcher.detach()
     assert not hasattr(module, "manual_cast_dtype") and (module := module.float())
     vae.vae_dtype = torch.float32
-    assert torch.allclose(pack.vae.ZImageVAEDecode.execute(vae, samples, low_memory).args[0], pictures, atol=1e-5)
-    assert relative(pack.vae.ZImageVAEEncode.execute(vae, pictures).args[0]["samples"], latents["samples"]) <= 1e-4
+    assert torch.allclose(pack.vae.ZImageVAEDecode.execute(vae, samples, low_memory).args[0], images, atol=1e-5)
+    assert relative(pack.vae.ZImageVAEEncode.execute(vae, images).args[0]["samples"], latents["samples"]) <= 1e-4
     assert len(told()) == 3
 
 
@@ -355,6 +355,6 @@ def test_a_vae_without_the_retry_and_with_bad_input(pack, vae, told):
         pack.vae.ZImageVAEEncode.execute(vae, torch.ones(1, 32, 32, 3), safe_retry=False)
     with pytest.raises(ValueError, match="The latents that came in hold values that are not finite"):
         pack.vae.ZImageVAEDecode.execute(vae, {"samples": samples * float("nan")})
-    with pytest.raises(ValueError, match="The pictures that came in hold values that are not finite"):
+    with pytest.raises(ValueError, match="The images that came in hold values that are not finite"):
         pack.vae.ZImageVAEEncode.execute(vae, torch.full((1, 32, 32, 3), float("nan")))
     assert not told()

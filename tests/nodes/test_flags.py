@@ -46,7 +46,7 @@ def test_precision_and_devices_are_the_stock_loaders(report):
             assert "bfloat16" in transformer["stored"][0] and scaled.pop("dtype"), flags
             transformer = {}
         if "--fp8_e4m3fn-unet" in flags or "--fp8_e5m2-unet" in flags:
-            scaled.pop("dtype")  # norms of a quantised model stay as they are
+            scaled.pop("dtype")  # norms of a quantized model stay as they are
         if "--gpu-only" in flags or "--highvram" in flags:  # when, not where: at once, or when first used
             scaled, encoder = {}, {}
         assert (transformer, scaled, encoder, differing(found, "vae")) == ({}, {}, {}, {}), flags
@@ -79,5 +79,5 @@ def test_latents_come_out_as_from_the_stock_sampler(report):
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_without_mapping_an_overwritten_file_does_no_harm(report, device):
-    """Transformer (plain and quantised), text encoder, VAE, and a LoRA of both: mapped, the process would end."""
+    """Transformer (plain and quantized), text encoder, VAE, and a LoRA of both: mapped, the process would end."""
     assert row(report, device, "--disable-mmap")["survives"] is True

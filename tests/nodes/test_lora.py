@@ -1,4 +1,4 @@
-"""The LoRA node on the host's patchers: the core's picture, whole or partly loaded, and no trace when it is gone."""
+"""The LoRA node on the host's patchers: the core's image, whole or partly loaded, and no trace when it is gone."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_the_second_strength_is_the_encoders(pack, parts, folder):
 
 
 def test_the_hosts_own_adapter_agrees(pack, comfy, parts, folder):
-    """Where the host reads the file too, it draws the same picture."""
+    """Where the host reads the file too, it draws the same image."""
     from safetensors.torch import load_file
 
     ours = load(pack, parts.model, "plain", 0.8)[0]

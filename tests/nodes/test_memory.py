@@ -79,7 +79,7 @@ def test_a_graph_takes_no_more_memory_than_with_the_hosts_own_model(peaks, index
     for stage in ("encode", "sample", "decode"):
         assert ours[stage] <= 1.001 * native[stage], stage
     assert ours["sample"] - ours["loaded"] <= 1.001 * (native["sample"] - native["loaded"])
-    assert run["latents differ"] <= 1e-4 and run["pictures differ"] <= 1e-4
+    assert run["latents differ"] <= 1e-4 and run["images differ"] <= 1e-4
 
 
 def test_the_encoder_leaves_before_the_transformer_when_room_is_needed(peaks):

@@ -31,7 +31,7 @@ def inputs():
 
 
 def predict(patcher, inputs, model=None, options=None) -> torch.Tensor:
-    """The picture that `model` (by default the patcher itself) foresees, through the host's own call."""
+    """The image that `model` (by default the patcher itself) foresees, through the host's own call."""
     latents, context = inputs
     width = patcher.model.diffusion_model.config.cap_feat_dim
     context = context[..., :1] * torch.linspace(-1, 1, width)

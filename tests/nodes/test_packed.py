@@ -1,4 +1,4 @@
-"""Quantised files in the host: weights stay as the file has them, and LoRA and partial loading work on top, exactly."""
+"""Quantized files in the host: weights stay as the file has them, and LoRA and partial loading work on top, exactly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from zimage_core.weights.checkpoint import Snapshot, open_component
 
 from .. import gguf_writing, process_memory
 from ..helpers import NANO, relative
-from ..quantising import BLOCKS, block_quantise, quantise, with_markers
+from ..quantizing import BLOCKS, block_quantize, quantize, with_markers
 
 KINDS = ("transformer", "text_encoder")
 CONFIGS = {f"zimage.{kind}.config": (NANO / kind / "config.json").read_text() for kind in KINDS}
@@ -23,12 +23,12 @@ CPU = torch.device("cpu")
 PROMPT = "two red stars on a blue background"
 FORMATS = ["old", "marked", *BLOCKS, "gguf", "gguf, diffusers names"]
 OFTEN = {"marked", "nvfp4", "gguf"}  # one of each kind is in `make test`
-# the host multiplies these in whole numbers of 8 or 4 bits, inputs included: how far off the picture may then be
+# the host multiplies these in whole numbers of 8 or 4 bits, inputs included: how far off the image may then be
 ROUNDED = {name: 0.5 if "w4a4" in name else 0.05 for name in BLOCKS if "int8" in name or "convrot" in name}
 
 
 def file_of(folder: Path, form: str) -> Path:
-    """The nano transformer in a quantised file."""
+    """The nano transformer in a quantized file."""
     if form.startswith("gguf"):
         native = Snapshot(NANO).transformer().state_dict()
         published = load_file(NANO / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -38,10 +38,10 @@ def file_of(folder: Path, form: str) -> Path:
         return path
     plain = {name: value.clone() for name, value in Snapshot(NANO).transformer().state_dict().items()}
     if form in BLOCKS:
-        stored, _, markers = block_quantise(plain, form)
+        stored, _, markers = block_quantize(plain, form)
         stored = with_markers(stored, markers)
     else:
-        stored, _ = quantise(plain, form, torch.float8_e4m3fn)
+        stored, _ = quantize(plain, form, torch.float8_e4m3fn)
     save_file(stored, folder / "m.safetensors", CONFIGS)
     return folder / "m.safetensors"
 
@@ -115,7 +115,7 @@ def with_lora(pack, patcher, strength: float = 1.0):
     return pack.lora.ZImageLoraLoader.execute(patcher, "l.safetensors", strength).args[0]
 
 
-def test_weights_stay_quantised_and_give_the_exact_result(pack, path, form):
+def test_weights_stay_quantized_and_give_the_exact_result(pack, path, form):
     patcher = pack.bridge.model.load_model(path)
     assert type(patcher).__name__ == "PackedModelPatcher"
     packed = [m for m in patcher.model.modules() if type(getattr(m, "weight", None)).__name__ == "QuantizedTensor"]
@@ -166,7 +166,7 @@ def test_partial_unloading_keeps_the_lora_once(pack, path, form, lora_file):
     changed.detach()
 
 
-def test_the_report_on_overlap_reads_quantised_weights(pack, path, lora_file):
+def test_the_report_on_overlap_reads_quantized_weights(pack, path, lora_file):
     once = with_lora(pack, pack.bridge.model.load_model(path))
     report = pack.lora.ZImageLoraLoader.execute(once, "l.safetensors", 1.0).args[2]
     assert "with l.safetensors: cosine +1.00" in report
@@ -190,7 +190,7 @@ def test_formats_that_only_the_host_knows_are_left_to_it(pack, tmp_path, monkeyp
             scale = name.replace("comfy_quant", "weight_scale")
             stored[scale.replace("scale", "steps")] = stored.pop(scale)
         save_file(stored, tmp_path / "next.safetensors", CONFIGS)
-    with pytest.raises(Exception, match="is quantised as 'int8_next', expected one of"):
+    with pytest.raises(Exception, match="is quantized as 'int8_next', expected one of"):
         pack.bridge.model.load_model(tmp_path / "next.safetensors")
 
     def read(module, otherwise, state, prefix, *rest, **settings):
@@ -210,7 +210,7 @@ def test_formats_that_only_the_host_knows_are_left_to_it(pack, tmp_path, monkeyp
 
 
 def encoder_of(folder: Path, form: str) -> Path:
-    """The nano text encoder in a quantised file."""
+    """The nano text encoder in a quantized file."""
     plain = load_file(NANO / "text_encoder" / "model.safetensors")
     path = folder / ("q.gguf" if form == "gguf" else "q.safetensors")
     if form == "gguf":
@@ -226,7 +226,7 @@ def encoder_of(folder: Path, form: str) -> Path:
 
 
 @pytest.mark.parametrize("form", ["old", "gguf"])
-def test_text_encoders_stay_quantised(pack, tmp_path, form):
+def test_text_encoders_stay_quantized(pack, tmp_path, form):
     with torch.inference_mode(False):
         path = encoder_of(tmp_path, form)
     component = open_component(path, "text_encoder")

@@ -16,7 +16,7 @@ from zimage_core.weights.checkpoint import open_component
 from .test_packed import CONFIGS, NANO, encoder_of, file_of, loaded, predict, reference, relative
 
 FORMS = ["marked", "int8_tensorwise convrot", "nvfp4", "gguf"]
-# what quantising again costs (4 bits most), and bfloat16 where a format can't be made anew
+# what quantizing again costs (4 bits most), and bfloat16 where a format can't be made anew
 AGAIN = {"marked": 0.15, "int8_tensorwise convrot": 0.05, "nvfp4": 0.5, "gguf": 0.01}
 LAYERS = ("layers.0.attention.to_k", "layers.1.feed_forward.w1", "layers.2.attention.to_v")
 PARTLY = 0.3
@@ -109,18 +109,18 @@ def test_a_saved_model_has_its_lora(pack, stock, out, path, form, lora, share, m
     changed.detach()
 
 
-@pytest.mark.parametrize("kinds", ["quantised and plain", "plain and quantised", "both quantised"])
+@pytest.mark.parametrize("kinds", ["quantized and plain", "plain and quantized", "both quantized"])
 def test_merges_are_those_of_the_expanded_weights(pack, stock, out, path, form, kinds):
-    if form not in ("marked", "gguf") or (form, kinds) == ("gguf", "plain and quantised"):
+    if form not in ("marked", "gguf") or (form, kinds) == ("gguf", "plain and quantized"):
         pytest.skip("the others merge by the same steps")
 
-    def pair(quantised):
+    def pair(quantized):
         plain = pack.bridge.model.load_model(NANO, torch.float32)
         plain.model.diffusion_model.get_parameter("layers.0.attention.qkv.weight").data.mul_(3)
         return {
-            "quantised and plain": lambda: (quantised(), plain),
-            "plain and quantised": lambda: (plain, quantised()),
-            "both quantised": lambda: (quantised(), quantised()),
+            "quantized and plain": lambda: (quantized(), plain),
+            "plain and quantized": lambda: (plain, quantized()),
+            "both quantized": lambda: (quantized(), quantized()),
         }[kinds]()
 
     ours, exact = pair(lambda: pack.bridge.model.load_model(path)), pair(lambda: reference(pack, path))
@@ -150,7 +150,7 @@ def test_a_lora_is_extracted_from_what_the_weights_mean(pack, stock, out, path, 
     difference.detach()
 
 
-def test_a_checkpoint_holds_quantised_model_and_encoder(pack, stock, out, path, form, lora, tmp_path):
+def test_a_checkpoint_holds_quantized_model_and_encoder(pack, stock, out, path, form, lora, tmp_path):
     with torch.inference_mode(False):
         encoder = encoder_of(tmp_path, "gguf" if form == "gguf" else "old")
     model, clip = with_lora(pack, pack.bridge.model.load_model(path)), pack.bridge.clip.load_clip(encoder)
@@ -173,7 +173,7 @@ def test_merged_text_encoders_are_saved_as_they_encode(pack, stock, out, tmp_pat
     with torch.inference_mode(False):
         file = encoder_of(tmp_path, encoder)
 
-    def quantised():
+    def quantized():
         return pack.bridge.clip.load_clip(file)
 
     def plain():
@@ -185,7 +185,7 @@ def test_merged_text_encoders_are_saved_as_they_encode(pack, stock, out, tmp_pat
     exact.cond_stage_model.encoder.load_state_dict(open_component(file, "text_encoder").state_dict(torch.float32))
     merge = stock.CLIPMergeSimple().merge
     merged, other, right = (
-        merge(*pair, 0.5)[0] for pair in ((quantised(), plain()), (plain(), quantised()), (exact, plain()))
+        merge(*pair, 0.5)[0] for pair in ((quantized(), plain()), (plain(), quantized()), (exact, plain()))
     )
     found = encoded(merged)
     assert relative(found, encoded(right)) <= 1e-5
@@ -193,14 +193,14 @@ def test_merged_text_encoders_are_saved_as_they_encode(pack, stock, out, tmp_pat
     again = encoded(pack.bridge.clip.load_clip(save(stock.CLIPSave, out, merged)))
     limit = 0.01 if encoder == "gguf" else 0.15
     assert relative(again, found) <= limit
-    assert relative(encoded(quantised()), found) > 2 * limit
+    assert relative(encoded(quantized()), found) > 2 * limit
 
 
 # Hooks
 
 
 @pytest.mark.parametrize("form", ["marked", "gguf"])
-def test_hooks_change_quantised_weights_for_their_steps(pack, tmp_path, lora, loras, form):
+def test_hooks_change_quantized_weights_for_their_steps(pack, tmp_path, lora, loras, form):
     hooks = importlib.import_module("comfy.hooks")
     with torch.inference_mode(False):
         path = file_of(tmp_path, form)

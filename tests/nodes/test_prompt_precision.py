@@ -1,4 +1,4 @@
-"""Features are kept in what the transformer computes in, so that a cached prompt gives the same picture."""
+"""Features are kept in what the transformer computes in, so that a cached prompt gives the same image."""
 
 from __future__ import annotations
 

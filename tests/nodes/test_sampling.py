@@ -97,7 +97,7 @@ def test_dynamic_shift_of_the_snapshot_is_followed_unless_a_node_sets_another(pa
 # Batches and masks
 
 
-def test_one_picture_of_a_batch_comes_out_alone_as_in_the_batch(sample):
+def test_one_image_of_a_batch_comes_out_alone_as_in_the_batch(sample):
     """LatentFromBatch leaves the place in `batch_index`; the noise is that of the place."""
     together = sample(latent_image=empty(batch=3))
     alone = sample(latent_image={**empty(), "batch_index": [2]})
@@ -115,7 +115,7 @@ def test_other_entries_of_the_latent_stay_and_its_old_scale_goes(pack, parts, sa
 
 
 def test_prompts_of_different_length_with_guidance_and_a_batch(sample, parts):
-    """The host never pads captions: unequal lengths run apart, with the result of one picture at a time."""
+    """The host never pads captions: unequal lengths run apart, with the result of one image at a time."""
     negative = parts.encode("blurry, " * 60)
     assert negative[0][0].shape[1] > 64 > parts.positive[0][0].shape[1]
     together = sample(latent_image=empty(batch=2), negative=negative, guidance_scale=2.0)
@@ -196,7 +196,7 @@ def test_negative_is_asked_for_only_where_it_counts(pack):
         ({"positive": []}, "`positive` holds no prompt. Connect a ZImageTextEncode"),
         ({"guidance_scale": 2.0, "negative": []}, "`negative` holds no prompt"),
         ({"guidance_scale": 2.0, "negative": None}, "nothing is connected to `negative`"),
-        ({"latent_image": {"samples": torch.ones(1, 16, 1, 16, 16)}}, r"not a picture's \(shape \[1, 16, 1, 16, 16\]"),
+        ({"latent_image": {"samples": torch.ones(1, 16, 1, 16, 16)}}, r"not an image's \(shape \[1, 16, 1, 16, 16\]"),
         ({"latent_image": {"samples": torch.ones(1, 4, 16, 16)}}, "4 channels, expected 16"),
         ({"latent_image": empty(height=15)}, "128x120 pixels; .* divisible by 16.* 128x112"),
         ({"latent_image": empty(height=1, width=1)}, "8x8 pixels; .* 16x16"),
@@ -211,18 +211,18 @@ def test_input_that_cannot_work(sample, inputs, message):
 
 def test_several_latents_in_one_are_refused(sample):
     nested = importlib.import_module("comfy.nested_tensor").NestedTensor([torch.ones(1, 16, 16, 16)] * 2)
-    with pytest.raises(ValueError, match=r"not a picture's \(several tensors\)"):
+    with pytest.raises(ValueError, match=r"not an image's \(several tensors\)"):
         sample(latent_image={"samples": nested})
 
 
-def test_reference_pictures_are_refused(parts, sample):
+def test_reference_images_are_refused(parts, sample):
     (features, extra), *_ = parts.positive
     with_reference = [[features, {**extra, "reference_latents": [torch.ones(1, 16, 16, 16)]}]]
-    with pytest.raises(ValueError, match="takes no reference pictures. Remove the node"):
+    with pytest.raises(ValueError, match="takes no reference images. Remove the node"):
         sample(positive=with_reference)
 
 
-# Pictures
+# Images
 
 
 def test_vae_nodes_without_an_autoencoder_say_what_to_connect(pack):

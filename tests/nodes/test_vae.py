@@ -98,7 +98,7 @@ def test_short_memory_is_seen_by_stock_nodes_too(pack, comfy, vae, samples, in_b
 
 
 def test_the_host_is_asked_for_less_memory(pack, vae, monkeypatch):
-    shape = (1, 16, 512, 512)  # of a picture of 4096x4096
+    shape = (1, 16, 512, 512)  # of an image of 4096x4096
     monkeypatch.setattr(pack.bridge.vae.vae_bands, "faster", lambda *_: False)  # so that memory alone decides
     monkeypatch.setattr(pack.bridge.vae.mm, "get_free_memory", lambda *_: 2**40)
     plain = vae.memory_used_decode(shape, torch.float32)
@@ -109,7 +109,7 @@ def test_the_host_is_asked_for_less_memory(pack, vae, monkeypatch):
 
 
 def test_a_batch_that_does_not_fit_goes_in_bands(pack, vae, in_bands, monkeypatch):
-    """The host sizes a batch before it frees memory, and by one picture."""
+    """The host sizes a batch before it frees memory, and by one image."""
     module, one = vae.first_stage_model, 2178 * 128 * 128 * 4
     latents = torch.zeros(4, 16, 16, 16)
     monkeypatch.setattr(pack.bridge.vae.mm, "get_free_memory", lambda *_: one * 3 // 2)
@@ -127,7 +127,7 @@ def test_another_vae_can_not_be_forced(pack, samples):
 
 
 def test_a_vae_that_was_changed_to_tile_is_not_cut_into_bands(pack, vae, samples, in_bands, monkeypatch):
-    """As nodes for pictures that tile do it: each convolution pads with what lies at the other edge."""
+    """As nodes for images that tile do it: each convolution pads with what lies at the other edge."""
     straight = decode(pack, vae, samples)
     monkeypatch.setattr(pack.bridge.vae.vae_bands, "WORKSPACE", 2**20)
     for module in vae.first_stage_model.modules():

@@ -149,14 +149,14 @@ def evict(pack, mm, cond, latents: torch.Tensor, image: torch.Tensor) -> dict[st
     steps["encode"] = loaded()
     result = sample(pack, model, again)
     steps["sample"] = loaded()
-    picture = vae.decode(result)
+    image = vae.decode(result)
     steps["decode"] = loaded()
-    pairs = [(again[0][0], cond[0][0]), (result, latents), (picture, image)]
+    pairs = [(again[0][0], cond[0][0]), (result, latents), (image, image)]
     return {"loaded": steps, "differences": [relative(*pair) for pair in pairs]}
 
 
 def out_of_memory(pack, mm, latents: torch.Tensor, image: torch.Tensor) -> dict[str, Any]:
-    """A decode that runs out of memory on the whole picture: the host falls back to tiles."""
+    """A decode that runs out of memory on the whole image: the host falls back to tiles."""
     global free_on_device
     mm.unload_all_models()
     free_on_device = PLENTY
@@ -166,14 +166,14 @@ def out_of_memory(pack, mm, latents: torch.Tensor, image: torch.Tensor) -> dict[
     def decode_if_small(z: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         tiles.append(list(z.shape[-2:]))
         if z.shape[-2] * z.shape[-1] > 64:
-            raise torch.cuda.OutOfMemoryError("no room for a whole picture")
+            raise torch.cuda.OutOfMemoryError("no room for a whole image")
         return decode(z, **kwargs)
 
     vae.first_stage_model.decode = decode_if_small
     in_tiles = vae.decode_tiled_
     vae.decode_tiled_ = lambda samples, **_: in_tiles(samples, 8, 8, 2)
-    picture = vae.decode(latents)
-    return {"tiles": tiles, "mean difference": (picture - image).abs().mean().item()}
+    image = vae.decode(latents)
+    return {"tiles": tiles, "mean difference": (image - image).abs().mean().item()}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The whole pipeline against diffusers' ZImagePipeline: the latents after eight steps, and the picture."""
+"""The whole pipeline against diffusers' ZImagePipeline: the latents after eight steps, and the image."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_latents_after_eight_steps(pipelines, case):
     assert relative(mine, theirs) <= 1e-4
 
 
-def test_picture_with_several_per_prompt(pipelines):
+def test_image_with_several_per_prompt(pipelines):
     ours, reference = pipelines
     mine = ours.generate(PROMPTS, width=64, height=64, seed=11, batch_size=2)
     theirs = _reference(reference, {"num_images_per_prompt": 2}, "pt", width=64, height=64)

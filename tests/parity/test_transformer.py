@@ -77,7 +77,7 @@ def test_bfloat16_is_no_further_from_float32_than_diffusers(make_transformer, tm
 
 
 def test_the_siglip_part_of_omni_is_kept(make_transformer, tmp_path):
-    """All 30 tensors arrive, from a snapshot and a single file, and text alone gives the same picture."""
+    """All 30 tensors arrive, from a snapshot and a single file, and text alone gives the same image."""
     reference = make_transformer("wide", 0, siglip_feat_dim=40)
     reference.save_pretrained(tmp_path / "transformer")
     model = Snapshot(tmp_path).transformer()

@@ -1,4 +1,4 @@
-"""Matrix products on a CPU by the fastest exact way that the processor has; on every other device torch's own.
+"""Matmuls on a CPU by the fastest exact way that the processor has; on every other device torch's own.
 
 What torch does is not always the best there is:
   - Without bfloat16 instructions (AVX2, that is most desktops) it multiplies bfloat16 at a fifth of the float32 rate.
@@ -6,7 +6,7 @@ What torch does is not always the best there is:
   - A float32 product goes to MKL, which runs below its best on processors of other makers. There oneDNN takes it.
   - A weight in another dtype than the activations would be cast as a whole, into new memory; panels spare that.
 
-What is chosen follows from the processor alone, not from a measurement, so equal seeds give equal pictures.
+What is chosen follows from the processor alone, not from a measurement, so equal seeds give equal images.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Numbers that are not finite, which would end as a black picture: noticed without a wait, told, computed anew.
+"""Numbers that are not finite, which would end as a black image: noticed without a wait, told, computed anew.
 
 A stage (text features, a step, decoding) raises `NotFinite`; its caller hands that to `again`, which looks for the
 reason among the weights and else computes the stage once more in a way that has room for larger numbers.

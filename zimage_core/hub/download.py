@@ -38,7 +38,7 @@ NEEDED = {
     "text_encoder": ("model_index.json", "text_encoder/*", "tokenizer/*"),
     "vae": ("model_index.json", "vae/*"),
 }
-SUFFIXES = (".json", ".safetensors", ".txt", ".jinja")  # pickles and pictures are left where they are
+SUFFIXES = (".json", ".safetensors", ".txt", ".jinja")  # pickles and images are left where they are
 STAGING = ".download"
 SPARE = 100_000_000  # bytes that must stay free
 POLL = 0.1  # seconds between two looks at how much has arrived; cancelling takes no longer

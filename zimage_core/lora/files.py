@@ -1,6 +1,6 @@
-"""LoRA files: every dialect's keys onto our weights, a report, and the changes onto a model (`adapters` has formulas).
+"""LoRA files: every format's keys onto our weights, a report, and the changes onto a model (`adapters` has formulas).
 
-A key is a module's name in some dialect and a suffix that tells the part. Names are compared with underscores for dots
+A key is a module's name in some format and a suffix that tells the part. Names are compared with underscores for dots
 and without the habitual prefixes, so that one table (`key_maps`) serves PEFT, kohya, LyCORIS and ComfyUI alike.
 """
 
@@ -166,7 +166,7 @@ def open_lora(
             group[part] = key
     adapters: dict[Target, Adapter] = {}
     for module, group in groups.items():
-        target = places.get(_normalised(module))
+        target = places.get(_normalized(module))
         made, unused = (None, list(group.values())) if target is None else _adapters(path, group, files)
         left += unused
         for suffix, adapter in (made or {}).items():
@@ -200,7 +200,7 @@ def _split(key: str) -> tuple[str, str | None]:
     return key, None
 
 
-def _normalised(module: str) -> str:
+def _normalized(module: str) -> str:
     name = module.replace(".", "_")
     while start := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
         name = name.removeprefix(start)
@@ -208,7 +208,7 @@ def _normalised(module: str) -> str:
 
 
 def _places(shapes: Mapping[str, Mapping[str, Shape]]) -> dict[str, Target]:
-    """Module, in each dialect's words as `_normalised` leaves them -> our module (`name` without .weight)."""
+    """Module, in each format's words as `_normalized` leaves them -> our module (`name` without .weight)."""
     found: dict[str, Target] = {}
     for component, parameters in shapes.items():
         for parameter in parameters:
@@ -314,7 +314,7 @@ def add(model: nn.Module, component: str, loras: Sequence[tuple[Lora, float]]) -
     """Adds LoRAs with their strengths to a model's weights; returns the weights as they were, for `remove`.
 
     Each change is computed from the original weight in float32, so the order of the LoRAs does not matter. Weights
-    that stay quantised are changed whenever they are expanded.
+    that stay quantized are changed whenever they are expanded.
     """
     parameters = dict(model.named_parameters())
     layers = packed.layers(model)

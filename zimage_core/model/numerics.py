@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import TransformerConfig
 
 SUM_FITS = 60_000.0  # leaves float16's roundings a tenth
-LATENTS_WITHIN = 16.0  # noise stays within 6, and latents of pictures as well
+LATENTS_WITHIN = 16.0  # noise stays within 6, and latents of images as well
 
 
 def largest_sum(read: Callable[[str], Tensor], config: TransformerConfig) -> float:

@@ -18,7 +18,7 @@ def patchify(latents: Tensor, patch: int) -> Tensor:
     if height % patch or width % patch:
         raise ValueError(
             f"latents of {width}x{height} cells can't be cut into {patch}x{patch} patches; "
-            "width and height of the picture must be divisible by 16"
+            "width and height of the image must be divisible by 16"
         )
     x = latents.reshape(batch, channels, height // patch, patch, width // patch, patch)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, (height // patch) * (width // patch), patch * patch * channels)

@@ -8,7 +8,7 @@ Letters: B batch, L tokens, D width (2560).
 Details that have caused bugs elsewhere:
   - queries are wider than the model: 32 heads of 128 are 4096; keys and values have 8 heads, each for 4 of the queries
   - each head of q and k is normed before it is rotated
-  - RoPE turns channel j with channel j + head_dim/2, not neighbours as the transformer's does
+  - RoPE turns channel j with channel j + head_dim/2, not neighbors as the transformer's does
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Letters: B batch, L caption tokens, N image tokens (both padded to a multiple of
 Details that have caused bugs elsewhere:
   - padding to 32 is attended, it is part of the sequence; only what pads a batch beyond it is masked
   - blocks modulate without a SiLU before the Linear, the final layer with one; gates pass a tanh; there is no shift
-  - RoPE turns neighbouring channels, in float32, after the q/k norm
+  - RoPE turns neighboring channels, in float32, after the q/k norm
   - the result is the velocity towards the image, the negative of what an Euler step over sigma wants
 """
 
@@ -95,7 +95,7 @@ class ZImageTransformer(nn.Module):
     ):
         super().__init__()
         self.config = config
-        self.compiled = False  # may be set: what lies between matrix products goes through torch.compile
+        self.compiled = False  # may be set: what lies between matmuls goes through torch.compile
         self.sums_fit_half = False  # may be set, see `half.largest_sum`: tokens need not be float32 beside float16
         make: dict[str, Any] = {"ops": ops, "device": device, "dtype": dtype}
         place: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -112,7 +112,7 @@ class ZImageTransformer(nn.Module):
         self.final_layer = FinalLayer(config, **make)
         self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim, **place))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim, **place))
-        if config.siglip_feat_dim is not None:  # for reference images; a image from text alone does without
+        if config.siglip_feat_dim is not None:  # for reference images; an image from text alone does without
             self.siglip_embedder = nn.Sequential(
                 ops.RMSNorm(config.siglip_feat_dim, eps=config.norm_eps, **place),
                 ops.Linear(config.siglip_feat_dim, config.dim, **place),

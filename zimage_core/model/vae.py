@@ -1,8 +1,8 @@
-"""AutoencoderKL: pictures to 16-channel latents at 1/8 of the size, and back.
+"""AutoencoderKL: images to 16-channel latents at 1/8 of the size, and back.
 
 Module names are those of the original single file (`ae.safetensors`), so its keys load as they are.
 
-Letters: B batch, C channels, H W picture height and width, h = H/8, w = W/8.
+Letters: B batch, C channels, H W image height and width, h = H/8, w = W/8.
 """
 
 from __future__ import annotations
@@ -57,26 +57,26 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(config, make)
 
     def encode_moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Picture [B, 3, H, W] in -1..1 to mean and log-variance of its latents, each [B, 16, h, w]."""
+        """Image [B, 3, H, W] in -1..1 to mean and log-variance of its latents, each [B, 16, h, w]."""
         self.check_size(image)
         mean, logvar = self.encoder(image).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)  # the reference's bounds, so that exp() stays finite
 
     def encode(self, image: Tensor) -> Tensor:
-        """Picture [B, 3, H, W] in -1..1 to raw latents [B, 16, h, w]: the posterior's mean, no randomness."""
+        """Image [B, 3, H, W] in -1..1 to raw latents [B, 16, h, w]: the posterior's mean, no randomness."""
         return self.encode_moments(image)[0]
 
     def check_size(self, image: Tensor) -> None:
-        """Raises ValueError unless height and width of a picture [B, 3, H, W] are multiples of 8."""
+        """Raises ValueError unless height and width of an image [B, 3, H, W] are multiples of 8."""
         height, width = image.shape[-2:]
         if height % self.config.downscale or width % self.config.downscale:
             raise ValueError(
-                f"a picture of {width}x{height} can't be encoded: "
+                f"an image of {width}x{height} can't be encoded: "
                 f"width and height must be divisible by {self.config.downscale}"
             )
 
     def decode(self, raw_latents: Tensor) -> Tensor:
-        """Raw latents [B, 16, h, w] to a picture [B, 3, H, W] in about -1..1 (not clamped)."""
+        """Raw latents [B, 16, h, w] to an image [B, 3, H, W] in about -1..1 (not clamped)."""
         return self.decoder(raw_latents)
 
     def scale(self, raw_latents: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class DownStage(nn.Module):
 
 
 class UpStage(nn.Module):
-    """The residual blocks of one resolution, then twice of it unless this is the picture's."""
+    """The residual blocks of one resolution, then twice of it unless this is the image's."""
 
     def __init__(self, width_in: int, width: int, blocks: int, doubles: bool, make: _Factory):
         super().__init__()
@@ -260,7 +260,7 @@ class Upsample(nn.Module):
 
 
 def pads_with_zeros(conv: nn.Module) -> bool:
-    """Whether a convolution is as made: nodes for pictures that tile set its padding mode or replace a method."""
+    """Whether a convolution is as made: nodes for images that tile set its padding mode or replace a method."""
     return conv.padding_mode == "zeros" and not vars(conv).keys() & {"forward", "_conv_forward"}
 
 

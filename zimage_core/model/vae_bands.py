@@ -1,7 +1,7 @@
 """The autoencoder in bands of rows: the same numbers as `AutoencoderKL`, in a fraction of its memory.
 
 Convolutions get the true rows above and below their band, group norms the mean and variance of the whole map, the
-attention all its keys: there are no seams to hide. At the picture's size no more is held than its widest map: that one,
+attention all its keys: there are no seams to hide. At the image's size no more is held than its widest map: that one,
 which the last upsampling gives, shrinks band by band while the two that follow from it grow, of half its channels each.
 
 Letters: B batch, C channels, H W height and width of a map, G groups of a norm.
@@ -33,7 +33,7 @@ from .vae import (
 )
 
 WORKSPACE = 96 * 2**20  # bytes of the widest band; a handful of such are alive at a time
-LEAST_ROWS = 8  # each band repeats up to two rows of its neighbours, upsampling four
+LEAST_ROWS = 8  # each band repeats up to two rows of its neighbors, upsampling four
 SCORES = 256 * 2**20  # bytes of attention scores at a time, where a kernel materializes them
 
 Tick = Callable[[], None]  # called before each band; may raise to stop
@@ -42,9 +42,9 @@ _Pair = tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, raw_latents: Tensor, rows: int | None = None, tick: Tick | None = None) -> Tensor:
-    """`vae.decode` in bands: raw latents [B, 16, h, w] to pictures [B, 3, 8h, 8w], item by item.
+    """`vae.decode` in bands: raw latents [B, 16, h, w] to images [B, 3, 8h, 8w], item by item.
 
-    rows: height of a band of the picture; None fits WORKSPACE. tick: called before each band.
+    rows: height of a band of the image; None fits WORKSPACE. tick: called before each band.
     """
     widest, width = max(vae.config.block_out_channels[:2]), raw_latents.shape[-1] * vae.config.downscale
     rows = rows or _rows(widest, width, raw_latents)
@@ -54,7 +54,7 @@ def decode(vae: AutoencoderKL, raw_latents: Tensor, rows: int | None = None, tic
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, image: Tensor, rows: int | None = None, tick: Tick | None = None) -> Tensor:
-    """`vae.encode` in bands: pictures [B, 3, H, W] in -1..1 to raw latents [B, 16, H/8, W/8], item by item."""
+    """`vae.encode` in bands: images [B, 3, H, W] in -1..1 to raw latents [B, 16, H/8, W/8], item by item."""
     vae.check_size(image)
     rows = rows or _rows(vae.config.block_out_channels[0], image.shape[-1], image)
     bands = _Bands(rows, tick, image.device, vae.weights)
@@ -63,14 +63,14 @@ def encode(vae: AutoencoderKL, image: Tensor, rows: int | None = None, tick: Tic
 
 
 def advised(vae: AutoencoderKL, height: int, width: int, like: Tensor) -> bool:
-    """Whether to decode a picture on the device of `like` in bands: to save time, or memory that is not free now."""
+    """Whether to decode an image on the device of `like` in bands: to save time, or memory that is not free now."""
     free = _free_bytes(like.device)
     short = free is not None and free < plain_bytes(vae, height, width, like.dtype)
     return possible(vae) and (short or faster(vae, height, width, like.device, like.dtype))
 
 
 def possible(vae: AutoencoderKL) -> bool:
-    """Whether bands are the whole picture's: not where a convolution was changed to see more than its neighbours."""
+    """Whether bands are the whole image's: not where a convolution was changed to see more than its neighbors."""
     return all(pads_with_zeros(module) for module in vae.modules() if isinstance(module, nn.Conv2d))
 
 
@@ -85,7 +85,7 @@ def _widest_bytes(vae: AutoencoderKL, height: int, width: int, dtype: torch.dtyp
 
 
 def plain_bytes(vae: AutoencoderKL, height: int, width: int, dtype: torch.dtype, maps: float | None = None) -> float:
-    """What decoding a picture as a whole takes at its peak beside the weights; encoding takes PLAIN_ENCODING_MAPS."""
+    """What decoding an image as a whole takes at its peak beside the weights; encoding takes PLAIN_ENCODING_MAPS."""
     return (maps or PLAIN_MAPS) * _widest_bytes(vae, height, width, dtype)
 
 
@@ -95,17 +95,17 @@ def bands_bytes(vae: AutoencoderKL, height: int, width: int, itemsize: int) -> i
 
 
 def rows_that_fit(vae: AutoencoderKL, height: int, width: int, itemsize: int, free: int) -> int:
-    """How high bands of a picture may be where `free` bytes are all there is: higher ones repeat fewer rows."""
+    """How high bands of an image may be where `free` bytes are all there is: higher ones repeat fewer rows."""
     row = max(vae.config.block_out_channels[:2]) * width * itemsize
     return max(LEAST_ROWS, int(free - _kept_bytes(vae, height, width, itemsize)) // (BAND_MAPS * row))
 
 
 def _kept_bytes(vae: AutoencoderKL, height: int, width: int, itemsize: int) -> int:
-    """The maps of the picture's size."""
+    """The maps of the image's size."""
     return 2 * vae.config.block_out_channels[0] * height * width * itemsize
 
 
-PLAIN_MAPS = 4.5  # of the widest at the picture's size: 3.8 were measured, the rest is for what else happens
+PLAIN_MAPS = 4.5  # of the widest at the image's size: 3.8 were measured, the rest is for what else happens
 PLAIN_ENCODING_MAPS = 3.2  # tensors take 2.1, in decoding 3
 BAND_MAPS = 8  # of the widest band: 3 to 3.5 were measured on a CPU; a GPU, which is unmeasured, may want more
 

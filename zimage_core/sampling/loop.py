@@ -1,7 +1,7 @@
 """The denoising loop: time, signs and guidance. The model is any callable.
 
-The only place where the model's conventions (time up to 1 at the picture, velocity towards the picture) meet the
-sampler's (sigma down to 0 at the picture, dlatents/dsigma).
+The only place where the model's conventions (time up to 1 at the image, velocity towards the image) meet the
+sampler's (sigma down to 0 at the image, dlatents/dsigma).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .schedule import euler_step
 
-# (latents [B, 16, h, w], t [B], captions) -> velocity towards the picture [B, 16, h, w]
+# (latents [B, 16, h, w], t [B], captions) -> velocity towards the image [B, 16, h, w]
 Model = Callable[[Tensor, Tensor, Any], Tensor]
-# (steps done, steps, latents, estimate of the picture's latents); returning False stops the run
+# (steps done, steps, latents, estimate of the image's latents); returning False stops the run
 Callback = Callable[[int, int, Tensor, Tensor], "bool | None"]
 
 
@@ -25,17 +25,17 @@ class Cancelled(Exception):
 
 
 def model_time(sigma: Tensor) -> Tensor:
-    """The model's time, 0 at pure noise and 1 at the picture, from the noise level."""
+    """The model's time, 0 at pure noise and 1 at the image, from the noise level."""
     return 1.0 - sigma
 
 
 def velocity(model_output: Tensor) -> Tensor:
-    """dlatents/dsigma in float32, from the model's velocity towards the picture."""
+    """dlatents/dsigma in float32, from the model's velocity towards the image."""
     return -model_output.float()
 
 
 def denoised(latents: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
-    """The picture's latents as this velocity foresees them: latents - sigma * velocity."""
+    """The image's latents as this velocity foresees them: latents - sigma * velocity."""
     return latents - sigma * velocity
 
 

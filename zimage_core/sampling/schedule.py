@@ -11,7 +11,7 @@ from ..config import SchedulerConfig
 
 
 def sigmas(steps: int, config: SchedulerConfig, image_seq_len: int) -> Tensor:
-    """Noise levels from 1 (pure noise) down to 0 (picture): [steps + 1] float32; `steps` model evaluations.
+    """Noise levels from 1 (pure noise) down to 0 (image): [steps + 1] float32; `steps` model evaluations.
 
     The even grid u = 1, 1 - 1/n, ..., 1/n is bent towards noise, then 0 is appended. diffusers and the official
     code agree on this grid; "9 steps" in older advice is 8 here.

@@ -131,10 +131,10 @@ class Component:
                 )
 
     def build(self, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> Any:
-        """The network, ready to run. `dtype` None keeps each tensor's own; what is quantised then becomes bfloat16.
+        """The network, ready to run. `dtype` None keeps each tensor's own; what is quantized then becomes bfloat16.
 
         Checks every key and shape from the headers, then assigns the file-mapped tensors. Only tensors that are cast,
-        moved, fused or quantised are copied, one at a time. Layers of a GGUF file stay as they are (`packed`).
+        moved, fused or quantized are copied, one at a time. Layers of a GGUF file stay as they are (`packed`).
         """
         shapes = self.shapes
         model = NETWORKS[self.kind](self.config, device="meta", dtype=dtype)
@@ -142,7 +142,7 @@ class Component:
             parts = self.packed(name)
             if parts and all(part.is_gguf for part in parts):
                 self._check_shape(name, (sum(part.shape[0] for part in parts), *parts[0].shape[1:]), shape)
-                if packed.replace(model, name, parts, dtype or quantized.DEQUANTISED):
+                if packed.replace(model, name, parts, dtype or quantized.DEQUANTIZED):
                     continue
             path, _, last = name.rpartition(".")
             tensor = self.tensor(name, shape, device=device, dtype=dtype)
@@ -164,7 +164,7 @@ class Component:
         return wanted
 
     def dtype(self) -> torch.dtype:
-        """That of most of its values, from the headers alone; what is quantised counts as what it becomes."""
+        """That of most of its values, from the headers alone; what is quantized counts as what it becomes."""
         return self.weights.dtype()
 
     def sums_fit_half(self) -> bool:
@@ -183,7 +183,7 @@ class Component:
         return dtype in (None, DTYPES.get(self.files.entries[keys[0]].dtype))
 
     def packed(self, name: str) -> list[quantized.Packed]:
-        """A parameter as its file has it, if it is quantised: the parts that are stacked by rows, mostly one."""
+        """A parameter as its file has it, if it is quantized: the parts that are stacked by rows, mostly one."""
         parts = [self.weights.packed(self._keys[key]) for key in self._sources[name]]
         return [part for part in parts if part is not None] if all(parts) else []
 

@@ -70,7 +70,7 @@ PUBLISHED_VAE: dict[str, Any] = {
 }
 CONFIG_KEY = "zimage.{component}.config"  # metadata of a single file: the config.json of a model of other numbers
 
-_QUANTISED = "load the bf16 or fp16 version of the same model instead"
+_QUANTIZED = "load the bf16 or fp16 version of the same model instead"
 _OTHER = "it can't be used here; load it with the nodes of that model"
 # (what it is, fragments of which each must be in some key, what to do), the more particular first
 FOREIGN = (
@@ -84,16 +84,16 @@ FOREIGN = (
     ("a Z-Image ControlNet", ("control_layers.0.after_proj",), "load it with ModelPatchLoader, as a model patch"),
     ("a ControlNet", ("input_hint_block",), _OTHER),
     ("a ControlNet", ("controlnet_blocks.0",), _OTHER),
-    ("quantised by nunchaku (SVDQuant)", (".qweight", ".wscales"), _QUANTISED),
-    ("quantised by nunchaku (SVDQuant)", (".qweight", "smooth_factor"), _QUANTISED),
-    ("quantised by bitsandbytes", ("quant_state.bitsandbytes",), _QUANTISED),
-    ("quantised by bitsandbytes", (".absmax",), _QUANTISED),
-    ("quantised by SDNQ", (".svd_up",), _QUANTISED),
-    ("quantised by SDNQ", (".zero_point",), _QUANTISED),
-    ("quantised by GPTQ or AWQ", (".qweight", ".qzeros"), _QUANTISED),
-    ("quantised by MLX", ("embedder.scales",), _QUANTISED),
-    ("quantised by MLX", (".attention.to_q.scales",), _QUANTISED),
-    ("quantised by MLX", (".q_proj.scales", ".q_proj.biases"), _QUANTISED),
+    ("quantized by nunchaku (SVDQuant)", (".qweight", ".wscales"), _QUANTIZED),
+    ("quantized by nunchaku (SVDQuant)", (".qweight", "smooth_factor"), _QUANTIZED),
+    ("quantized by bitsandbytes", ("quant_state.bitsandbytes",), _QUANTIZED),
+    ("quantized by bitsandbytes", (".absmax",), _QUANTIZED),
+    ("quantized by SDNQ", (".svd_up",), _QUANTIZED),
+    ("quantized by SDNQ", (".zero_point",), _QUANTIZED),
+    ("quantized by GPTQ or AWQ", (".qweight", ".qzeros"), _QUANTIZED),
+    ("quantized by MLX", ("embedder.scales",), _QUANTIZED),
+    ("quantized by MLX", (".attention.to_q.scales",), _QUANTIZED),
+    ("quantized by MLX", (".q_proj.scales", ".q_proj.biases"), _QUANTIZED),
     ("the pixel-space variant of Z-Image", ("dec_net.cond_embed",), "use the latent-space Turbo or Base model"),
     ("a Flux model", ("double_blocks.0.img_attn", "single_blocks.0"), _OTHER),
     ("a Flux model", ("single_transformer_blocks.0.", "transformer_blocks.0."), _OTHER),

@@ -1,4 +1,4 @@
-"""Checkpoint dialects as tables: which key of a file becomes which parameter of ours.
+"""Checkpoint formats as tables: which key of a file becomes which parameter of ours.
 
 A `*` stands for anything and is carried over in order; the first row that matches a key wins, and a key that no row
 matches keeps its name. Ours are the names of the single-file checkpoints, so those need almost no rows.

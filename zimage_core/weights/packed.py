@@ -1,6 +1,6 @@
-"""Layers whose weights stay quantised in memory and are expanded when they are used, with LoRA on top.
+"""Layers whose weights stay quantized in memory and are expanded when they are used, with LoRA on top.
 
-A layer may hold several quantised parts, stacked by rows: a fused q, k, v of a file that has them apart.
+A layer may hold several quantized parts, stacked by rows: a fused q, k, v of a file that has them apart.
 """
 
 from __future__ import annotations

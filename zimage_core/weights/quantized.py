@@ -1,4 +1,4 @@
-"""Quantised weights: how each dialect marks and stores them, and the exact numbers that they mean.
+"""Quantized weights: how each format marks and stores them, and the exact numbers that they mean.
 
 ComfyUI's files name a layer's format in a `comfy_quant` marker or in the file's `_quantization_metadata`; older fp8
 files have `scale_weight` beside each weight and a `scaled_fp8` marker; fp8 without scales is a dtype like any other.
@@ -25,7 +25,7 @@ MARKER = "comfy_quant"  # a layer's JSON in bytes: {"format": ...}
 HEADER = "_quantization_metadata"  # of the file: {"layers": {layer: {"format": ...}}}
 OLD_MARKER = "scaled_fp8"
 OLD_NAMES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}  # of the older fp8 files
-# tensors that may lie beside a quantised weight; input_scale is for matrix products in fp8, our own are exact
+# tensors that may lie beside a quantized weight; input_scale is for matmuls in fp8, our own are exact
 PARTS = (
     "weight_scale",
     "weight_scale_2",
@@ -36,7 +36,7 @@ PARTS = (
     "pre_quant_scale",
     "input_scale",
 )
-DEQUANTISED = torch.bfloat16  # where no dtype is asked for
+DEQUANTIZED = torch.bfloat16  # where no dtype is asked for
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # 4-bit floats without their sign, as of the OCP MX formats
 HADAMARD = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))  # regular: all rows have the same sum
 AGAIN = "download the file again"
@@ -46,7 +46,7 @@ Parts = Mapping[str, Tensor]  # "weight" and what lies beside it
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantised weight as its file has it."""
+    """A quantized weight as its file has it."""
 
     format: str  # one of FORMATS, of gguf_dequant.TYPES, or one that only a newer host knows
     shape: tuple[int, ...]  # of the numbers; some formats pad it to whole tiles
@@ -72,7 +72,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Format:
-    """One of ComfyUI's quantised formats."""
+    """One of ComfyUI's quantized formats."""
 
     dtypes: tuple[str, ...]  # of `weight` in the file
     scales: tuple[str, ...]  # tensors that must be there
@@ -182,7 +182,7 @@ BY_DTYPE = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # of weights 
 
 
 class Weights:
-    """The weights among the tensors of a file, plain or quantised, by their keys."""
+    """The weights among the tensors of a file, plain or quantized, by their keys."""
 
     def __init__(self, files: TensorFiles, keys: Iterable[str]):
         """Reads headers and markers. Raises CheckpointError for missing scales.
@@ -193,7 +193,7 @@ class Weights:
         keys = list(keys)
         self._layers: dict[str, tuple[str, Mapping[str, Any], dict[str, str]]] = {}  # key -> format, settings, parts
         marked, beside = self._marks(keys)
-        # two values in the older marker mean that matrix products are not to be made in fp8
+        # two values in the older marker mean that matmuls are not to be made in fp8
         old_marker = next((key for key in keys if key.rpartition(".")[2] == OLD_MARKER), None)
         exact = old_marker is not None and files.entries[old_marker].shape == (2,)
         old = {"full_precision_matrix_mult": True} if exact else {}
@@ -214,13 +214,13 @@ class Weights:
         return {key: self._shape(key) for key in self.keys}
 
     def dtype(self) -> torch.dtype:
-        """That of most values, from the headers alone; what is quantised counts as what it becomes."""
+        """That of most values, from the headers alone; what is quantized counts as what it becomes."""
         if self._layers or any(self._is_gguf(key) for key in self.keys):
-            return DEQUANTISED
+            return DEQUANTIZED
         return self.files.dtype(self.keys)
 
     def packed(self, key: str) -> Packed | None:
-        """The weight as the file has it, if it is quantised."""
+        """The weight as the file has it, if it is quantized."""
         if self._is_gguf(key):
             entry = self.files.entries[key]
             return Packed(entry.dtype, entry.shape, {"weight": self.files.read(key)})
@@ -231,7 +231,7 @@ class Weights:
         return Packed(name, self._shape(key), tensors, settings)
 
     def read(self, key: str, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """The numbers: as they are stored if they are not quantised, else in this dtype (None: DEQUANTISED).
+        """The numbers: as they are stored if they are not quantized, else in this dtype (None: DEQUANTIZED).
 
         shape: what they should be, where some formats pad rows and columns to whole tiles.
         """
@@ -240,12 +240,12 @@ class Weights:
             return self.files.read(key)
         if key in self._layers and packed.format not in FORMATS:
             raise CheckpointError(
-                f"{self.files.entries[key].path}: {key.removesuffix('.weight')} is quantised as {packed.format!r}, "
+                f"{self.files.entries[key].path}: {key.removesuffix('.weight')} is quantized as {packed.format!r}, "
                 f"expected one of {', '.join(FORMATS)}, or a newer ComfyUI that knows it; load a bf16, fp16 or fp8 "
                 "version of the model instead"
             )
         try:
-            weight = packed.expand(dtype or DEQUANTISED)
+            weight = packed.expand(dtype or DEQUANTIZED)
             tile = PADDED.get(packed.format, 1)
             padding = [has - should for has, should in zip(weight.shape, shape or weight.shape, strict=False)]
             if any(padding) and all(0 <= rows_or_columns < tile for rows_or_columns in padding):
@@ -303,11 +303,11 @@ class Weights:
                 continue
             if missing := [part for part in kind.scales if part not in parts]:
                 raise CheckpointError(
-                    f"{entry.path}: {key} is quantised as {name}, but its {' and '.join(missing)} is missing; {AGAIN}"
+                    f"{entry.path}: {key} is quantized as {name}, but its {' and '.join(missing)} is missing; {AGAIN}"
                 )
             if entry.dtype not in kind.dtypes or len(entry.shape) != 2:
                 raise CheckpointError(
-                    f"{entry.path}: {key} is quantised as {name}, but stored as {entry.dtype} {list(entry.shape)}, "
+                    f"{entry.path}: {key} is quantized as {name}, but stored as {entry.dtype} {list(entry.shape)}, "
                     f"expected a matrix of {kind.dtypes[0]}; {AGAIN}"
                 )
 
@@ -317,7 +317,7 @@ class Weights:
         if key not in self._layers and entry.dtype not in DTYPES and not self._is_gguf(key):
             raise CheckpointError(
                 f"{entry.path}: {key} is stored as {entry.dtype}, expected one of {', '.join(DTYPES)}; "
-                "get a version of the model that is not quantised"
+                "get a version of the model that is not quantized"
             )
 
 

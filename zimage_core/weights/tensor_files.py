@@ -1,6 +1,6 @@
 """Weight files as one table of tensors: headers checked byte by byte, tensors read one at a time, mapped or copied.
 
-Safetensors and GGUF (`gguf_files`) look the same from here on; quantised tensors are bytes, `quantised` knows more.
+Safetensors and GGUF (`gguf_files`) look the same from here on; quantized tensors are bytes, `quantized` knows more.
 
 What is no safetensors file (a pickle, a web page, a git-lfs pointer, half a download) is refused with its name.
 """
@@ -41,7 +41,7 @@ DTYPES = {  # those that weights may have
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-OTHERS = {  # those of scales, markers and quantised weights
+OTHERS = {  # those of scales, markers and quantized weights
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E8M0": torch.float8_e8m0fnu,
     "I16": torch.int16, "U16": torch.uint16, "I32": torch.int32, "U32": torch.uint32,
     "I64": torch.int64, "U64": torch.uint64,
@@ -115,7 +115,7 @@ class TensorFiles:
     def read(self, key: str) -> Tensor:
         """The tensor. Mapped from its file, it takes no memory until its values are used.
 
-        One of GGUF's quantised types comes as its bytes, [n] uint8.
+        One of GGUF's quantized types comes as its bytes, [n] uint8.
         """
         entry = self.entries[key]
         path = entry.path
@@ -174,7 +174,7 @@ def _is_utf8(path: Path) -> bool:
 
 
 def _typed(entry: Entry, raw: Tensor) -> Tensor:
-    """Bytes [n] as what they are; quantised ones of GGUF stay bytes."""
+    """Bytes [n] as what they are; quantized ones of GGUF stay bytes."""
     dtype = gguf_dequant.PLAIN.get(entry.dtype) if entry.gguf else {**DTYPES, **OTHERS}[entry.dtype]
     if dtype is None:
         return raw

@@ -1,4 +1,4 @@
-"""Quantised files of every dialect: the numbers are exactly those that are meant; other formats are named."""
+"""Quantized files of every dialect: the numbers are exactly those that are meant; other formats are named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from zimage_core.weights.checkpoint import Snapshot, open_component
 from zimage_core.weights.quantized import Packed
 
 from .helpers import NANO
-from .quantising import BLOCKS, block_quantise, quantise, with_markers
+from .quantizing import BLOCKS, block_quantize, quantize, with_markers
 
 CONFIG = {"zimage.transformer.config": (NANO / "transformer" / "config.json").read_text()}
 
@@ -43,7 +43,7 @@ def written(tmp_path: Path, stored: dict[str, Tensor], dialect: str, dtype: torc
 @pytest.mark.parametrize("dialect", ["alone", "old", "marked", "by rows", "header"])
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_values_are_exact(tmp_path, plain, dialect, dtype, prefix):
-    stored, meant = quantise(plain, dialect, dtype)
+    stored, meant = quantize(plain, dialect, dtype)
     path = written(tmp_path, stored, dialect, dtype, prefix)
     found = open_component(path, "transformer").build(dtype=torch.float32).state_dict()
     assert found.keys() == meant.keys()
@@ -52,11 +52,11 @@ def test_values_are_exact(tmp_path, plain, dialect, dtype, prefix):
 
 
 def test_unasked_scaled_weights_become_bfloat16_and_others_stay(tmp_path, plain):
-    stored, _ = quantise(plain, "marked", torch.float8_e4m3fn)
+    stored, _ = quantize(plain, "marked", torch.float8_e4m3fn)
     component = open_component(written(tmp_path, stored, "marked", torch.float8_e4m3fn), "transformer")
     assert component.dtype() == torch.bfloat16
     assert {parameter.dtype for parameter in component.build().parameters()} == {torch.bfloat16}
-    stored, _ = quantise(plain, "alone", torch.float8_e4m3fn)
+    stored, _ = quantize(plain, "alone", torch.float8_e4m3fn)
     component = open_component(written(tmp_path, stored, "alone", torch.float8_e4m3fn), "transformer")
     assert component.dtype() == torch.float8_e4m3fn
     kept = dict(component.build().named_parameters())
@@ -64,8 +64,8 @@ def test_unasked_scaled_weights_become_bfloat16_and_others_stay(tmp_path, plain)
     assert kept["layers.0.attention_norm1.weight"].dtype == torch.bfloat16
 
 
-def test_the_picture_is_nearly_that_of_the_whole_weights(tmp_path, plain):
-    stored, _ = quantise(plain, "by rows", torch.float8_e4m3fn)
+def test_the_image_is_nearly_that_of_the_whole_weights(tmp_path, plain):
+    stored, _ = quantize(plain, "by rows", torch.float8_e4m3fn)
     path = written(tmp_path, stored, "by rows", torch.float8_e4m3fn)
     settings = {"width": 128, "height": 128, "seed": 1}
     image = ZImagePipeline.from_pretrained(NANO, transformer=path).generate(
@@ -88,7 +88,7 @@ def refusal(path: Path) -> str:
 @pytest.mark.parametrize("where", ["marked", "header", "nested"])
 @pytest.mark.parametrize("name", list(BLOCKS))
 def test_block_formats_mean_what_the_host_says(tmp_path, plain, name, where):
-    stored, meant, markers = block_quantise(plain, name)
+    stored, meant, markers = block_quantize(plain, name)
     metadata = dict(CONFIG)
     if where == "header":
         metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": markers})
@@ -164,7 +164,7 @@ def test_padding_to_whole_tiles_is_cut_off(tmp_path, name):
 
 def test_smoothing_belongs_to_the_weight(tmp_path, plain):
     """nvfp4's pre_quant_scale multiplies the layer's input."""
-    stored, meant, markers = block_quantise(plain, "nvfp4")
+    stored, meant, markers = block_quantize(plain, "nvfp4")
     layer = next(iter(markers))
     smoothing = torch.rand(plain[f"{layer}.weight"].shape[1]) + 0.5
     stored[f"{layer}.pre_quant_scale"] = smoothing
@@ -187,7 +187,7 @@ def test_other_formats_are_named(tmp_path, plain, dialect):
         metadata["_quantization_metadata"] = json.dumps({"layers": {"layers.0.attention.qkv": {"format": "fp2"}}})
     save_file(stored, tmp_path / "m.safetensors", metadata)
     message = refusal(tmp_path / "m.safetensors")
-    assert "layers.0.attention.qkv is quantised as 'fp2'" in message and "load a bf16, fp16 or fp8 version" in message
+    assert "layers.0.attention.qkv is quantized as 'fp2'" in message and "load a bf16, fp16 or fp8 version" in message
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_other_formats_are_named(tmp_path, plain, dialect):
     ],
 )
 def test_damaged_block_formats(tmp_path, plain, name, damage, words):
-    stored, _, markers = block_quantise(plain, name)
+    stored, _, markers = block_quantize(plain, name)
     layer = next(iter(markers))
     if damage == "groupsize":
         markers[layer]["convrot_groupsize"] = 48
@@ -220,14 +220,14 @@ def test_damaged_block_formats(tmp_path, plain, name, damage, words):
 
 
 def test_damaged_markers_and_scales(tmp_path, plain):
-    stored, _ = quantise(plain, "marked", torch.float8_e4m3fn)
+    stored, _ = quantize(plain, "marked", torch.float8_e4m3fn)
     broken = {**stored, "layers.0.attention.qkv.comfy_quant": torch.tensor([123], dtype=torch.uint8)}
     assert "comfy_quant is damaged" in refusal(written(tmp_path, broken, "marked", torch.float8_e4m3fn))
     for dialect in ("marked", "header"):
-        unscaled, _ = quantise(plain, dialect, torch.float8_e4m3fn)
+        unscaled, _ = quantize(plain, dialect, torch.float8_e4m3fn)
         del unscaled["layers.0.attention.qkv.weight_scale"]
         message = refusal(written(tmp_path, unscaled, dialect, torch.float8_e4m3fn))
-        assert "layers.0.attention.qkv.weight is quantised as" in message and "weight_scale is missing" in message
+        assert "layers.0.attention.qkv.weight is quantized as" in message and "weight_scale is missing" in message
     broken = {**stored, "layers.0.attention.qkv.weight_scale": torch.ones(7)}
     message = refusal(written(tmp_path, broken, "marked", torch.float8_e4m3fn))
     assert "weight_scale has shape [7], expected one number or 576" in message

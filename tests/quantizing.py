@@ -1,4 +1,4 @@
-"""Quantised weights for tests, in every dialect: what a file holds, and the numbers that it means."""
+"""Quantized weights for tests, in every dialect: what a file holds, and the numbers that it means."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def is_layer(name: str, tensor: Tensor) -> bool:
     return tensor.ndim == 2 and name.startswith(("layers.", "noise_refiner.", "context_refiner."))
 
 
-def quantise(plain: dict[str, Tensor], dialect: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def quantize(plain: dict[str, Tensor], dialect: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(the tensors of a file, the values that it means in float64)."""
     stored, meant = dict(plain), {name: value.double() for name, value in plain.items()}
     form = str(dtype).removeprefix("torch.")
@@ -44,7 +44,7 @@ def quantise(plain: dict[str, Tensor], dialect: str, dtype: torch.dtype) -> tupl
     return stored, meant
 
 
-# Block formats by the host's own package: it quantises, and its dequantisation is the reference
+# Block formats by the host's own package: it quantizes, and its dequantization is the reference
 
 BLOCKS = {
     "mxfp8": ("TensorCoreMXFP8Layout", {}, {}),
@@ -60,7 +60,7 @@ BLOCKS = {
 }
 
 
-def block_quantise(plain: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
+def block_quantize(plain: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
     """(the tensors of a file without markers, the values that they mean, layer -> its marker)."""
     layout, options, settings = BLOCKS[name]
     stored, meant, markers = dict(plain), {key: value.float() for key, value in plain.items()}, {}

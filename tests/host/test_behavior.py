@@ -196,7 +196,7 @@ def test_guidance_without_a_negative(refused):
     assert "nothing is connected to `negative`" in message and "guidance_scale to 0" in message
 
 
-def test_picture_whose_size_is_not_a_multiple_of_16(refused):
+def test_image_whose_size_is_not_a_multiple_of_16(refused):
     prompt = nano()
     size = {"width": 136, "height": 128, "batch_size": 1, "color": 0}
     prompt["60"] = {"class_type": "EmptyImage", "inputs": size}
@@ -218,8 +218,8 @@ def test_latent_whose_size_is_not_a_multiple_of_16(refused):
 
 
 def test_latent_of_another_model(refused, client: Client):
-    """An empty 4-channel latent only says how large the picture is, so it is fitted, as stock samplers do; one that
-    holds a picture is refused."""
+    """An empty 4-channel latent only says how large the image is, so it is fitted, as stock samplers do; one that
+    holds an image is refused."""
     prompt = nano()
     prompt[LATENT] = {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}}
     client.run(prompt)
