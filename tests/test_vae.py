@@ -93,7 +93,7 @@ def test_hooks_of_the_convolution_run(layer):
     x, seen = torch.randn(1, CHANNELS, 5, 4), []
     layer.conv.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
     found = layer(x)
-    assert len(seen) == 1 and seen[0] is found
+    assert len(seen) == 1 and torch.equal(seen[0], found)
 
 
 def test_upsampling_can_be_trained(layer):

@@ -12,7 +12,6 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,24 @@ from ...zimage_core.weights.snapshot import open_component
 from . import files
 
 LOW_MEMORY = ("auto", "on", "off")
-_low_memory: ContextVar[str] = ContextVar("low_memory", default="auto")  # of the call that is running
 
 Memory = Callable[[tuple[int, ...], torch.dtype], float]  # of (shape, dtype): bytes for one image, as ComfyUI says
 
 
+@contextmanager
+def cast_weights(layer: Any, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """`Weights` where ComfyUI moves, casts and patches them as they are used."""
+    weight, bias, lent = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
+    try:
+        yield weight, bias
+    finally:
+        comfy.ops.uncast_bias_weight(layer, weight, bias, lent)
+
+
 class HostAutoencoder(AutoencoderKL):
     """The autoencoder behind the calls that ComfyUI's VAE makes of it."""
+
+    low_memory = "auto"  # one of LOW_MEMORY, for the calls that are made of this object
 
     # set by the VAE
     host_memory: dict[str, Memory]  # for "decode" by latents, for "encode" by images
@@ -70,11 +80,11 @@ class HostAutoencoder(AutoencoderKL):
         return in_bands(self, x, rows, tick=mm.throw_exception_if_processing_interrupted)
 
     def _may_run_in_bands(self) -> bool:
-        return _low_memory.get() != "off" and vae_bands.possible(self)
+        return self.low_memory != "off" and vae_bands.possible(self)
 
     def runs_in_bands(self, call: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
         """Whether images [B, 3, H, W] do, at this moment."""
-        if not self._may_run_in_bands() or _low_memory.get() == "on":
+        if not self._may_run_in_bands() or self.low_memory == "on":
             return self._may_run_in_bands()
         if device.type == "cpu":
             short = self._free_memory(device) < shape[0] * self._host_memory(call, shape, dtype)
@@ -85,19 +95,10 @@ class HostAutoencoder(AutoencoderKL):
 
     def memory(self, call: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> float:
         """Bytes that ComfyUI shall have free before one image of [B, 3, H, W] is decoded or encoded."""
-        asked = _low_memory.get() == "on" or device.type == "cpu"  # else it would not even try to make room for a whole
+        asked = self.low_memory == "on" or device.type == "cpu"  # else it would not even try to make room for a whole
         if asked and self.runs_in_bands(call, (1, *shape[1:]), dtype, device):
             return vae_bands.bands_bytes(self, shape[2], shape[3], dtype.itemsize)
         return self._host_memory(call, shape, dtype)
-
-    def gain_and_bias(self, norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        plain = not norm.weight_function and not norm.bias_function and norm.weight.device == x.device
-        if plain and not hasattr(norm, "_v"):  # where ComfyUI pages weights, it knows where they are
-            return super().gain_and_bias(norm, x)
-        weight, bias, stream = comfy.ops.cast_bias_weight(norm, x, offloadable=True)
-        copies = weight.clone(), bias.clone()
-        comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
-        return copies
 
     def _host_memory(self, call: str, shape: tuple[int, ...], dtype: torch.dtype) -> float:
         cell = self.config.downscale
@@ -112,7 +113,7 @@ class HostAutoencoder(AutoencoderKL):
         return (mm if patcher is None else patcher).get_free_memory(device)
 
     def _rows(self, shape: tuple[int, ...], x: Tensor) -> int | None:
-        if x.device.type == "cpu" or _low_memory.get() == "on":
+        if x.device.type == "cpu" or self.low_memory == "on":
             return None
         free = self._free_memory(x.device)
         return vae_bands.rows_that_fit(self, shape[2], shape[3], x.element_size(), free)
@@ -144,6 +145,7 @@ class ZImageVAE(comfy.sd.VAE):
             config,
             ops=comfy.ops.disable_weight_init,
             attention=vae_attention(),
+            weights=cast_weights,
             device="meta",
             dtype=self.vae_dtype,
         )
@@ -187,11 +189,7 @@ def decode(vae: comfy.sd.VAE, latents: Tensor, low_memory: str = "auto", safe_re
         )
 
     def compute(vae: comfy.sd.VAE) -> Tensor:
-        token = _low_memory.set(low_memory)
-        try:
-            return _checked(_watched(vae).decode(latents), "decoding (VAE)")
-        finally:
-            _low_memory.reset(token)
+        return _checked(_for_one_call(vae, low_memory).decode(latents), "decoding (VAE)")
 
     return _finite(vae, latents, compute, safe_retry)
 
@@ -226,13 +224,19 @@ def _checked(values: Tensor, stage: str) -> Tensor:
     return values
 
 
-def _watched(vae: comfy.sd.VAE) -> comfy.sd.VAE:
-    """The same VAE, whose images are checked before they are clamped, which makes white of infinite."""
+def _for_one_call(vae: comfy.sd.VAE, low_memory: str) -> comfy.sd.VAE:
+    """The same VAE, whose images are checked before they are clamped, which makes white of infinite.
+
+    It is another object, as is its autoencoder, so that settings are of this call alone; all layers are shared.
+    """
     if not isinstance(vae, comfy.sd.VAE):
         return vae
-    watched = copy.copy(vae)
-    watched.process_output = lambda images: vae.process_output(_checked(images, "decoding (VAE)"))
-    return watched
+    own = copy.copy(vae)
+    own.process_output = lambda images: vae.process_output(_checked(images, "decoding (VAE)"))
+    if isinstance(vae.first_stage_model, HostAutoencoder):
+        own.first_stage_model = copy.copy(vae.first_stage_model)
+        own.first_stage_model.low_memory = low_memory
+    return own
 
 
 def _exact(vae: comfy.sd.VAE) -> comfy.sd.VAE:

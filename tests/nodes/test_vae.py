@@ -215,7 +215,7 @@ def test_the_figure_is_that_of_the_device_which_a_copy_was_moved_to(vae, monkeyp
 @pytest.fixture(scope="module")
 def native(pack, comfy):
     """The host's own VAE for the published autoencoder; its weights don't matter here."""
-    config = importlib.import_module("zimage_pack.zimage_core.config").VAEConfig.from_dict(PUBLISHED, "here")
+    config = importlib.import_module("zimage_pack.zimage_core.config").VAEConfig.from_dict(PUBLISHED["vae"], "here")
     shapes = pack.bridge.vae.AutoencoderKL(config, device="meta").state_dict()
     return comfy.sd.VAE(sd={name: torch.zeros(()).expand(value.shape) for name, value in shapes.items()})
 

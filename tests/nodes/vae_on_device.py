@@ -99,7 +99,7 @@ class Seen:
             two_devices.free_on_device += model.model_size()
             mm.load_models_gpu([model])
             found["before"] = model.loaded_size()
-        token = pack.bridge.vae._low_memory.set(low_memory)
+        vae.first_stage_model.low_memory = low_memory
         with self.watched(vae, found, budget):
             results = []
             for index, (call, x) in enumerate(((vae.decode, LATENTS), (vae.encode, self.image))):
@@ -108,7 +108,6 @@ class Seen:
                 results.append(call(torch.cat([x] * batch)))
                 fake_accelerator.capacity = None
                 found["peaks"].append(peak() - self.weights)
-        pack.bridge.vae._low_memory.reset(token)
         found["loaded"] = vae.patcher.loaded_size() / self.weights
         if beside:
             found["left"] = model.loaded_size()

@@ -7,9 +7,8 @@ Letters: B batch, C channels, H W image height and width, h = H/8, w = W/8.
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,17 +16,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import VAEConfig
+from .block import is_changed
 
 NORM_EPS = 1e-6  # every GroupNorm of the FLUX autoencoder
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of maps q, k and v, each [B, C, h, w], as is what it returns
+
+# of (a convolution or group norm, a map): its weight and bias as the map would meet them, until the block is left
+Weights = Callable[[Any, Tensor], AbstractContextManager[tuple[Tensor, Tensor]]]
+
+
+def own_weights(layer: Any, _x: Tensor) -> AbstractContextManager[tuple[Tensor, Tensor]]:
+    """`Weights` that lie where they are used."""
+    return nullcontext((layer.weight, layer.bias))
 
 
 class AutoencoderKL(nn.Module):
     """The autoencoder of FLUX and Z-Image.
 
     `ops` supplies Conv2d and GroupNorm (`torch.nn`, or a host's namespace of the same names), `attention` what is used
-    in place of torch's on other devices than a CPU.
+    in place of torch's on other devices than a CPU, `weights` those of a layer where a host keeps them elsewhere or
+    patched.
     """
 
     def __init__(
@@ -36,12 +45,14 @@ class AutoencoderKL(nn.Module):
         *,
         ops: Any = nn,
         attention: Attention | None = None,
+        weights: Weights = own_weights,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.config = config
-        make = _Factory(config, ops, attention, device, dtype)
+        self.weights = weights
+        make = _Factory(config, ops, attention, weights, device, dtype)
         self.encoder = Encoder(config, make)
         self.decoder = Decoder(config, make)
 
@@ -67,10 +78,6 @@ class AutoencoderKL(nn.Module):
     def decode(self, raw_latents: Tensor) -> Tensor:
         """Raw latents [B, 16, h, w] to an image [B, 3, H, W] in about -1..1 (not clamped)."""
         return self.decoder(raw_latents)
-
-    def gain_and_bias(self, norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a group norm, each [C], as a map x would meet them; a host may keep them on another device, or patched."""
-        return norm.weight, norm.bias
 
     def scale(self, raw_latents: Tensor) -> Tensor:
         """What the encoder gives to what the transformer is trained on: (raw - shift_factor) * scaling_factor."""
@@ -235,20 +242,21 @@ class Upsample(nn.Module):
     def __init__(self, width: int, make: _Factory):
         super().__init__()
         self.conv = make.conv(width, width)
+        self.weights = make.weights
 
     def forward(self, x: Tensor, above: int = 0, below: int = 0) -> Tensor:
         """[B, C, h, w] to [B, C, 2(h - above - below), 2w]. above, below: rows of x that the rest only needs to see."""
-        if not self._adds_up_weights(x):
-            out = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-            return out[:, :, 2 * above : out.shape[2] - 2 * below]
-        conv = copy.copy(self.conv)  # with the same weights, which a host may cast on the way to the convolution
-        conv._conv_forward = functools.partial(_upsampled, above=above, below=below)  # type: ignore[assignment]
-        return conv(x)
+        if self._adds_up_weights(x):
+            with self.weights(self.conv, x) as (weight, bias):
+                return _upsampled(x, weight, bias, above, below)
+        out = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out[:, :, 2 * above : out.shape[2] - 2 * below]
 
     def _adds_up_weights(self, x: Tensor) -> bool:
         # in 16 bits the sums would be rounded
         exact = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-        return exact and x.device.type == "cpu" and pads_with_zeros(self.conv)
+        as_made = pads_with_zeros(self.conv) and not is_changed(self.conv)
+        return exact and x.device.type == "cpu" and as_made
 
 
 def pads_with_zeros(conv: nn.Module) -> bool:
@@ -256,20 +264,19 @@ def pads_with_zeros(conv: nn.Module) -> bool:
     return conv.padding_mode == "zeros" and not vars(conv).keys() & {"forward", "_conv_forward"}
 
 
-def _upsampled(x: Tensor, weight: Tensor, bias: Tensor | None, *, above: int, below: int) -> Tensor:
+def _upsampled(x: Tensor, weight: Tensor, bias: Tensor, above: int, below: int) -> Tensor:
     """A 3x3 convolution of x [B, C, h, w] with every row and column repeated: [B, C', 2(h - above - below), 2w].
 
     Which cells are equal differs between even and odd rows and columns: four 2x2 kernels, what they find interleaved.
     """
     height, width = x.shape[2] - above - below, x.shape[3]
     layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
-    biases = None if bias is None else bias.repeat(2)
     size = (len(x), len(weight), 2 * height, 2 * width)
     out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
     for row, of_rows in enumerate(_of_even_and_odd(weight, 2)):
         kernels = torch.cat(_of_even_and_odd(of_rows, 3))  # (2C', C, 2, 2)
         top = row + above
-        found = F.conv2d(x, kernels, biases, padding=1)[:, :, top : top + height]  # (B, 2C', height, w+1)
+        found = F.conv2d(x, kernels, bias.repeat(2), padding=1)[:, :, top : top + height]  # (B, 2C', height, w+1)
         for column, half in enumerate(found.chunk(2, dim=1)):
             out[:, :, row::2, column::2] = half[..., column : column + width]
     return out
@@ -289,12 +296,14 @@ class _Factory:
         config: VAEConfig,
         ops: Any,
         attention: Attention | None,
+        weights: Weights,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ):
         self.groups = config.norm_num_groups
         self.ops = ops
         self.attention = attention
+        self.weights = weights
         self.kwargs = {"device": device, "dtype": dtype}
 
     def conv(self, width_in: int, width_out: int, *, kernel: int = 3, stride: int = 1, padding: int = 1) -> nn.Module:

@@ -20,7 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .vae import AttentionBlock, AutoencoderKL, Downsample, Mid, ResnetBlock, Upsample, pads_with_zeros
+from .vae import (
+    AttentionBlock,
+    AutoencoderKL,
+    Downsample,
+    Mid,
+    ResnetBlock,
+    Upsample,
+    Weights,
+    own_weights,
+    pads_with_zeros,
+)
 
 WORKSPACE = 96 * 2**20  # bytes of the widest band; a handful of such are alive at a time
 LEAST_ROWS = 8  # each band repeats up to two rows of its neighbors, upsampling four
@@ -28,7 +38,6 @@ SCORES = 256 * 2**20  # bytes of attention scores at a time, where a kernel mate
 
 Tick = Callable[[], None]  # called before each band; may raise to stop
 _Pair = tuple[Tensor, Tensor]
-_Weights = Callable[[Any, Tensor], _Pair]  # a norm's gain and bias for a map
 
 
 @torch.no_grad()
@@ -39,7 +48,7 @@ def decode(vae: AutoencoderKL, raw_latents: Tensor, rows: int | None = None, tic
     """
     widest, width = max(vae.config.block_out_channels[:2]), raw_latents.shape[-1] * vae.config.downscale
     rows = rows or _rows(widest, width, raw_latents)
-    bands = _Bands(rows, tick, raw_latents.device, vae.gain_and_bias)
+    bands = _Bands(rows, tick, raw_latents.device, vae.weights)
     return torch.cat([_decode(vae.decoder, item, bands) for item in _laid_out(raw_latents).split(1)]).contiguous()
 
 
@@ -48,7 +57,7 @@ def encode(vae: AutoencoderKL, image: Tensor, rows: int | None = None, tick: Tic
     """`vae.encode` in bands: images [B, 3, H, W] in -1..1 to raw latents [B, 16, H/8, W/8], item by item."""
     vae.check_size(image)
     rows = rows or _rows(vae.config.block_out_channels[0], image.shape[-1], image)
-    bands = _Bands(rows, tick, image.device, vae.gain_and_bias)
+    bands = _Bands(rows, tick, image.device, vae.weights)
     moments = torch.cat([_encode(vae.encoder, item, bands) for item in _laid_out(image).split(1)])
     return moments.chunk(2, dim=1)[0].contiguous()
 
@@ -309,14 +318,14 @@ class Downsampled(Map):
 class Normed(Map):
     """silu(group norm) of a map, with the whole map's statistics (see `_Bands.statistics`)."""
 
-    def __init__(self, norm: Any, source: Map, statistics: _Pair, gain_and_bias: _Pair | None = None):
+    def __init__(self, norm: Any, source: Map, statistics: _Pair, weights: Weights = own_weights):
         self.source, self.height = source, source.height
         of_a_group = norm.num_channels // norm.num_groups
         # repeat_interleave would tell the device how often, which is a copy
         mean, variance = (value[:, None].expand(-1, of_a_group).flatten() for value in statistics)
-        gain, bias = gain_and_bias or (norm.weight, norm.bias)
-        scale = gain.to(mean) * torch.rsqrt(variance + norm.eps)
-        shift = bias.to(mean) - mean * scale
+        with weights(norm, source.rows(0, 1)) as (gain, bias):
+            scale = gain.to(mean) * torch.rsqrt(variance + norm.eps)
+            shift = bias.to(mean) - mean * scale
         self.scale, self.shift = (value.float().view(1, -1, 1, 1) for value in (scale, shift))
 
     def rows(self, top: int, bottom: int) -> Tensor:
@@ -354,7 +363,7 @@ def _moments(band: Tensor) -> _Pair:
 class _Bands:
     """The height of bands and what goes over all of them."""
 
-    def __init__(self, rows: int, tick: Tick | None, device: torch.device, weights: _Weights | None = None):
+    def __init__(self, rows: int, tick: Tick | None, device: torch.device, weights: Weights = own_weights):
         self.height = max(2, rows + rows % 2)
         self._tick, self._weights = tick, weights
         self._in_main_memory = device.type == "cpu"
@@ -380,8 +389,7 @@ class _Bands:
         return result
 
     def normed(self, norm: Any, x: Map) -> Normed:
-        weights = self._weights(norm, x.rows(0, 1)) if self._weights else None
-        return Normed(norm, x, self.statistics(norm, x), weights)
+        return Normed(norm, x, self.statistics(norm, x), self._weights)
 
     def statistics(self, norm: Any, x: Map) -> _Pair:
         """Mean and variance of each group over the whole map, [G], from those of the bands, on the map's device.
