@@ -20,17 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .vae import (
-    AttentionBlock,
-    AutoencoderKL,
-    Downsample,
-    Mid,
-    ResnetBlock,
-    Upsample,
-    Weights,
-    own_weights,
-    pads_with_zeros,
-)
+from . import vae as networks
+from .vae import AutoencoderKL, Weights
 
 WORKSPACE = 96 * 2**20  # bytes of the widest band; a handful of such are alive at a time
 LEAST_ROWS = 8  # each band repeats up to two rows of its neighbors, upsampling four
@@ -71,7 +62,7 @@ def advised(vae: AutoencoderKL, height: int, width: int, like: Tensor) -> bool:
 
 def possible(vae: AutoencoderKL) -> bool:
     """Whether bands are the whole image's: not where a convolution was changed to see more than its neighbors."""
-    return all(pads_with_zeros(module) for module in vae.modules() if isinstance(module, nn.Conv2d))
+    return all(networks.pads_with_zeros(module) for module in vae.modules() if isinstance(module, nn.Conv2d))
 
 
 def faster(vae: AutoencoderKL, height: int, width: int, device: torch.device, dtype: torch.dtype) -> bool:
@@ -174,7 +165,7 @@ def _out(half: Any, x: Map, bands: _Bands) -> Tensor:
     return torch.cat(bands.stored(Convolved(half.conv_out, bands.normed(half.norm_out, x))).bands, dim=2)
 
 
-def _resnet(block: ResnetBlock, x: Map, bands: _Bands) -> Stored:
+def _resnet(block: networks.ResnetBlock, x: Map, bands: _Bands) -> Stored:
     """A residual block; x is spent. Its own map and the inner one are all that is held."""
     first = Convolved(block.conv1, bands.normed(block.norm1, x))
     hidden, kept = Stored([]), Stored([])
@@ -194,7 +185,7 @@ def _resnet(block: ResnetBlock, x: Map, bands: _Bands) -> Stored:
     return out
 
 
-def _mid(mid: Mid, x: Tensor, bands: _Bands) -> Tensor:
+def _mid(mid: networks.Mid, x: Tensor, bands: _Bands) -> Tensor:
     """The bottom, where maps are small: as a whole, but for the attention's scores."""
     x = mid.block_1(x)
     bands.tick()
@@ -202,7 +193,7 @@ def _mid(mid: Mid, x: Tensor, bands: _Bands) -> Tensor:
     return mid.block_2(x)
 
 
-def _attention(layer: AttentionBlock, x: Tensor, bands: _Bands) -> Tensor:
+def _attention(layer: networks.AttentionBlock, x: Tensor, bands: _Bands) -> Tensor:
     if layer.uses_given(x):
         return layer(x)
     q, k, v = layer.heads(x)  # each (1, 1, h*w, C)
@@ -289,7 +280,7 @@ class Convolved(Map):
 class Upsampled(Map):
     """Twice the height and width by repeating, then a convolution. Bands of it begin and end on even rows."""
 
-    def __init__(self, layer: Upsample, source: Map):
+    def __init__(self, layer: networks.Upsample, source: Map):
         self.layer, self.source, self.height = layer, source, 2 * source.height
 
     def rows(self, top: int, bottom: int) -> Tensor:
@@ -303,7 +294,7 @@ class Upsampled(Map):
 class Downsampled(Map):
     """A convolution of stride 2, with a row and column of zeros at the bottom and right of the whole map only."""
 
-    def __init__(self, layer: Downsample, source: Map):
+    def __init__(self, layer: networks.Downsample, source: Map):
         self.layer, self.source, self.height = layer, source, source.height // 2
 
     def rows(self, top: int, bottom: int) -> Tensor:
@@ -318,7 +309,7 @@ class Downsampled(Map):
 class Normed(Map):
     """silu(group norm) of a map, with the whole map's statistics (see `_Bands.statistics`)."""
 
-    def __init__(self, norm: Any, source: Map, statistics: _Pair, weights: Weights = own_weights):
+    def __init__(self, norm: Any, source: Map, statistics: _Pair, weights: Weights = networks.own_weights):
         self.source, self.height = source, source.height
         of_a_group = norm.num_channels // norm.num_groups
         # repeat_interleave would tell the device how often, which is a copy
@@ -363,7 +354,7 @@ def _moments(band: Tensor) -> _Pair:
 class _Bands:
     """The height of bands and what goes over all of them."""
 
-    def __init__(self, rows: int, tick: Tick | None, device: torch.device, weights: Weights = own_weights):
+    def __init__(self, rows: int, tick: Tick | None, device: torch.device, weights: Weights = networks.own_weights):
         self.height = max(2, rows + rows % 2)
         self._tick, self._weights = tick, weights
         self._in_main_memory = device.type == "cpu"
