@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from zimage_core.backends import memory
 from zimage_core.config import VAEConfig
 from zimage_core.model import vae_bands
 from zimage_core.model.vae import AutoencoderKL
@@ -174,7 +175,7 @@ def test_freed_bands_go_back_to_the_system(monkeypatch):
     vae = random_vae({**PUBLISHED["vae"], "block_out_channels": [16, 32, 64, 64], "norm_num_groups": 16})
     latents = torch.randn(1, 16, 96, 64)
     of_tensors = process_memory.tensors(lambda: vae_bands.decode(vae, latents))
-    vae_bands._give_back()
+    memory.give_back()
     assert process_memory.growth(lambda: vae_bands.decode(vae, latents)) <= 1.35 * of_tensors
 
 
@@ -187,7 +188,7 @@ def test_the_pipeline_decodes_in_bands_where_memory_is_short(monkeypatch):
     plain = pipe.decode(latents)
     assert calls == []
     for free, expected in ((2**40, 0), (None, 0), (2**20, 2)):
-        monkeypatch.setattr(vae_bands, "_free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
         assert (pipe.decode(latents) - plain).abs().max() <= 1e-5
         assert len(calls) == expected
 
@@ -215,7 +216,7 @@ def test_a_cpu_decodes_in_bands_what_is_more_than_one(monkeypatch):
 
 
 def test_free_memory_is_what_the_system_tells():
-    free = vae_bands._free_bytes(torch.device("cpu"))
+    free = memory.free_bytes(torch.device("cpu"))
     if not Path("/proc/meminfo").exists():
         assert free is None
     else:

@@ -201,17 +201,17 @@ class ZImagePipeline:
         cell = self.vae.config.downscale
         latents = noise(seed, (batch, self.transformer.config.in_channels, height // cell, width // cell))
 
-        cap_feats = _repeat(self.encode_prompts(prompts, max_prompt_tokens), batch_size)  # B x [L_i, 2560]
-        negative_cap_feats: list[Tensor] = []
+        features = _repeat(self.encode_prompts(prompts, max_prompt_tokens), batch_size)  # B x [L_i, 2560]
+        negative_features: list[Tensor] = []
         if guidance_scale > 0:
-            negative_cap_feats = _repeat(self.encode_prompts(negatives, max_prompt_tokens), batch_size)
+            negative_features = _repeat(self.encode_prompts(negatives, max_prompt_tokens), batch_size)
 
         patch = cell * self.transformer.config.patch_size
         levels = sigmas(steps, self.scheduler, (height // patch) * (width // patch))
 
         def sample(dtype: torch.dtype) -> Tensor:
             watched = finite.Steps(steps)
-            if dtype == torch.float16 and any(item.dtype != dtype for item in [*cap_feats, *negative_cap_feats]):
+            if dtype == torch.float16 and any(item.dtype != dtype for item in [*features, *negative_features]):
                 raise NotFinite("text features for step 1")  # which are wider where they don't fit
 
             def after_step(step: int, steps: int, latents: Tensor, estimate: Tensor) -> bool | None:
@@ -222,8 +222,8 @@ class ZImagePipeline:
                 self.transformer,
                 latents.to(self.device),
                 levels,
-                cap_feats,
-                negative_cap_feats or None,
+                features,
+                negative_features or None,
                 guidance_scale=guidance_scale,
                 cfg_normalization=float(cfg_normalization),
                 cfg_truncation=cfg_truncation,

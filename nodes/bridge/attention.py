@@ -117,8 +117,6 @@ def force_plain(options: dict[str, Any]) -> bool:
 class Choice:
     """Takes the place of ComfyUI's attention function. Before the first step of a run it settles on a backend."""
 
-    steady = True  # the same at every step, unlike what other nodes may put there
-
     def __init__(self, name: str, tried: tuple[str, ...], device: torch.device):
         self.name = name  # as the user chose
         self.tried = tried  # backends that may take the place of plain attention

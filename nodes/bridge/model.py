@@ -30,7 +30,7 @@ from ...zimage_core.model.transformer import Captions, ZImageTransformer
 from ...zimage_core.sampling.loop import model_time, velocity
 from ...zimage_core.weights.component import Component
 from ...zimage_core.weights.snapshot import Snapshot, open_component, schedule_of, snapshot_folder
-from . import files, folders, layers, quantized, quantized_patcher
+from . import attention, files, folders, layers, quantized, quantized_patcher
 
 try:  # ComfyUI's kernel package; older ones lack these two
     from comfy_kitchen import rms_rope, rms_rope1
@@ -174,7 +174,7 @@ class _RunCaptions:
         # ComfyUI's hooks change weights, other nodes' overrides the attention and what they put into the blocks
         # anything, all perhaps by the step
         steady = self.patcher is not None and self.patcher.current_hooks is None
-        steady = steady and getattr(options.get("optimized_attention_override", self), "steady", False)
+        steady = steady and isinstance(options.get(attention.OVERRIDE), attention.Choice)
         steady = steady and model.refines_as_built()
         if not steady or x.device.type != "cpu" or torch.compiler.is_compiling() or len(context) != len(x):
             return context

@@ -9,17 +9,14 @@ Letters: B batch, C channels, H W height and width of a map, G groups of a norm.
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backends import memory
 from . import vae as networks
 from .vae import AutoencoderKL, Weights
 
@@ -55,7 +52,7 @@ def encode(vae: AutoencoderKL, image: Tensor, rows: int | None = None, tick: Tic
 
 def advised(vae: AutoencoderKL, height: int, width: int, like: Tensor) -> bool:
     """Whether to decode an image on the device of `like` in bands: to save time, or memory that is not free now."""
-    free = _free_bytes(like.device)
+    free = memory.free_bytes(like.device)
     short = free is not None and free < plain_bytes(vae, height, width, like.dtype)
     return possible(vae) and (short or faster(vae, height, width, like.device, like.dtype))
 
@@ -99,32 +96,6 @@ def _kept_bytes(vae: AutoencoderKL, height: int, width: int, itemsize: int) -> i
 PLAIN_MAPS = 4.5  # of the widest at the image's size: 3.8 were measured, the rest is for what else happens
 PLAIN_ENCODING_MAPS = 3.2  # tensors take 2.1, in decoding 3
 BAND_MAPS = 8  # of the widest band: 3 to 3.5 were measured on a CPU; a GPU, which is unmeasured, may want more
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """Memory that can be had without swapping; None where nobody tells."""
-    if device.type == "cuda":  # what torch holds without using it is free as well
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    if device.type == "cpu" and (told := Path("/proc/meminfo")).exists():
-        found = (line.split() for line in told.read_text().splitlines())
-        return next((int(words[1]) * 1024 for words in found if words[0] == "MemAvailable:"), None)
-    return None
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], int]:
-    """glibc's; one that does nothing with another C library."""
-    found = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if found is None:
-        return lambda pad: 0
-    found.argtypes, found.restype = [ctypes.c_size_t], ctypes.c_int
-    return found
-
-
-def _give_back() -> None:
-    """Returns freed memory to the system. glibc keeps blocks below 32 MB, in pieces that the next band may not fit."""
-    _malloc_trim()(0)
 
 
 def _laid_out(x: Tensor) -> Tensor:
@@ -369,7 +340,7 @@ class _Bands:
             self.tick()
             yield top, min(top + self.height, height)
             if self._in_main_memory:
-                _give_back()
+                memory.give_back()
 
     def stored(self, lazy: Map) -> Stored:
         """The whole map; what it is computed from is spent on the way."""

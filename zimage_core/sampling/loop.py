@@ -61,8 +61,8 @@ def denoise(
     model: Model,
     latents: Tensor,
     sigmas: Tensor,
-    cap_feats: Sequence[Tensor],
-    negative_cap_feats: Sequence[Tensor] | None = None,
+    features: Sequence[Tensor],
+    negative_features: Sequence[Tensor] | None = None,
     *,
     guidance_scale: float = 0.0,
     cfg_normalization: float = 0.0,
@@ -73,11 +73,11 @@ def denoise(
 ) -> Tensor:
     """Takes latents [B, 16, h, w] float32 from noise level sigmas[0] to sigmas[-1] by Euler steps.
 
-    cap_feats, negative_cap_feats: B of [L_i, D]. refine: what of the model's work on captions can be done before the
+    features, negative_features: B of [L_i, D]. refine: what of the model's work on captions can be done before the
     first step; the model gets its result. The model computes in `dtype`; latents, guidance and steps stay float32. With
     guidance, positive and negative captions run in one batch. Raises `Cancelled` when the callback returns False.
     """
-    if guidance_scale > 0 and negative_cap_feats is None:
+    if guidance_scale > 0 and negative_features is None:
         raise ValueError("guidance needs negative captions; those of an empty prompt serve where there is none")
     steps = len(sigmas) - 1
     batch = len(latents)
@@ -87,7 +87,7 @@ def denoise(
         t = model_time(levels[step]).expand(batch)  # (B,)
         guided = guides_at(sigma, guidance_scale, cfg_truncation)
         if guided not in refined:
-            refined[guided] = refine([*cap_feats, *(negative_cap_feats or ())] if guided else cap_feats)
+            refined[guided] = refine([*features, *(negative_features or ())] if guided else features)
         if guided:
             out = velocity(model(latents.to(dtype).repeat(2, 1, 1, 1), t.repeat(2), refined[True]))  # (2B, 16, h, w)
             v = guided_velocity(out[:batch], out[batch:], guidance_scale, cfg_normalization)
