@@ -29,7 +29,7 @@ from ...zimage_core.config import SchedulerConfig, TransformerConfig
 from ...zimage_core.model.transformer import Captions, ZImageTransformer
 from ...zimage_core.sampling.loop import model_time, velocity
 from ...zimage_core.weights.component import Component
-from ...zimage_core.weights.snapshot import Snapshot, open_component, schedule_of, snapshot_folder
+from ...zimage_core.weights.snapshot import ModelSource, open_model
 from . import attention, files, folders, layers, quantized, quantized_patcher
 
 try:  # ComfyUI's kernel package; older ones lack these two
@@ -253,7 +253,8 @@ class ZImageModel(comfy.model_base.Lumina2):
 class ZImageModelConfig(comfy.supported_models.ZImage):
     """What ComfyUI wants to know of a model, from the snapshot's files instead of from a detected state dict."""
 
-    def __init__(self, path: str | Path, config: TransformerConfig, scheduler: SchedulerConfig):
+    def __init__(self, source: ModelSource):
+        config = source.component.config
         super().__init__(
             {
                 "image_model": "lumina2",
@@ -266,13 +267,14 @@ class ZImageModelConfig(comfy.supported_models.ZImage):
                 "allow_fp16": True,
             }
         )
-        self.sampling_settings = {"multiplier": 1.0, "shift": scheduler.shift}  # multiplier 1: the network gets sigma
+        self.sampling_settings = {
+            "multiplier": 1.0,
+            "shift": source.schedule.shift,
+        }  # multiplier 1: the network gets sigma
         native: Any = type(self)
         self.memory_usage_factor = native.memory_usage_factor * config.dim / NATIVE_DIM
-        if folder := snapshot_folder(path):  # a single file has the published factors, which are ComfyUI's defaults
-            vae = Snapshot(folder).vae_config()
-            self.latent_format.scale_factor = vae.scaling_factor
-            self.latent_format.shift_factor = vae.shift_factor
+        if source.latent_factors is not None:  # the published ones are ComfyUI's defaults
+            self.latent_format.scale_factor, self.latent_format.shift_factor = source.latent_factors
 
 
 def load_model(
@@ -287,9 +289,8 @@ def load_model(
     weight_dtype: of the weights in memory; None is the file's, fitted to the device. compiled: see `ZImageTransformer`.
     cache_converted: weights that have to be cast or fused are mapped as well, from a file that is written for it.
     """
-    component, scheduler = open_component(path, "transformer", map_file=files.map_file()), schedule_of(path)
-    config = component.config
-    model_config = ZImageModelConfig(path, config, scheduler)
+    source = open_model(path, map_file=files.map_file())
+    component, model_config = source.component, ZImageModelConfig(source)
     device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
     packed = weight_dtype is None and quantized.keeps(component)
     if packed:
@@ -309,7 +310,7 @@ def load_model(
         weights = {name: stored.tensor(name, shape, dtype=dtypes[name]) for name, shape in component.shapes.items()}
     model_config.set_inference_dtype(storage, compute)
 
-    model = ZImageModel(model_config, config, scheduler, build_device)
+    model = ZImageModel(model_config, component.config, source.schedule, build_device)
     model.diffusion_model.requires_grad_(False).load_state_dict(weights, strict=True, assign=True)
     model.diffusion_model.requires_grad_(False).eval()
     model.diffusion_model.compiled = compiled

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,28 @@ def open_component(path: str | Path, kind: str, *, map_file: MapFile | None = ma
     if not os.path.exists(path):
         raise CheckpointError(f"{path}: there is no such file or folder, or it can't be read; {CHECK}")
     return Component.of_file(kind, TensorFiles([path], map_file))
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A transformer's weights and what sampling needs to know beside them."""
+
+    component: Component
+    schedule: SchedulerConfig
+    latent_factors: tuple[float, float] | None  # scale and shift of its VAE; None: the published ones
+
+
+def open_model(path: str | Path, *, map_file: MapFile | None = map_safetensors) -> ModelSource:
+    """Of a snapshot, its transformer's folder or a single file, as `open_component` opens them.
+
+    A single file says nothing of schedule and VAE: they are the published ones, of Turbo.
+    """
+    component, folder = open_component(path, "transformer", map_file=map_file), snapshot_folder(path)
+    if folder is None:
+        return ModelSource(component, PUBLISHED_SCHEDULE, None)
+    snapshot = Snapshot(folder)
+    vae = snapshot.vae_config()
+    return ModelSource(component, snapshot.scheduler_config(), (vae.scaling_factor, vae.shift_factor))
 
 
 def schedule_of(path: str | Path) -> SchedulerConfig:
