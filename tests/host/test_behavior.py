@@ -22,8 +22,12 @@ from ..helpers import NANO
 BUILT_IN = "Z-Image-Nano (built in)"
 SAMPLER, MODEL, CLIP, VAE, LATENT = "7", "1", "2", "3", "6"  # node ids of the nano workflow
 SCHEMAS = {
-    "ZImageTransformerLoader": (["model", "weight_dtype"], ["download", "repository", "compile"], ["MODEL"]),
-    "ZImageTextEncoderLoader": (["model", "weight_dtype"], ["download", "repository"], ["CLIP"]),
+    "ZImageTransformerLoader": (
+        ["model", "weight_dtype"],
+        ["download", "repository", "compile", "cache_converted"],
+        ["MODEL"],
+    ),
+    "ZImageTextEncoderLoader": (["model", "weight_dtype"], ["download", "repository", "cache_converted"], ["CLIP"]),
     "ZImageVAELoader": (["model"], ["download", "repository"], ["VAE"]),
     "ZImageLoraLoader": (["model", "lora", "strength"], ["clip", "strength_clip"], ["MODEL", "CLIP", "STRING"]),
     "ZImageTextEncode": (["clip", "text"], ["cache"], ["CONDITIONING"]),
@@ -287,7 +291,7 @@ def test_weights_of_another_model(refused, broken):
     name = "diffusion_pytorch_model.safetensors"
     shutil.copy(NANO / "vae" / name, folder / name)
     message = refused(prompt)
-    for words in ("Broken/transformer", name, "missing", "unknown", "decoder.", "download them again"):
+    for words in ("Broken/transformer", name, "this is an AutoencoderKL (VAE)", "put the snapshot's own transformer/ here"):
         assert words in message
 
 
