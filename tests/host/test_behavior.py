@@ -291,7 +291,12 @@ def test_weights_of_another_model(refused, broken):
     name = "diffusion_pytorch_model.safetensors"
     shutil.copy(NANO / "vae" / name, folder / name)
     message = refused(prompt)
-    for words in ("Broken/transformer", name, "this is an AutoencoderKL (VAE)", "put the snapshot's own transformer/ here"):
+    for words in (
+        "Broken/transformer",
+        name,
+        "this is an AutoencoderKL (VAE)",
+        "put the snapshot's own transformer/ here",
+    ):
         assert words in message
 
 
