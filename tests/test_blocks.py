@@ -12,6 +12,7 @@ import torch._inductor.config
 
 from zimage_core.backends import compiled as parts
 from zimage_core.backends import cpu_rows
+from zimage_core.backends.operations import Modulation, Tokens, read_gain
 from zimage_core.config import TransformerConfig
 from zimage_core.model import block as block_module
 from zimage_core.model import transformer
@@ -323,8 +324,11 @@ def test_a_batch_of_small_images_goes_whole(model, small, monkeypatch):
 )
 def test_published_widths_go_item_by_item(tokens, width, parts, monkeypatch):
     monkeypatch.setattr(cpu_rows, "SMALL", SMALL)
-    x = torch.empty(2, tokens, width, device="meta")
-    assert len(list(cpu_rows._parts(x, [x], x, [tokens], None))) == parts
+    x, run = torch.empty(2, tokens, width, device="meta"), []
+    known = Tokens(torch.empty(1, tokens, 1, 1, 2, 2, device="meta"), None, [tokens])
+    operations = cpu_rows.RowOperations(read_gain, compiled=False)
+    operations.by_item(lambda item, *_: run.append(len(item)) or item, x, known, Modulation(*4 * [x[:, :1]]))
+    assert run == parts * [2 // parts]
 
 
 # What others put into a block

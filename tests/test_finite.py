@@ -199,7 +199,7 @@ def test_damage_is_told_without_computing_again(pipe, told):
 
 def test_cancelling_reaches_through_the_second_run(pipe):
     overflow(pipe, "transformer")
-    with pytest.raises(pipeline.sampling.Cancelled):
+    with pytest.raises(pipeline.loop.Cancelled):
         pipe.generate(PROMPT, callback=lambda *_: False, **SMALL)
 
 

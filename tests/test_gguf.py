@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zimage_core.config import TransformerConfig
 from zimage_core.errors import CheckpointError
-from zimage_core.lora import files
+from zimage_core.lora import apply, files
 from zimage_core.model.transformer import ZImageTransformer
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.weights import gguf_dequant, packed
@@ -317,13 +317,13 @@ def test_lora_on_packed_weights(gguf_files, tmp_path):
     plain = ZImageTransformer(packed_model.config)
     plain.load_state_dict(numbers(packed_model))
 
-    kept = [files.add(model, "transformer", [(opened, 0.7)]) for model in (packed_model, plain)]
+    kept = [apply.add(model, "transformer", [(opened, 0.7)]) for model in (packed_model, plain)]
     for name, layer in packed.layers(packed_model).items():
         torch.testing.assert_close(layer.weight, plain.get_parameter(name), rtol=1e-6, atol=1e-6)
     name = "layers.0.attention.qkv.weight"
     change = packed.layers(packed_model)[name].weight - before[name]
     assert change[:192].count_nonzero() == change[384:].count_nonzero() == 0 and change[192:384].count_nonzero()
-    files.remove(packed_model, kept[0])
+    apply.remove(packed_model, kept[0])
     for name, layer in packed.layers(packed_model).items():
         assert torch.equal(layer.weight, before[name])
     assert all(torch.equal(buffer, raw[name]) for name, buffer in packed_model.named_buffers())

@@ -124,12 +124,14 @@ def page() -> None:
 
 
 def main() -> None:
+    """The forms that the command line names."""
     global room
+    forms = sys.argv[1:]
     pack = load_pack("use_pytorch_cross_attention")
     import comfy.model_management as mm
 
     folder = Path(tempfile.mkdtemp())
-    files = {form: test_packed.file_of(folder, form) for form in ("marked", "gguf")}
+    files = {form: test_packed.file_of(folder, form) for form in forms if form != "plain"}
     files["plain"] = folder / "plain.safetensors"
     save_file(
         Snapshot(test_packed.NANO).transformer(dtype=torch.float32).state_dict(), files["plain"], test_packed.CONFIGS
@@ -137,11 +139,11 @@ def main() -> None:
     files["encoder"] = test_packed.encoder_of(folder, "gguf")
     report: dict[str, Any] = {}
     with torch.inference_mode():
-        expected = {form: results(pack, mm, files[form]) for form in ("marked", "gguf", "plain")}
+        expected = {form: results(pack, mm, files[form]) for form in forms}
         encoded, _ = features(pack, mm, files["encoder"])
         two_devices.take_over(mm)
         page()
-        for form in ("marked", "gguf", "plain"):
+        for form in forms:
             for room in (True, False):
                 read.update(dict.fromkeys(read, 0))
                 found = results(pack, mm, files[form])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .prompts import NANO
+from ..helpers import NANO
 
 
 def loaded(pack, cached: bool, dtype: str):

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from zimage_core.weights.snapshot import open_component
-
 from ..helpers import NANO
 
 BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
@@ -83,8 +81,7 @@ def become(comfy, monkeypatch):
 
 
 def supported(pack) -> list[torch.dtype]:
-    config = open_component(NANO, "transformer").config
-    return pack.bridge.model.ZImageModelConfig(NANO, config, SimpleNamespace(shift=3.0)).supported_inference_dtypes
+    return pack.bridge.model.ZImageModelConfig(pack.bridge.model.open_model(NANO)).supported_inference_dtypes
 
 
 def ours(pack, stored: torch.dtype, device: torch.device, asked: torch.dtype | None = None):

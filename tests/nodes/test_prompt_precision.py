@@ -53,11 +53,11 @@ def test_the_cpu_computes_in_float32(pack):
     ids=str,
 )
 def test_features_are_kept_in_what_the_transformer_computes_in(pack, gpu, major, flags, expected):
-    component = pack.bridge.model.open_component(NANO, "transformer")
+    source = pack.bridge.model.open_model(NANO)
     gpu(major, *flags)
-    config = pack.bridge.model.ZImageModelConfig(NANO, component.config, pack.bridge.model.schedule_of(NANO))
+    config = pack.bridge.model.ZImageModelConfig(source)
     supported = config.supported_inference_dtypes
-    storage, compute = pack.bridge.model._dtypes(None, component, supported, torch.device("cuda"))
+    storage, compute = pack.bridge.model._dtypes(None, source.component, supported, torch.device("cuda"))
     kept = pack.bridge.prompts.kept_dtype()
     assert kept == expected
     if (compute or storage).itemsize <= kept.itemsize:

@@ -141,10 +141,8 @@ class ZImageTransformer(nn.Module):
         """
         if len(features) != len(latents):
             raise ValueError(f"{len(latents)} latents but {len(features)} captions")
-        if isinstance(features, Captions):
-            captions = features
-        else:
-            captions = self.refine_captions(features, latents.dtype, attention=attention)
+        if not isinstance(features, (Tensor, Captions)):
+            features = self.refine_captions(features, latents.dtype, attention=attention)
         run = partial(
             self._evaluate,
             attention=attention,
@@ -152,15 +150,16 @@ class ZImageTransformer(nn.Module):
             patch_tokens=patch_tokens,
             rope_options=rope_options,
         )
-        if len(captions.lengths) > 1 and latents[0, 0].numel() >= APART * self.config.patch_size**2:
-            return torch.cat(list(map(run, latents.split(1), t.split(1), captions.apart())))
-        return run(latents, t, captions)
+        apart = isinstance(features, Captions) and len(features.lengths) > 1
+        if apart and latents[0, 0].numel() >= APART * self.config.patch_size**2:
+            return torch.cat(list(map(run, latents.split(1), t.split(1), features.apart())))
+        return run(latents, t, features)
 
     def _evaluate(
         self,
         latents: Tensor,
         t: Tensor,
-        captions: Captions,
+        features: Tensor | Captions,
         *,
         attention: Attention,
         after_block: AfterBlock | None,
@@ -169,6 +168,10 @@ class ZImageTransformer(nn.Module):
     ) -> Tensor:
         config = self.config
         height, width = latents.shape[-2:]
+        if isinstance(features, Captions):
+            captions = features
+        else:  # here, so that nobody else holds them any more when they are joined with the image
+            captions = self.refine_captions(features, latents.dtype, attention=attention)
         time = self.t_embedder(t, latents.dtype)  # (B, 256)
         img, n_image = self._embed_image(latents)  # (B, N, D)
         img = self._widened(img)
@@ -191,7 +194,7 @@ class ZImageTransformer(nn.Module):
         pe = torch.cat((img_pe, captions.rotations.expand(len(img_pe), *captions.rotations.shape[1:])), dim=1)
         tokens = Tokens(pe, time, [n + length for length in captions.lengths])
         tokens = dataclasses.replace(tokens, mask=_mask(tokens.counts, x))
-        del img, img_pe, captions  # what is joined now need not be kept apart as well
+        del img, img_pe, captions, features  # what is joined now need not be kept apart as well
         state = {"vec": time, "x": latents}
         if patch_tokens is not None:
             state |= {"img_input": x[:, :n].clone(), "pe": pe[:, :n]}
