@@ -150,8 +150,8 @@ class ZImageTransformer(nn.Module):
             patch_tokens=patch_tokens,
             rope_options=rope_options,
         )
-        apart = isinstance(features, Captions) and len(features.lengths) > 1
-        if apart and latents[0, 0].numel() >= APART * self.config.patch_size**2:
+        large = latents[0, 0].numel() >= APART * self.config.patch_size**2
+        if large and isinstance(features, Captions) and len(features.lengths) > 1:
             return torch.cat(list(map(run, latents.split(1), t.split(1), features.apart())))
         return run(latents, t, features)
 
