@@ -47,6 +47,7 @@ def first_table(part: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in takewhile(lambda line: line.startswith("| "), below)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "rows"),
     [

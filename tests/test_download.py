@@ -280,6 +280,7 @@ def test_a_server_that_stops_answering(hub, folder):
     assert "did not answer in time" in failure(folder)
 
 
+@pytest.mark.slow
 def test_a_file_that_stays_short(hub, folder):
     hub.short.add(WEIGHTS)
     message = failure(folder)
@@ -441,6 +442,7 @@ def test_the_command_line_stops_at_once(hub, tmp_path):
 # Two at once
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_folder(hub, folder):
     """The second waits for the first, or takes what it has fetched; nothing is fetched twice or damaged."""
     hub.speed = 6e6

@@ -121,7 +121,10 @@ def test_every_way_of_expanding_gives_the_same_bits(name, dtype):
     assert same(gguf_dequant.expand(name, odd, shape, dtype), expected)
 
 
-@pytest.mark.parametrize("name, most", [("Q8_0", 6), ("Q4_K", 8), ("Q6_K", 8)])
+@pytest.mark.parametrize(
+    "name, most",
+    [("Q8_0", 6), *(pytest.param(name, 8, marks=pytest.mark.slow) for name in ("Q4_K", "Q6_K"))],
+)
 def test_compiled_is_one_pass_for_all_sizes_and_the_same_bits(name, most):
     kind = gguf_dequant.TYPES[name]
     compiled = gguf_dequant.Compiled(kind.expand)

@@ -61,7 +61,9 @@ def run(block, x: torch.Tensor, tokens: Tokens, operations) -> torch.Tensor:
         return block(x.clone(), tokens, attention, operations)
 
 
-@pytest.mark.parametrize("name", BUNDLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "compiled")) for name in BUNDLES]
+)
 @pytest.mark.parametrize(
     ("batch", "time", "mask", "queries"),
     [(1, "token", None, None), (2, "token", "pairs", QUERIES), (2, "item", "heads", QUERIES), (1, "item", "keys", 50)],

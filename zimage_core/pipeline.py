@@ -191,7 +191,7 @@ class ZImagePipeline:
         cfg_truncation: guidance stops once 1 - sigma exceeds it; 1 never stops it.
         seed: an int seeds one generator for the whole batch, a list of B seeds each image on its own.
         callback: (steps done, steps, latents, estimated image latents) after each step; False cancels by raising
-            `sampling.Cancelled`. It starts over where sampling has to (see `safe_retry` of `__init__`).
+            `loop.Cancelled`. It starts over where sampling has to (see `safe_retry` of `__init__`).
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         _check(prompts, width, height, batch_size, output)

@@ -70,6 +70,7 @@ def test_new_sizes_and_prompts_are_compiled_no_more_often_than_natively(model, p
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_batches_and_the_cores_own_model_are_one_graph_as_well(model):
     """The first call takes sizes as they are, the second leaves open what has changed, and that is the last one."""
     counter = CompileCounter()

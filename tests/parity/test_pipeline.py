@@ -52,6 +52,7 @@ def test_image_with_several_per_prompt(pipelines):
     assert (mine - theirs).abs().max() <= 1e-3
 
 
+@pytest.mark.slow
 def test_bfloat16_is_no_further_from_float32_than_diffusers(make_snapshot):
     ours = theirs = 0.0
     for seed in range(3):
