@@ -17,7 +17,7 @@ from zimage_core.__main__ import main
 from .helpers import ROOT
 
 
-def test_a_image_from_a_shell(tmp_path):
+def test_an_image_from_a_shell(tmp_path):
     out = tmp_path / "new folder" / "cat.png"
     command = [sys.executable, "-X", "importtime", "-m", "zimage_core", "generate", "a red circle", "--seed", "3"]
     done = subprocess.run([*command, "-o", out, "--cpu"], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -237,7 +237,7 @@ def test_for_a_known_prompt_the_encoder_is_not_even_built(model, tmp_path):
         pipe.generate("a blue square", **SMALL)
 
 
-def test_an_encoder_that_was_read_for_a_image_can_be_trained(model):
+def test_an_encoder_that_was_read_for_an_image_can_be_trained(model):
     pipe = ZImagePipeline.from_pretrained(model)
     pipe.generate(PROMPT, **SMALL)
     ids = torch.tensor([pipe.tokenizer(PROMPT)])
