@@ -50,9 +50,8 @@ def given(model, batch: int, time: str, mask: str | None, queries: int | None) -
         "pairs": torch.rand(batch, 1, COUNT, COUNT, generator=generator) < 0.7,
         "heads": torch.rand(1, config.n_heads, COUNT, COUNT, generator=generator) < 0.7,
     }
-    tokens = Tokens(
-        rotations(places, config.axes_dims, config.rope_theta), embedded, [COUNT], masks[mask], queries=queries
-    )
+    turns = rotations(places, config.axes_dims, config.rope_theta)
+    tokens = Tokens(turns, embedded, [COUNT], mask=masks[mask], queries=queries)
     return drawn(batch, COUNT, config.dim), tokens
 
 
@@ -110,3 +109,18 @@ def test_what_a_mask_hides_has_no_effect(model, name):
     x[:, 40:] += 1
     after = run(block, x, tokens, operations)
     assert torch.equal(before[:, :10], after[:, :10]) and not torch.equal(before[:, 10:], after[:, 10:])
+
+
+@pytest.mark.parametrize("mask", [None, "pairs", "heads"])
+def test_what_pads_a_batch_is_hidden_beside_any_mask(model, mask):
+    """Item by item there is no padding, and the mask is the item's own."""
+    block, (x, tokens) = model.layers[0], given(model, 2, "token", mask, None)
+    counts = [COUNT, 30]
+    own = torch.stack([torch.arange(COUNT) < count for count in counts])[:, None, None]
+    tokens = dataclasses.replace(tokens, counts=counts, own=own)
+    rows, plain = (run(block, x, tokens, operations) for operations in (BUNDLES["rows"](), PLAIN))
+    for item, count in enumerate(counts):
+        assert relative(rows[item, :count], plain[item, :count]) <= 1e-6
+    x[1, 30:] += 1
+    again = run(block, x, tokens, PLAIN)
+    assert torch.equal(again[1, :30], plain[1, :30]) and torch.equal(again[0], plain[0])

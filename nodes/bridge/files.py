@@ -39,7 +39,7 @@ def _by_the_host(path: Path) -> Mapped:
     try:
         return _HostFile(comfy.utils.load_safetensors(str(path))[0])
     except Exception as error:  # a dtype that ComfyUI doesn't map, or a library that fails: it would only be faster
-        logger.debug("%s is mapped without ComfyUI (%s)", path, error)
+        logger.info("%s is mapped without ComfyUI (%s: %s).", path, type(error).__name__, error)
         return map_safetensors(path)
 
 

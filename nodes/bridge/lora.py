@@ -42,7 +42,7 @@ class HostAdapter(comfy.weight_adapter.WeightAdapterBase):
     def __init__(self, loaded_keys: set[str], weights: tuple[Entry, ...]):
         self.loaded_keys = loaded_keys
         self.weights: Any = weights
-        self.near: dict[torch.device, Any] = {}  # `weights` where they stay while a model is loaded there
+        self.near: dict[torch.device, Any] = {}  # `weights` on the one device where they stay while a model is loaded
 
     def plus(self, target: lora_files.Target, adapter: formulas.Adapter, strength: float) -> HostAdapter:
         names, parts = tuple(adapter.tensors), tuple(adapter.tensors.values())
@@ -81,9 +81,8 @@ class HostAdapter(comfy.weight_adapter.WeightAdapterBase):
         return sum(tensor.nbytes for entry in self.weights for tensor in entry[2])
 
     def bring(self, device: torch.device) -> None:
-        self.near[device] = tuple(
-            (*entry[:2], tuple(tensor.to(device) for tensor in entry[2]), *entry[3:]) for entry in self.weights
-        )
+        near = tuple((*entry[:2], tuple(part.to(device) for part in entry[2]), *entry[3:]) for entry in self.weights)
+        self.near = {near[0][2][0].device: near}  # as weights there call it: "mps" is "mps:0"
 
 
 def _bring(patcher: ModelPatcher, device: torch.device | None = None, *_load: Any) -> None:
@@ -111,7 +110,7 @@ def _bring(patcher: ModelPatcher, device: torch.device | None = None, *_load: An
 
 def _leave(patcher: ModelPatcher, *_detach: Any) -> None:
     for adapter in _adapters(patcher).values():
-        adapter.near.pop(patcher.load_device, None)
+        adapter.near = {}
 
 
 def _unmerged(patcher: ModelPatcher) -> list[HostAdapter]:

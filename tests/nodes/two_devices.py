@@ -119,14 +119,19 @@ def lora(pack, mm, share: float, cond) -> dict[str, Any]:
     given = torch.zeros(1, 16, 16, 16).to(DEVICE), torch.tensor([0.7]).to(DEVICE), torch.zeros(1, 21, 128).to(DEVICE)
     entered = moved["to device"]
     model.model.apply_model(*given[:2], c_crossattn=given[2], num_tokens=21, transformer_options={})
-    loaded = model.loaded_size()
+    sent = moved["to device"] - entered
+    loaded, near = model.loaded_size(), [adapter.near for adapter in pack.bridge.lora._adapters(model).values()]
+    without_index = next(iter(pack.bridge.lora._adapters(model).values()))  # the device, as some are named
+    without_index.bring(torch.device(DEVICE.type))
+    near.append(without_index.near)
     mm.unload_all_models()
     return {
         "difference": relative(results[1], results[0]),
         "weights left": left,
-        "moved in a step": moved["to device"] - entered,
+        "moved in a step": sent,
         "loaded": loaded,
         "allowed": free_on_device,
+        "near": sorted({str(device) for each in near for device in each}),
         "live afterwards": live() - sum(tensor.nbytes for tensor in given),
     }
 

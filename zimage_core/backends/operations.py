@@ -31,13 +31,14 @@ class Tokens:
     rotations: Tensor  # [1 or B, S, 1, head_dim/2, 2, 2]
     time: Tensor | None  # embedded, [B, A] for all tokens of an item or [B, S, A] for each; None: it doesn't matter
     counts: Sequence[int]  # of each item's tokens that are its own, the first ones; one where they are all of x
-    mask: Tensor | None = None  # true where a query attends to a token, broadcastable to [B, heads, S, S]; None: all
+    own: Tensor | None = None  # the same as a mask [B, 1, 1, S], true for those; None where they are all of x
+    mask: Tensor | None = None  # true where a query attends to a token, [1 or B, 1 or heads, 1 or S, S]; None: all
     queries: int | None = None  # only so many of the first tokens are needed afterwards, and come out
 
     def attended(self) -> Tensor | None:
-        """The mask for the queries alone."""
-        by_query = self.mask is not None and self.mask.ndim > 1 and self.mask.shape[-2] > 1
-        return self.mask[..., : self.queries, :] if self.mask is not None and by_query else self.mask
+        """Which tokens the queries attend to, [1 or B, 1 or heads, 1 or queries, S]; None: all."""
+        mask = self.mask if self.mask is None or self.mask.shape[-2] == 1 else self.mask[..., : self.queries, :]
+        return mask if self.own is None else self.own if mask is None else mask & self.own
 
     def of_item(self, item: int) -> Tokens:
         """Of one item without what pads it to the longest of the batch: [1, counts[item], D]."""
@@ -46,12 +47,11 @@ class Tokens:
         if time is not None:
             time = time[item : item + 1]
             time = time[:, :count] if time.ndim == 3 else time
-        if mask is not None and len(self.counts) == 1:  # else it says what the counts say
-            mask = mask[item % len(mask)].unsqueeze(0) if mask.ndim == 4 else mask
-        else:
-            mask = None
+        if mask is not None:
+            mask = mask[item % len(mask)].unsqueeze(0)[..., :count]
+            mask = mask if mask.shape[-2] == 1 else mask[..., :count, :]
         rotations = self.rotations[item % len(self.rotations)].unsqueeze(0)[:, :count]
-        return dataclasses.replace(self, rotations=rotations, time=time, counts=[count], mask=mask)
+        return Tokens(rotations, time, [count], None, mask, self.queries)
 
 
 @dataclass(frozen=True)

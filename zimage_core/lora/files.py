@@ -1,4 +1,4 @@
-"""LoRA files: every format's keys onto our weights, a report, and the changes onto a model (`adapters` has formulas).
+"""LoRA files: every format's keys onto our weights, and a report. `formulas` has what they mean, `apply` adds it.
 
 A key is a module's name in some format and a suffix that tells the part. Names are compared with underscores for dots
 and without the habitual prefixes, so that one table (`key_maps`) serves PEFT, kohya, LyCORIS and ComfyUI alike.

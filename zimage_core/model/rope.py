@@ -78,5 +78,5 @@ def _computes_in_float64(device: torch.device) -> bool:
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turns neighboring channels (2j, 2j+1) of q or k [B, N, heads, D]; in float32, back in x's dtype."""
     pairs = x.float().unflatten(-1, (-1, 1, 2))  # (B, N, heads, D/2, 1, 2)
-    turned = rotation[..., 0] * pairs[..., 0] + rotation[..., 1] * pairs[..., 1]  # (B, N, heads, D/2, 2)
-    return turned.flatten(-2).to(x.dtype)
+    rotated = rotation[..., 0] * pairs[..., 0] + rotation[..., 1] * pairs[..., 1]  # (B, N, heads, D/2, 2)
+    return rotated.flatten(-2).to(x.dtype)

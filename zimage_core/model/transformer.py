@@ -8,7 +8,7 @@ Letters: B batch, L caption tokens, N image tokens (both padded to a multiple of
 Details that have caused bugs elsewhere:
   - padding to 32 is attended, it is part of the sequence; only what pads a batch beyond it is masked
   - blocks modulate without a SiLU before the Linear, the final layer with one; gates pass a tanh; there is no shift
-  - RoPE turns neighboring channels, in float32, after the q/k norm
+  - RoPE rotates neighboring channels, in float32, after the q/k norm
   - the result is the velocity towards the image, the negative of what an Euler step over sigma wants
 """
 
@@ -40,7 +40,7 @@ TIME_FREQUENCIES = 256  # sinusoids of the model time (reference `frequency_embe
 TIME_HIDDEN = 1024  # hidden width of the time MLP (reference `mid_size`)
 MAX_PERIOD = 10000.0
 # Image tokens from which captions of different lengths run one after another: a batch of them needs a mask, which the
-# fast attention kernels don't take, and products of so many rows gain nothing from more
+# fast attention kernels don't take, and matmuls of so many rows gain nothing from more
 APART = 1024
 FINAL_NORM_EPS = 1e-6  # the LayerNorm of the final layer, without weights
 
@@ -96,7 +96,7 @@ class ZImageTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.compiled = False  # may be set: what lies between matmuls goes through torch.compile
-        self.sums_fit_half = False  # may be set, see `half.largest_sum`: tokens need not be float32 beside float16
+        self.sums_fit_half = False  # may be set, see `numerics.largest_sum`: tokens need not be float32 beside float16
         make: dict[str, Any] = {"ops": ops, "device": device, "dtype": dtype}
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.x_embedder = ops.Linear(config.patch_dim, config.dim, **place)
@@ -193,7 +193,7 @@ class ZImageTransformer(nn.Module):
         x = torch.cat((img, captions.tokens), dim=1)  # (B, S, D)
         pe = torch.cat((img_pe, captions.rotations.expand(len(img_pe), *captions.rotations.shape[1:])), dim=1)
         tokens = Tokens(pe, time, [n + length for length in captions.lengths])
-        tokens = dataclasses.replace(tokens, mask=_mask(tokens.counts, x))
+        tokens = dataclasses.replace(tokens, own=_own_mask(tokens.counts, x))
         del img, img_pe, captions, features  # what is joined now need not be kept apart as well
         state = {"vec": time, "x": latents}
         if patch_tokens is not None:
@@ -218,9 +218,9 @@ class ZImageTransformer(nn.Module):
         cap, lengths = self._embed_caption(features, dtype)  # (B, L, D)
         cap = self._widened(cap)
         pe = self._rotations(caption_positions(cap.shape[1], cap.device))
-        mask = _mask(lengths, cap)
+        own = _own_mask(lengths, cap)
         for block in self.context_refiner:
-            cap = self._run(block, cap, Tokens(pe, None, lengths, mask), attention, dtype)
+            cap = self._run(block, cap, Tokens(pe, None, lengths, own), attention, dtype)
         return Captions(cap, lengths, pe)
 
     def _widened(self, tokens: Tensor) -> Tensor:
@@ -325,7 +325,7 @@ class FinalLayer(nn.Module):
         return self.linear((self.norm_final(x) * scale).to(adaln.dtype))  # (B, N, 64)
 
 
-def _mask(counts: Sequence[int], x: Tensor) -> Tensor | None:
+def _own_mask(counts: Sequence[int], x: Tensor) -> Tensor | None:
     """True where a token of x [B, S, D] is an item's own, [B, 1, 1, S]; None where all are, as masks cost time."""
     if len(counts) == 1:
         return None

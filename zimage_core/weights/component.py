@@ -116,7 +116,7 @@ class Component:
         return self.weights.dtype()
 
     def sums_fit_half(self) -> bool:
-        """Whether the tokens of a transformer may be float16, by its weights (`half.largest_sum`)."""
+        """Whether the tokens of a transformer may be float16, by its weights (`numerics.largest_sum`)."""
 
         def read(name: str) -> Tensor:
             return self.tensor(name, self.shapes[name], dtype=torch.float32)
