@@ -120,10 +120,9 @@ def lora(pack, mm, share: float, cond) -> dict[str, Any]:
     entered = moved["to device"]
     model.model.apply_model(*given[:2], c_crossattn=given[2], num_tokens=21, transformer_options={})
     sent = moved["to device"] - entered
-    loaded, near = model.loaded_size(), [adapter.near for adapter in pack.bridge.lora._adapters(model).values()]
-    without_index = next(iter(pack.bridge.lora._adapters(model).values()))  # the device, as some are named
-    without_index.bring(torch.device(DEVICE.type))
-    near.append(without_index.near)
+    loaded, adapters = model.loaded_size(), list(pack.bridge.lora._adapters(model).values())
+    adapters[0].bring(torch.device(DEVICE.type))  # as some devices are named, without a number
+    near = sorted({str(device) for adapter in adapters for device in adapter.near})
     mm.unload_all_models()
     return {
         "difference": relative(results[1], results[0]),
@@ -131,7 +130,7 @@ def lora(pack, mm, share: float, cond) -> dict[str, Any]:
         "moved in a step": sent,
         "loaded": loaded,
         "allowed": free_on_device,
-        "near": sorted({str(device) for each in near for device in each}),
+        "near": near,
         "live afterwards": live() - sum(tensor.nbytes for tensor in given),
     }
 
