@@ -101,6 +101,21 @@ def test_prompts_are_lengthened_to_so_many_words():
     assert len(long) == 40 and long[:3] == ["a", "red", "fox"]
 
 
+@pytest.mark.slow
+def test_an_earlier_commit_is_compared():
+    """The one before this, which a shallow clone has not."""
+    if subprocess.run(["git", "rev-parse", "-q", "--verify", "HEAD~1"], cwd=ROOT, capture_output=True).returncode:
+        pytest.skip("there is no earlier commit in this clone")
+    command = [sys.executable, "-m", "benchmarks.earlier", "HEAD~1", "--toy", "--repeats", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    cells = done.stdout.splitlines()[-1].strip("| ").split(" | ")
+    assert cells[:2] == ["64², 10 tokens", "fp32"] and float(cells[2]) > 0 and cells[-1] in ("yes", "no")
+    assert (
+        "checkout" not in subprocess.run(["git", "worktree", "list"], cwd=ROOT, capture_output=True, text=True).stdout
+    )
+
+
 def test_an_unknown_part_is_refused():
     command = [sys.executable, "-m", "benchmarks", "stop"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
