@@ -60,6 +60,8 @@ LONGEST = [
     "tests/test_download.py",
 ]
 
+SCRIPTED = [f"tests/nodes/test_{name}.py" for name in ("memory", "packed_paging", "vae")]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
@@ -70,8 +72,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """In several processes, each file goes to one, for its fixtures, and the host tests, one process for each server.
+    """In several processes, each file goes to one, for its fixtures; files that share a dearer one go together.
 
+    That is a server (one for each version of ComfyUI), or the process in which scripts of tests/nodes run.
     Each of the nano model's tests goes alone: with all prompts they are the longest, and they share nothing dear.
     """
     import provision
@@ -82,6 +85,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.split("::")[0]
             if file.startswith("tests/host/") and file != "tests/host/test_memory.py":  # that has its own server
                 return f"host {provision.OLDEST if provision.OLDEST in nodeid else provision.NEWEST}"
+            if file in SCRIPTED:
+                return "scripts"
             return nodeid if file == "tests/nano/test_model.py" else file
 
     return Scheduling(config, log)

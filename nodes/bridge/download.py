@@ -9,7 +9,6 @@ import comfy.model_management as mm
 import comfy.utils
 import folder_paths
 from comfy_execution.utils import get_executing_context
-from server import PromptServer
 
 from ...zimage_core.hub import download
 from ...zimage_core.hub.download import Progress, Repository
@@ -52,6 +51,8 @@ class _Report:
         if self.bar is None:
             self.bar = comfy.utils.ProgressBar(max(1, progress.total))
         self.bar.update_absolute(progress.done, max(1, progress.total))
+        from server import PromptServer  # with a database and all of ComfyUI's routes; there before any node runs
+
         context = get_executing_context()
         if context is not None and PromptServer.instance is not None:
             text = (

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ..helpers import NANO
+from .forked import Scripts
 from .inside import load_pack
 
 
@@ -21,6 +22,16 @@ def pack() -> SimpleNamespace:
     if not (provision.newest() / "main.py").is_file():
         pytest.skip(f"there is no ComfyUI in {provision.newest()}; `make setup` provisions one")
     return load_pack()
+
+
+@pytest.fixture(scope="session")
+def scripts():
+    """Calls a script of this folder in a process of its own."""
+    if not (provision.newest() / "main.py").is_file():
+        pytest.skip(f"there is no ComfyUI in {provision.newest()}; `make setup` provisions one")
+    scripts = Scripts()
+    yield scripts
+    scripts.close()
 
 
 @pytest.fixture(scope="session")

@@ -123,10 +123,8 @@ def page() -> None:
     library.vbar_signature_compare = lambda ours, theirs: ours is not None and ours == theirs
 
 
-def main() -> None:
-    """The forms that the command line names."""
+def main(*forms: str) -> dict[str, Any]:
     global room
-    forms = sys.argv[1:]
     pack = load_pack("use_pytorch_cross_attention")
     import comfy.model_management as mm
 
@@ -151,7 +149,7 @@ def main() -> None:
                 report[f"{form}, {'resident' if room else 'sent'}"] = {"differences": differences, **read, **found[1]}
         found, dynamic = features(pack, mm, files["encoder"])
         report["encoder"] = {"difference": two_devices.relative(found, encoded), "dynamic": dynamic}
-    print(json.dumps(report))
+    return report
 
 
 def results(pack, mm, path: Path) -> tuple[list[torch.Tensor], dict[str, Any]]:
@@ -194,4 +192,4 @@ def features(pack, mm, path: Path) -> tuple[torch.Tensor, bool]:
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(main(*sys.argv[1:])))

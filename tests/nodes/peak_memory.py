@@ -38,7 +38,7 @@ STEPS = 2  # a divisor of 1000: for others the host's `simple` takes the nearest
 SIDE = 24  # tokens: 144 of the image, padded to 160
 
 
-def main() -> None:
+def main() -> dict[str, Any]:
     pack = load_pack("use_pytorch_cross_attention")
     import comfy.model_management as mm
 
@@ -53,7 +53,7 @@ def main() -> None:
         report["left over"] = left_over(pack, mm)
         report["waits"] = waits_in_steps(pack, mm)
         report["waits of files"] = waits_of_files(pack, mm, Path(folder))
-    print(json.dumps(report))
+    return report
 
 
 def use_folder(folder: str) -> None:
@@ -373,4 +373,4 @@ def clear(mm: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(main()))

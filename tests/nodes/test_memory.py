@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
-import provision
 import pytest
 
 
-def run(script: str, *arguments: str) -> dict:
-    """What it saw; in a process of its own, as its device stays registered with torch."""
-    if not (provision.newest() / "main.py").is_file():
-        pytest.skip(f"there is no ComfyUI in {provision.newest()}; `make setup` provisions one")
-    command = [sys.executable, Path(__file__).with_name(script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def report(scripts) -> dict:
+    return scripts("two_devices")
 
 
 @pytest.fixture(scope="module")
-def report() -> dict:
-    return run("two_devices.py")
-
-
-@pytest.fixture(scope="module")
-def peaks() -> dict:
-    return run("peak_memory.py")
+def peaks(scripts) -> dict:
+    return scripts("peak_memory")
 
 
 def test_full_and_partial_budgets_give_the_same_latents(report):

@@ -6,16 +6,14 @@ import importlib
 
 import pytest
 
-from .test_memory import run
-
 SLOW = [pytest.param(form, marks=pytest.mark.slow) for form in ("gguf", "marked")]
 
 
 @pytest.fixture(scope="module")
-def report(pack, request) -> dict:
+def report(pack, scripts, request) -> dict:
     if not hasattr(importlib.import_module("comfy.memory_management"), "read_tensor_file_slice_into"):
         pytest.skip("this ComfyUI's dynamic patcher is another")
-    return {"form": request.param, **run("paged.py", request.param)}
+    return {"form": request.param, **scripts("paged", request.param)}
 
 
 @pytest.mark.parametrize("report", ["plain", *SLOW], indirect=True)

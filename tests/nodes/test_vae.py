@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from ..helpers import NANO, PUBLISHED
-from .test_memory import run
 
 
 @pytest.fixture
@@ -150,9 +149,9 @@ def test_interrupting_stops_between_bands(pack, comfy, vae, samples):
 
 
 @pytest.fixture(scope="module")
-def on_device() -> dict:
+def on_device(scripts) -> dict:
     """What a fake accelerator saw of one decode and one encode, by how much memory there was."""
-    return run("vae_on_device.py")
+    return scripts("vae_on_device")
 
 
 def exact(*runs: dict) -> bool:

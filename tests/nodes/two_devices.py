@@ -23,7 +23,7 @@ PLENTY = 10**9
 free_on_device = PLENTY
 
 
-def main() -> None:
+def main() -> dict[str, Any]:
     pack = load_pack("use_pytorch_cross_attention")
     import comfy.model_management as mm
 
@@ -42,7 +42,7 @@ def main() -> None:
         report["LoRA"] = {share: lora(pack, mm, share, cond) for share in (1.0, 0.5, 0.2)}
         report["eviction"] = evict(pack, mm, cond, latents, image)
         report["out of memory"] = out_of_memory(pack, mm, latents, image)
-    print(json.dumps(report))
+    return report
 
 
 def load(pack):
@@ -181,4 +181,4 @@ def out_of_memory(pack, mm, latents: torch.Tensor, image: torch.Tensor) -> dict[
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(main()))

@@ -27,7 +27,7 @@ BAND = 2**16  # bytes of the widest
 LATENTS = torch.randn(1, 16, 12, 10, generator=torch.Generator().manual_seed(0))
 
 
-def main() -> None:
+def main() -> dict[str, Any]:
     pack = load_pack("use_pytorch_cross_attention")
     import comfy.model_management as mm
     import comfy.sd
@@ -61,7 +61,7 @@ def main() -> None:
         report["few weights"] = seen.run(low_memory="on", budget=0)
         for name, function in (("split", "normal_attention"), ("slices", "pytorch_attention")):
             report[f"{name} attention"] = attention(seen, mm, function)
-    print(json.dumps(report))
+    return report
 
 
 class Seen:
@@ -191,4 +191,4 @@ def attention(seen: Seen, mm: Any, function: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(main()))
