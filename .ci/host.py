@@ -327,7 +327,10 @@ class Client:
         return self.get(f"/object_info/{node}" if node else "/object_info")
 
     def get(self, path: str) -> Any:
-        return json.loads(_request(self.server.url + path, timeout=60))
+        return json.loads(self.read(path))
+
+    def read(self, path: str) -> bytes:
+        return _request(self.server.url + path, timeout=60)
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """Posts JSON and returns the answer (None if empty). Raises PromptRejected for HTTP 400."""

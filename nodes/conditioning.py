@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .bridge import clip as bridge_clip
+from .names import ALIASES, CATEGORY
 
 
 class ZImageTextEncode(io.ComfyNode):
@@ -13,27 +14,37 @@ class ZImageTextEncode(io.ComfyNode):
         return io.Schema(
             node_id="ZImageTextEncode",
             display_name="Z-Image Text Encode",
-            category="Z-Image",
+            category=CATEGORY,
             description=(
                 "Encodes a prompt for Z-Image. Write plain sentences, in English or Chinese; weights like (this:1.2) "
-                "are ordinary text. 512 tokens at most; a longer prompt loses its end and the log says where."
+                "are read as ordinary text. At most 512 tokens: the end of a longer prompt is ignored, and the log "
+                "says where."
             ),
-            search_aliases=["z-image", "zimage", "prompt", "positive", "negative", "clip text encode"],
+            search_aliases=[*ALIASES, "文生图", "prompt", "positive", "negative", "clip text encode", "qwen"],
             inputs=[
-                io.Clip.Input("clip", tooltip="A Z-Image text encoder: ours, or the stock CLIPLoader's Qwen3-4B."),
-                io.String.Input("text", multiline=True, dynamic_prompts=True, tooltip="What the image shows."),
+                io.Clip.Input(
+                    "clip", tooltip="The text encoder, from Load Z-Image Text Encoder or the stock Load CLIP."
+                ),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="The prompt: what the image should show. In a negative prompt: what it should not show.",
+                ),
                 io.Boolean.Input(
                     "cache",
                     default=True,
                     optional=True,
+                    advanced=True,
                     tooltip=(
-                        "Keep prompts that our text encoder has encoded, also for later sessions: for a known one it "
-                        "is not even loaded. They are kept in the precision that the transformer computes in by "
-                        "default on this device. Off: encode anew, in float32."
+                        "Remember encoded prompts on disk, across restarts: a prompt that was used before does not "
+                        "even load the text encoder. Off: encode again, in float32."
                     ),
                 ),
             ],
-            outputs=[io.Conditioning.Output(tooltip="For the positive or negative input of a sampler.")],
+            outputs=[
+                io.Conditioning.Output(tooltip="The encoded prompt, for the positive or negative input of a sampler.")
+            ],
         )
 
     @classmethod
@@ -41,6 +52,6 @@ class ZImageTextEncode(io.ComfyNode):
         if clip is None:
             raise ValueError(
                 "There is no text encoder in `clip`: the loader before it found none (a checkpoint without one, "
-                "perhaps). Connect a ZImageTextEncoderLoader."
+                "perhaps). Connect a Load Z-Image Text Encoder node."
             )
         return io.NodeOutput(bridge_clip.encode(clip, text, cache))

@@ -7,20 +7,29 @@ from comfy_api.latest import io
 
 from .bridge import clip, folders, vae
 from .bridge import model as bridge_model
+from .names import ALIASES, CATEGORY
 
-CATEGORY = "Z-Image"
-ALIASES = ["z-image", "zimage", "load", "checkpoint", "diffusers", "snapshot"]
+LOADER_ALIASES = [*ALIASES, "load", "checkpoint", "diffusers", "snapshot", "safetensors"]
 MODEL_TOOLTIP = (
-    "The built-in nano model (for demonstration and tests: simple shapes at 128x128), a Z-Image snapshot folder in "
-    "models/zimage or models/diffusers, or a single .safetensors or .gguf file in the folder that its name begins with."
+    "The model to load: the built-in nano model (a small demonstration: simple shapes at 128x128), a Z-Image snapshot "
+    "folder, or a single file."
 )
 # None is the file's own, fitted to the device
 WEIGHT_DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DTYPE_TOOLTIP = "Precision of the weights in memory. default: as the file has them, fitted to the device."
+DTYPE_TOOLTIP = (
+    "Precision of the weights in memory. default: as in the file, adapted to your device. Any other choice expands "
+    "quantized weights."
+)
 
 
 def _model_input(component: str) -> io.Combo.Input:
     return io.Combo.Input("model", options=folders.model_choices(component), tooltip=MODEL_TOOLTIP)
+
+
+def _dtype_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "weight_dtype", options=list(WEIGHT_DTYPES), default="default", advanced=True, tooltip=DTYPE_TOOLTIP
+    )
 
 
 def _download_inputs() -> list[io.Input]:
@@ -29,13 +38,17 @@ def _download_inputs() -> list[io.Input]:
             "download",
             default=False,
             optional=True,
-            tooltip="Fetch what is missing from the Hugging Face hub into models/zimage. Off: nothing is downloaded.",
+            tooltip="Download missing files from Hugging Face into models/zimage. Off: nothing is downloaded.",
         ),
         io.String.Input(
             "repository",
             default="",
             optional=True,
-            tooltip="Another repository of the hub, in place of the model above: Org/Name or Org/Name@revision.",
+            advanced=True,
+            tooltip=(
+                "Another Hugging Face repository to load instead of the model chosen above: Org/Name or "
+                "Org/Name@revision. Leave it empty to use the model above."
+            ),
         ),
     ]
 
@@ -46,10 +59,11 @@ def _cache_input() -> io.Input:
         display_name="cache converted weights",
         default=False,
         optional=True,
+        advanced=True,
         tooltip=(
-            "Weights that have to be converted (to another precision, or from a snapshot folder, whose q, k and v are "
-            "apart) are written to user/zimage/weights once, as large as they are in memory, and mapped from there: "
-            "the next load takes no time, and less memory where ComfyUI pins weights. Delete the folder at any time."
+            "Save weights that had to be converted (to another precision, or from a snapshot folder) in "
+            "user/zimage/weights, so that the next load is almost instant. They take as much disk space as memory. "
+            "The folder can be deleted at any time."
         ),
     )
 
@@ -61,25 +75,30 @@ class ZImageTransformerLoader(io.ComfyNode):
             node_id="ZImageTransformerLoader",
             display_name="Load Z-Image Transformer",
             category=CATEGORY,
-            description="Loads a Z-Image transformer as a MODEL for this and any stock sampler.",
-            search_aliases=[*ALIASES, "model", "unet", "dit", "turbo"],
+            description="Loads the Z-Image transformer as a MODEL, for Z-Image Sampler or any stock sampler.",
+            search_aliases=[*LOADER_ALIASES, "model", "unet", "diffusion model", "dit", "turbo", "base", "gguf"],
             inputs=[
                 _model_input("transformer"),
-                io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", tooltip=DTYPE_TOOLTIP),
+                _dtype_input(),
                 *_download_inputs(),
                 io.Boolean.Input(
                     "compile",
                     default=False,
                     optional=True,
+                    advanced=True,
                     tooltip=(
-                        "Compile what lies between the matmuls (torch.compile): the first step waits some "
-                        "seconds, later ones are faster. Once for all sizes, prompts and LoRA. Needs Triton on a GPU, "
-                        "a C++ compiler on a CPU."
+                        "Speed up the transformer with torch.compile: the first image takes longer, later ones less. "
+                        "Worth it on a GPU from 1024x1024 on; a CPU gets no faster. Needs Triton on a GPU, a C++ "
+                        "compiler on a CPU."
                     ),
                 ),
                 _cache_input(),
             ],
-            outputs=[io.Model.Output(tooltip="The transformer; LoRA loaders and model patches connect here.")],
+            outputs=[
+                io.Model.Output(
+                    tooltip="The transformer, for Z-Image Sampler or any stock sampler, LoRA loader or model patch."
+                )
+            ],
         )
 
     @classmethod
@@ -103,15 +122,15 @@ class ZImageTextEncoderLoader(io.ComfyNode):
             node_id="ZImageTextEncoderLoader",
             display_name="Load Z-Image Text Encoder",
             category=CATEGORY,
-            description="Loads Z-Image's Qwen3 text encoder and tokenizer as a CLIP.",
-            search_aliases=[*ALIASES, "clip", "qwen", "qwen3"],
+            description="Loads Z-Image's text encoder (Qwen3-4B) and its tokenizer as a CLIP.",
+            search_aliases=[*LOADER_ALIASES, "clip", "qwen", "qwen3", "gguf"],
             inputs=[
                 _model_input("text_encoder"),
-                io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", tooltip=DTYPE_TOOLTIP),
+                _dtype_input(),
                 *_download_inputs(),
                 _cache_input(),
             ],
-            outputs=[io.Clip.Output(tooltip="The text encoder, for ZImageTextEncode or any stock text node.")],
+            outputs=[io.Clip.Output(tooltip="The text encoder, for Z-Image Text Encode or any stock text node.")],
         )
 
     @classmethod
@@ -131,10 +150,12 @@ class ZImageVAELoader(io.ComfyNode):
             node_id="ZImageVAELoader",
             display_name="Load Z-Image VAE",
             category=CATEGORY,
-            description="Loads Z-Image's autoencoder as a VAE.",
-            search_aliases=[*ALIASES, "vae", "autoencoder"],
+            description="Loads Z-Image's VAE (the same as FLUX's).",
+            search_aliases=[*LOADER_ALIASES, "vae", "autoencoder", "ae"],
             inputs=[_model_input("vae"), *_download_inputs()],
-            outputs=[io.Vae.Output(tooltip="The autoencoder, for this pack's or the stock VAE nodes.")],
+            outputs=[
+                io.Vae.Output(tooltip="The VAE, for Z-Image VAE Decode, Z-Image VAE Encode or the stock VAE nodes.")
+            ],
         )
 
     @classmethod

@@ -6,8 +6,7 @@ from comfy_api.latest import io
 
 from .bridge import folders
 from .bridge import lora as bridge_lora
-
-CATEGORY = "Z-Image"
+from .names import ALIASES, CATEGORY
 
 
 class ZImageLoraLoader(io.ComfyNode):
@@ -17,12 +16,14 @@ class ZImageLoraLoader(io.ComfyNode):
             node_id="ZImageLoraLoader",
             display_name="Load Z-Image LoRA",
             category=CATEGORY,
-            description="Adds a LoRA (or LoKr, LoHa, OFT, DoRA, ...) of any format, and reports what was matched.",
-            search_aliases=["z-image", "zimage", "lora", "lycoris", "lokr", "loha", "dora", "style"],
+            description=(
+                "Applies a LoRA (or LoKr, LoHa, OFT, DoRA, ...) in any usual format, and reports what was matched."
+            ),
+            search_aliases=[*ALIASES, "lora", "lycoris", "lokr", "loha", "dora", "style"],
             inputs=[
-                io.Model.Input("model", tooltip="The transformer, from a loader or another LoRA."),
+                io.Model.Input("model", tooltip="The transformer, from a loader or another LoRA node."),
                 io.Combo.Input(
-                    "lora", options=folders.lora_choices(), tooltip="A .safetensors file in ComfyUI's models/loras."
+                    "lora", options=folders.lora_choices(), tooltip="The LoRA: a .safetensors file in models/loras."
                 ),
                 io.Float.Input(
                     "strength",
@@ -30,10 +31,12 @@ class ZImageLoraLoader(io.ComfyNode):
                     min=-20.0,
                     max=20.0,
                     step=0.01,
-                    tooltip="How much of the LoRA is added to the transformer. 0 is nothing, negative is its opposite.",
+                    tooltip="How strongly the LoRA changes the transformer. 0: not at all. Negative: the opposite.",
                 ),
                 io.Clip.Input(
-                    "clip", optional=True, tooltip="The text encoder, for LoRA that were trained on it as well."
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoder. Only needed for a LoRA that was trained on the text encoder, too.",
                 ),
                 io.Float.Input(
                     "strength_clip",
@@ -42,15 +45,18 @@ class ZImageLoraLoader(io.ComfyNode):
                     min=-20.0,
                     max=20.0,
                     step=0.01,
-                    tooltip="How much is added to the text encoder. Matters only where the LoRA has a part for it.",
+                    tooltip="How strongly the LoRA changes the text encoder. Only matters if it has weights for it.",
                 ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The transformer with the LoRA."),
-                io.Clip.Output(tooltip="The text encoder with the LoRA, if one is connected."),
+                io.Clip.Output(tooltip="The text encoder with the LoRA, if a text encoder is connected."),
                 io.String.Output(
                     display_name="report",
-                    tooltip="Keys matched, parts, rank, alpha, base model, trigger words, overlap with earlier LoRA.",
+                    tooltip=(
+                        "What was matched: keys, parts, rank, alpha, base model, trigger words, overlap with earlier "
+                        "LoRA. Connect it to Preview as Text."
+                    ),
                 ),
             ],
         )

@@ -10,10 +10,11 @@ from ..zimage_core.sampling.schedule import sigmas
 from . import convert
 from .bridge import attention as bridge_attention
 from .bridge import sampler
+from .names import ALIASES, CATEGORY
 
 SAFE_RETRY_TOOLTIP = (
-    "Numbers too large for the precision would end as a black image. On: all steps are run once more, from the same "
-    "noise, in a precision with more room and with plain attention; the log says so. Off: an error."
+    "If numbers get too large for the precision, the image would be black. On: run all steps once more in a safer "
+    "precision and with plain attention, from the same noise; the log says so. Off: stop with an error."
 )
 
 
@@ -23,24 +24,36 @@ class ZImageSampler(io.ComfyNode):
         return io.Schema(
             node_id="ZImageSampler",
             display_name="Z-Image Sampler",
-            category="Z-Image",
+            category=CATEGORY,
             description=(
-                "Samples with Z-Image's own schedule and guidance. Turbo: 8 steps, guidance 0. Base: 30 to 50 steps, "
-                "guidance 3 to 5 with a negative prompt. Guidance 0 here is CFG 1 in KSampler, 4 is CFG 5."
+                "Samples with Z-Image's own schedule and guidance. Turbo: 8 steps, guidance_scale 0. Base: 28 to 50 "
+                "steps, guidance_scale 3 to 5 with a negative prompt. guidance_scale is KSampler's CFG minus 1: 0 is "
+                "CFG 1, 4 is CFG 5."
             ),
-            search_aliases=["z-image", "zimage", "ksampler", "denoise", "euler", "turbo", "guidance", "cfg"],
+            search_aliases=[
+                *ALIASES,
+                "文生图",
+                "sampler",
+                "ksampler",
+                "denoise",
+                "euler",
+                "turbo",
+                "guidance",
+                "cfg",
+                "negative",
+            ],
             inputs=[
-                io.Model.Input("model", tooltip="A Z-Image transformer, ours or one from a stock loader."),
-                io.Conditioning.Input("positive", tooltip="What the image shall show."),
+                io.Model.Input("model", tooltip="The transformer, from Load Z-Image Transformer or a stock loader."),
+                io.Conditioning.Input("positive", tooltip="The prompt: what the image should show."),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
                     lazy=True,
-                    tooltip="What to lead away from. Used (and encoded) only where guidance_scale is above 0.",
+                    tooltip="The negative prompt: what the image should not show. Used if guidance_scale is above 0.",
                 ),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="Where to start: EmptySD3LatentImage for a new image, ZImageVAEEncode to change one.",
+                    tooltip="Where to start: EmptySD3LatentImage for a new image, Z-Image VAE Encode to change one.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -48,14 +61,14 @@ class ZImageSampler(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Number that the random noise follows from: the same number gives the same image.",
+                    tooltip="The random seed. The same seed with the same settings gives the same image.",
                 ),
                 io.Int.Input(
                     "steps",
                     default=8,
                     min=1,
                     max=1000,
-                    tooltip='Model evaluations. Turbo: 8 ("9 steps" elsewhere means these 8). Base: 30 to 50.',
+                    tooltip='Number of steps. Turbo: 8 ("9 steps" elsewhere means these 8). Base: 28 to 50.',
                 ),
                 io.Float.Input(
                     "guidance_scale",
@@ -64,7 +77,10 @@ class ZImageSampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="How far to follow the prompt away from the negative. 0 is off, as Turbo wants it.",
+                    tooltip=(
+                        "How strongly to follow the prompt and avoid the negative prompt. Turbo: 0 (off). Base: 3 to "
+                        "5. This is KSampler's CFG minus 1."
+                    ),
                 ),
                 io.Float.Input(
                     "cfg_normalization",
@@ -73,7 +89,8 @@ class ZImageSampler(io.ComfyNode):
                     max=10.0,
                     step=0.05,
                     round=0.001,
-                    tooltip="Limits the strength of the guided step to this many times that of the unguided. 0 is off.",
+                    advanced=True,
+                    tooltip="Caps the guided prediction at this many times the strength of the unguided one. 0: off.",
                 ),
                 io.Float.Input(
                     "cfg_truncation",
@@ -82,7 +99,8 @@ class ZImageSampler(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     round=0.001,
-                    tooltip="Guidance ends once this share of the way from noise to image is done. 1 is to the end.",
+                    advanced=True,
+                    tooltip="Ends guidance after this share of the way from noise to image. 1: never.",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -91,22 +109,26 @@ class ZImageSampler(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     round=0.001,
-                    tooltip="1 starts from pure noise; less keeps more of latent_image. The number of steps stays.",
+                    tooltip=(
+                        "1: a new image from pure noise. Lower values keep more of the image in latent_image. The "
+                        "number of steps stays the same."
+                    ),
                 ),
                 io.Combo.Input(
                     "attention",
                     options=bridge_attention.choices(),
                     default=bridge_attention.AUTO,
                     optional=True,
+                    advanced=True,
                     tooltip=(
-                        "Which kernel computes attention. auto: ComfyUI's own, or on an NVIDIA GPU a faster exact one, "
-                        "tried where a run is long enough. Others are checked before the first step; what fails, or "
-                        "errs by more than its kind explains, is not used, and the log says so."
+                        "The attention implementation. auto is right for most: what ComfyUI uses, or a faster exact "
+                        "one where that pays. Any other is tested before the first step; if it fails or is too "
+                        "inaccurate, it is not used, and the log says so."
                     ),
                 ),
-                io.Boolean.Input("safe_retry", default=True, optional=True, tooltip=SAFE_RETRY_TOOLTIP),
+                io.Boolean.Input("safe_retry", default=True, optional=True, advanced=True, tooltip=SAFE_RETRY_TOOLTIP),
             ],
-            outputs=[io.Latent.Output(tooltip="The image's latents, for ZImageVAEDecode.")],
+            outputs=[io.Latent.Output(tooltip="The latents of the image, for Z-Image VAE Decode.")],
         )
 
     @classmethod
@@ -133,7 +155,7 @@ class ZImageSampler(io.ComfyNode):
         if guidance_scale > 0 and negative is None:
             raise ValueError(
                 f"guidance_scale is {guidance_scale}, but nothing is connected to `negative`. Connect a "
-                "ZImageTextEncode (its text may be empty), or set guidance_scale to 0."
+                "Z-Image Text Encode node (its text may be empty), or set guidance_scale to 0."
             )
         config = sampler.scheduler_config(model)
         latents = sampler.start_latents(model, latent_image)

@@ -6,10 +6,11 @@ from comfy_api.latest import io
 
 from . import convert
 from .bridge import vae as bridge_vae
+from .names import ALIASES, CATEGORY
 
 SAFE_RETRY_TOOLTIP = (
-    "Numbers too large for the autoencoder's precision would end as a black image. On: it runs once more in float32; "
-    "the log says so. Off: an error."
+    "If numbers get too large for the VAE's precision, the image would be black. On: run it once more in float32; the "
+    "log says so. Off: stop with an error."
 )
 
 
@@ -19,26 +20,29 @@ class ZImageVAEDecode(io.ComfyNode):
         return io.Schema(
             node_id="ZImageVAEDecode",
             display_name="Z-Image VAE Decode",
-            category="Z-Image",
+            category=CATEGORY,
             description=(
-                "Decodes latents to images. On a CPU, and where memory is short, in bands of rows: the same image, "
-                "without seams."
+                "Decodes latents to images. On a CPU, and where memory is short, in bands of rows: the same image "
+                "without seams, in less memory."
             ),
-            search_aliases=["z-image", "zimage", "latent to image", "decode"],
+            search_aliases=[*ALIASES, "vae decode", "latent to image", "decode"],
             inputs=[
-                io.Vae.Input("vae", tooltip="Z-Image's autoencoder (FLUX's is the same)."),
-                io.Latent.Input("samples", tooltip="The latents that a sampler gave."),
+                io.Vae.Input(
+                    "vae", tooltip="Z-Image's VAE (FLUX's is the same), from Load Z-Image VAE or the stock Load VAE."
+                ),
+                io.Latent.Input("samples", tooltip="The latents to decode, from a sampler."),
                 io.Combo.Input(
                     "low_memory",
                     options=list(bridge_vae.LOW_MEMORY),
                     default="auto",
                     optional=True,
+                    advanced=True,
                     tooltip=(
-                        "Decode in bands of rows: the same image in about a third of the memory. "
-                        "auto: on a CPU, where that is faster as well, and where memory is short."
+                        "Decode in bands of rows: the same image in about a third of the memory. auto: on a CPU, "
+                        "where it is faster as well, and where memory is short."
                     ),
                 ),
-                io.Boolean.Input("safe_retry", default=True, optional=True, tooltip=SAFE_RETRY_TOOLTIP),
+                io.Boolean.Input("safe_retry", default=True, optional=True, advanced=True, tooltip=SAFE_RETRY_TOOLTIP),
             ],
             outputs=[io.Image.Output(tooltip="The images.")],
         )
@@ -56,15 +60,20 @@ class ZImageVAEEncode(io.ComfyNode):
         return io.Schema(
             node_id="ZImageVAEEncode",
             display_name="Z-Image VAE Encode",
-            category="Z-Image",
-            description="Encodes images to latents, to change them with a denoise below 1. Sizes divisible by 16.",
-            search_aliases=["z-image", "zimage", "image to latent", "img2img", "encode"],
+            category=CATEGORY,
+            description=(
+                "Encodes images to latents, for image to image (denoise below 1). Width and height must be divisible "
+                "by 16."
+            ),
+            search_aliases=[*ALIASES, "vae encode", "image to latent", "image to image", "img2img", "encode"],
             inputs=[
-                io.Vae.Input("vae", tooltip="Z-Image's autoencoder (FLUX's is the same)."),
-                io.Image.Input("pixels", tooltip="Images whose width and height are divisible by 16."),
-                io.Boolean.Input("safe_retry", default=True, optional=True, tooltip=SAFE_RETRY_TOOLTIP),
+                io.Vae.Input(
+                    "vae", tooltip="Z-Image's VAE (FLUX's is the same), from Load Z-Image VAE or the stock Load VAE."
+                ),
+                io.Image.Input("pixels", tooltip="The images to encode. Width and height must be divisible by 16."),
+                io.Boolean.Input("safe_retry", default=True, optional=True, advanced=True, tooltip=SAFE_RETRY_TOOLTIP),
             ],
-            outputs=[io.Latent.Output(tooltip="Their latents, for the latent_image input of a sampler.")],
+            outputs=[io.Latent.Output(tooltip="The latents, for the latent_image input of a sampler.")],
         )
 
     @classmethod
@@ -76,6 +85,6 @@ class ZImageVAEEncode(io.ComfyNode):
 def _check_vae(vae) -> None:
     if vae is None:
         raise ValueError(
-            "There is no autoencoder in `vae`: the loader before it found none (a checkpoint without one, perhaps). "
-            "Connect a ZImageVAELoader."
+            "There is no VAE in `vae`: the loader before it found none (a checkpoint without one, perhaps). Connect a "
+            "Load Z-Image VAE node."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,12 @@ import pytest
 from .helpers import ROOT
 
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("**/*.md"))]
-TEXT = {page: page.read_text(encoding="utf-8") for page in [*PAGES, ROOT / "CHANGELOG.md", ROOT / "nano" / "README.md"]}
-NODE_PAGES = {page.stem: page for page in PAGES if page.parent.name == "nodes"}
+HELP = sorted((ROOT / "web" / "docs").glob("*/*.md"))  # <node id>/<language>.md
+PAGES = [README, *sorted((ROOT / "docs").glob("**/*.md")), *(page for page in HELP if page.stem == "en")]
+TRANSLATED = [page for page in HELP if page.stem != "en"]
+OTHERS = [*TRANSLATED, ROOT / "CHANGELOG.md", ROOT / "nano" / "README.md"]
+TEXT = {page: page.read_text(encoding="utf-8") for page in [*PAGES, *OTHERS]}
+NODE_PAGES = {page.parent.name: page for page in HELP if page.stem == "en"}
 SOURCES = "".join(
     path.read_text(encoding="utf-8") for path in [*ROOT.glob("zimage_core/**/*.py"), *ROOT.glob("nodes/**/*.py")]
 )
@@ -26,9 +30,16 @@ def section(page: str, title: str) -> str:
 
 def table(text: str) -> list[list[str]]:
     """The cells of the first table's rows, without its head."""
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert set(rows[1]) <= set("|-: ")
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+    return tables(text)[0]
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    found = []
+    for head, lines in re.findall(r"^(\|.+)\n\|[-:| ]+\|\n((?:\|.+\n?)*)", text, flags=re.MULTILINE):
+        rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in lines.splitlines()]
+        assert all(len(row) == head.count("|") - 1 for row in rows), head
+        found.append(rows)
+    return found
 
 
 # Files and links
@@ -150,7 +161,7 @@ SCHEMAS = schemas()
 
 def test_node_table_is_the_packs():
     """And each row leads to the node's page."""
-    listed = re.findall(r"^\| \[.+\]\(docs/nodes/(\w+)\.md\) `(ZImage\w+)` \|", section("README.md", "Nodes"), re.M)
+    listed = re.findall(r"^\| \[.+\]\(web/docs/(\w+)/en\.md\) `(ZImage\w+)` \|", section("README.md", "Nodes"), re.M)
     declared = re.findall(r'node_id="(ZImage\w+)"', SOURCES)
     assert sorted(name for _, name in listed) == sorted(declared) and len(declared) == 8
     assert all(page == name for page, name in listed)
@@ -160,7 +171,7 @@ def test_node_table_is_the_packs():
 @pytest.mark.parametrize("node", SCHEMAS)
 def test_page_of_a_node_tells_its_inputs(node):
     """Names, types, defaults and ranges, in the order of the node."""
-    rows = table(section(f"docs/nodes/{node}.md", "Inputs"))
+    rows = table(section(f"web/docs/{node}/en.md", "Inputs"))
     inputs, _ = SCHEMAS[node]
     assert [row[0] for row in rows] == [f"`{declared['name']}`" for declared in inputs]
     for (name, kind, default, span, told), declared in zip(rows, inputs, strict=True):
@@ -182,8 +193,48 @@ def test_page_of_a_node_tells_its_name_place_and_outputs(node):
     assert text.startswith(f"# {title}\n")
     graph = text.split("```")[1]
     assert f"[{title}]" in graph and "->" in graph
-    rows = table(section(f"docs/nodes/{node}.md", "Outputs"))
+    rows = table(section(f"web/docs/{node}/en.md", "Outputs"))
     assert [row[1] for row in rows] == SCHEMAS[node][1]
+
+
+def test_help_is_there_in_each_language_that_the_nodes_speak():
+    languages = {"en", *(path.name for path in (ROOT / "locales").iterdir())}
+    assert {*HELP} == {ROOT / "web" / "docs" / node / f"{language}.md" for node in SCHEMAS for language in languages}
+
+
+@pytest.mark.parametrize("page", HELP, ids=lambda page: page.relative_to(ROOT / "web" / "docs").as_posix())
+def test_help_reads_in_the_browser(page):
+    """Which would look for linked files beside itself; and no line of HTML."""
+    assert "](" not in TEXT[page] and not re.search(r"<\w+[ />]", TEXT[page])
+
+
+@pytest.mark.parametrize("page", TRANSLATED, ids=lambda page: page.relative_to(ROOT / "web" / "docs").as_posix())
+def test_translated_help_tells_what_the_english_tells(page):
+    """Sections, inputs under the names that the browser shows, types, defaults, numbers, errors, outputs."""
+    node, text, english = page.parent.name, TEXT[page], TEXT[NODE_PAGES[page.parent.name]]
+    names = json.loads((ROOT / "locales" / page.stem / "nodeDefs.json").read_text(encoding="utf-8"))[node]
+    assert text.startswith(f"# {names['display_name']}\n")
+    assert f"[{names['display_name']}]" in text.split("```")[1]
+    assert text.count("\n## ") == english.count("\n## ") and text.count("\n- ") == english.count("\n- ")
+    (inputs, outputs, *_, errors), (inputs_en, outputs_en, *_, errors_en) = tables(text), tables(english)
+    for row, row_en in zip(inputs, inputs_en, strict=True):
+        key = row_en[0].strip("`")
+        assert row[0] == f"{names['inputs'][key]['name']} `{key}`"
+        assert (re.match(r"\w+", row[1], re.ASCII)[0], row[2]) == (row_en[1].split(",")[0], row_en[2]), key
+        assert ("," in row_en[1]) == (len(row[1]) > len(row_en[1].split(",")[0])), key  # optional
+    assert [row[1] for row in outputs] == [row[1] for row in outputs_en]
+    assert [row[0] for row in outputs] == [told["name"] for told in names["outputs"].values()]
+    assert [code(row[0]) for row in errors] == [code(row[0]) for row in errors_en]
+    for part, part_en in zip(text.split("\n## "), english.split("\n## "), strict=True):
+        assert {*re.findall(NUMBERS, part)} == {*re.findall(NUMBERS, part_en)}
+
+
+NUMBERS = r"\d+(?:\.\d+)?"
+
+
+def code(cell: str) -> str:
+    """The first that a cell holds in backticks."""
+    return re.match(r"(`+) ?(.+?) ?\1", cell)[2]
 
 
 # Commands, errors, examples
@@ -208,18 +259,19 @@ def test_options_of_the_command_line_are_the_parsers():
 
 def test_explained_errors_are_raised():
     """Each text between the placeholders, numbers and names of an explained error is somewhere in the code."""
-    code = re.sub(r'"\s*\n\s*f?["\']', "", SOURCES)  # join the lines of long messages
-    text = TEXT[ROOT / "docs" / "troubleshooting.md"]
-    rows = re.findall(r"^\| `+ ?(.+?) ?`+ (?:\(.*\) )?\|", text, flags=re.MULTILINE)
-    assert len(rows) == len(table(text)) >= 15
-    for message in rows:
+    sources = re.sub(r'"\s*\n\s*f?["\']', "", SOURCES)  # join the lines of long messages
+    explained = table(TEXT[ROOT / "docs" / "troubleshooting.md"])
+    assert len(explained) >= 15
+    for page in NODE_PAGES.values():
+        explained = explained + table(section(page.relative_to(ROOT).as_posix(), "Errors"))
+    for message in (code(row[0]) for row in explained):
         parts = re.split(
             r"…|\d+(?:\.\d+)?(?:x\d+)?|[`\\]|\b(?:config.json|transformer|positive|negative|latent)\b", message
         )
         for part in parts:
             words = part.strip(" :();,/")
             if len(words) > 12:
-                assert words in code, f"{words!r} of {message!r}"
+                assert words in sources, f"{words!r} of {message!r}"
 
 
 def test_the_library_example_is_the_api():

@@ -139,9 +139,10 @@ def _add_lora(
     weights = {kind: _weights(patcher, PREFIXES[kind]) for kind, patcher in patchers.items()}
     shapes = {kind: {key: tuple(weight.shape) for key, weight in of.items()} for kind, of in weights.items()}
     opened = lora_files.open_lora(folders.lora_path(name), shapes, map_file=files.map_file())
-    report = [opened.report()]
-    if clip is None and (words := _waiting(opened)):
-        report.append(words)
+    waiting = _waiting(opened) if clip is None else []
+    report = [opened.report(explained=waiting)]
+    if waiting:
+        report.append(f"{len(waiting)} keys are for the text encoder: connect `clip` to use them")
 
     model = model.clone()
     _patch(model, opened, "transformer", strength)
@@ -186,10 +187,9 @@ def _taken(patcher: ModelPatcher, key: str) -> HostAdapter:
     return ours[0] if ours else HostAdapter(set(), ())
 
 
-def _waiting(opened: lora_files.Lora) -> str:
-    """What is to be said where keys for the text encoder found none, because no CLIP is connected."""
-    keys = [key for key in opened.left if key.startswith(("lora_te", "text_encoder"))]
-    return f"{len(keys)} of these are for the text encoder: connect a CLIP to use them" if keys else ""
+def _waiting(opened: lora_files.Lora) -> list[str]:
+    """The keys for the text encoder that found none."""
+    return [key for key in opened.left if key.startswith(("lora_te", "text_encoder"))]
 
 
 def _overlap(opened: lora_files.Lora, other: lora_files.Lora, weights: dict[str, Tensor]) -> str:

@@ -107,7 +107,7 @@ def make_guider(
 
 def _check_conditioning(model, name: str, conditioning: list) -> None:
     if not conditioning:
-        raise ValueError(f"`{name}` holds no prompt. Connect a ZImageTextEncode node to it.")
+        raise ValueError(f"`{name}` holds no prompt. Connect a Z-Image Text Encode node to it.")
     expected = model.model.diffusion_model.cap_embedder[1].in_features  # the native Z-Image names it so, too
     for features, _ in conditioning:
         if features is not None and features.shape[-1] != expected:
@@ -126,7 +126,7 @@ def scheduler_config(model) -> SchedulerConfig:
     if not isinstance(model.model, comfy.model_base.Lumina2) or not hasattr(sampling, "shift"):
         raise ValueError(
             f"This MODEL is a {type(model.model).__name__}, not a Z-Image model. "
-            "Connect a ZImageTransformerLoader, or a stock loader with a Z-Image file."
+            "Connect Load Z-Image Transformer, or a stock loader with a Z-Image file."
         )
     own = getattr(model.model, "scheduler_config", None)
     if own is not None and own.use_dynamic_shifting and "model_sampling" not in model.object_patches:

@@ -180,7 +180,7 @@ def decode(vae: comfy.sd.VAE, latents: Tensor, low_memory: str = "auto", safe_re
     if low_memory == "on" and not isinstance(vae.first_stage_model, HostAutoencoder):
         raise ValueError(
             f'low_memory is "on", but this VAE is a {type(vae.first_stage_model).__name__} of another loader, which '
-            'can\'t decode in bands. Load it with a ZImageVAELoader (it takes single files, too), or use "auto".'
+            'can\'t decode in bands. Load it with Load Z-Image VAE (single files, too), or use "auto".'
         )
     if low_memory == "on" and not vae_bands.possible(vae.first_stage_model):
         raise ValueError(

@@ -125,5 +125,5 @@ def test_stock_lora_loading(comfy, clip, prefix):
 
 
 def test_encoding_without_an_encoder_says_what_to_connect(pack):
-    with pytest.raises(ValueError, match="no text encoder in `clip`.* Connect a ZImageTextEncoderLoader"):
+    with pytest.raises(ValueError, match="no text encoder in `clip`.* Connect a Load Z-Image Text Encoder node"):
         pack.conditioning.ZImageTextEncode.execute(clip=None, text=TEXT)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import save_file
 
 from zimage_core.pipeline import ZImagePipeline
 
-from ..helpers import NANO, relative
+from ..helpers import NANO, ROOT, relative
 from .prompts import random
 
 CPU = torch.device("cpu")
@@ -149,7 +151,17 @@ def test_overlap_is_told(pack, parts, folder):
 
 def test_a_part_for_the_encoder_waits_for_a_clip(pack, parts, folder):
     model, clip, report = load(pack, parts.model, "both", 1.0)
-    assert clip is None and "3 of these are for the text encoder: connect a CLIP" in report
+    assert clip is None and "WARNING" not in report
+    assert report.endswith("3 keys are for the text encoder: connect `clip` to use them")
+
+
+def test_the_workflows_preview_has_room_for_the_whole_report(pack, parts):
+    graph = json.loads((ROOT / "workflows" / "zimage_nano_lora.json").read_text(encoding="utf-8"))
+    (width, height) = next(node["size"] for node in graph["nodes"] if node["type"] == "PreviewAny")
+    report = pack.lora.ZImageLoraLoader.execute(parts.model, pack.bridge.folders.NANO_LORA, 1.0, parts.clip).args[2]
+    letter, line, margin, other = 7, 18, 40, 110  # pixels, in the larger of the two renderers; other widgets and title
+    rows = sum(math.ceil(len(text) * letter / (width - margin)) for text in report.splitlines())
+    assert rows >= 7 and height >= other + rows * line
 
 
 def test_the_second_strength_is_the_encoders(pack, parts, folder):

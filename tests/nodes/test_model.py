@@ -251,5 +251,5 @@ def test_sampler_refuses_a_model_of_another_family(pack, comfy):
     config = comfy.supported_models.SD15({"disable_unet_model_creation": True, "in_channels": 4})
     config.set_inference_dtype(torch.float32, None)
     other = comfy.model_patcher.ModelPatcher(config.get_model({}, ""), CPU, CPU)
-    with pytest.raises(ValueError, match="This MODEL is a BaseModel, not a Z-Image model. Connect a ZImageTransformer"):
+    with pytest.raises(ValueError, match="This MODEL is a BaseModel, not a Z-Image model. Connect Load Z-Image"):
         sample(pack, other, conditioning(pack, "a red circle"))

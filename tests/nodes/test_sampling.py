@@ -230,7 +230,7 @@ def test_vae_nodes_without_an_autoencoder_say_what_to_connect(pack):
         (pack.vae.ZImageVAEDecode, {"samples": empty()}),
         (pack.vae.ZImageVAEEncode, {"pixels": None}),
     ):
-        with pytest.raises(ValueError, match="no autoencoder in `vae`.* Connect a ZImageVAELoader"):
+        with pytest.raises(ValueError, match="no VAE in `vae`.* Connect a Load Z-Image VAE node"):
             node.execute(vae=None, **inputs)
 
 

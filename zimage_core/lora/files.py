@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,11 @@ class Lora:
     def of(self, component: str) -> dict[Target, Adapter]:
         return {target: adapter for target, adapter in self.adapters.items() if target.component == component}
 
-    def report(self) -> str:
-        """What was matched, in lines: keys, parts, families, ranks, alphas, base model, trigger words, leftovers."""
+    def report(self, explained: Collection[str] = ()) -> str:
+        """What was matched, in lines: keys, parts, families, ranks, alphas, base model, trigger words, leftovers.
+
+        explained: leftovers that the caller tells about.
+        """
         kinds = Counter(_part(target) for target in self.adapters)
         ranks = sorted({adapter.rank for adapter in self.adapters.values() if adapter.rank is not None})
         alphas = sorted({adapter.alpha for adapter in self.adapters.values() if adapter.alpha is not None})
@@ -130,8 +133,8 @@ class Lora:
         for label, keys in METADATA.items():
             if value := next((self.metadata[key] for key in keys if self.metadata.get(key)), None):
                 lines.append(f"{label}: {value[:200]}")
-        if self.left:
-            lines.append(f"WARNING: {len(self.left)} keys have no place in this model: " + ", ".join(self.left))
+        if left := [key for key in self.left if key not in explained]:
+            lines.append(f"WARNING: {len(left)} keys have no place in this model: " + ", ".join(left))
         return "\n".join(lines)
 
 
