@@ -148,14 +148,19 @@ def open_graph(page: Page, graph: dict[str, Any] | Path) -> None:
         "await app.loadGraphData(argument)",
         json.loads(graph.read_text(encoding="utf-8")) if isinstance(graph, Path) else graph,
     )
+    wait_until_still(page)
+
+
+def wait_until_still(page: Page) -> None:
+    """Returns when the nodes have kept their places and sizes for a tenth of a second."""
     last = None
-    for _ in range(40):
+    for _ in range(100):
         page.wait_for_timeout(100)
         now = boxes(page)
         if now == last:
             return
         last = now
-    raise TimeoutError(f"nodes still move after 4 s: {last}")
+    raise TimeoutError(f"nodes still move after 10 s: {last}")
 
 
 def boxes(page: Page) -> dict[str, list[float]]:

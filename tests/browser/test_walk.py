@@ -20,6 +20,7 @@ from .conftest import Look
 
 pytestmark = pytest.mark.slow
 GRAPHS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "workflows").glob("*.json")}
+SMALL, TOO_SMALL = "return app.canvas.low_quality", "opens so small that the canvas draws no text"
 LOADERS = ("ZImageTransformerLoader", "ZImageTextEncoderLoader", "ZImageVAELoader")
 
 
@@ -50,9 +51,12 @@ def test_the_first_image(chromium: Any, server: Server, frontend: str):
         for card in cards.all():
             card.scroll_into_view_if_needed()
             assert card.locator("img").first.evaluate("async (image) => (await image.decode(), image.naturalWidth)")
+        cards.first.scroll_into_view_if_needed()
         browser.screenshot(page, f"{frontend}/templates")
         page.get_by_test_id(f"template-workflow-{HELLO}").click()
         page.wait_for_function("() => window.app.graph.nodes.some((node) => node.type === 'ZImageSampler')")
+        browser.wait_until_still(page)
+        assert not browser.run(page, SMALL), TOO_SMALL
         browser.queue(page)
         png = browser.saved_image(page)
         page.wait_for_timeout(1000)  # for the picture to be drawn into its node
@@ -72,7 +76,7 @@ def test_workflow_opens(page: Any, look: Look, frontend: str, name: str):
     assert len(boxes) == len(GRAPHS[name]["nodes"])
     assert browser.overlaps(boxes) == []
     assert browser.wrong(page) == []
-    assert not browser.run(page, "return app.canvas.low_quality"), "opens so small that the canvas draws no text"
+    assert not browser.run(page, SMALL), TOO_SMALL
     if not runs(GRAPHS[name]):
         browser.queue(page)
         wanted = [Path(model.split(" (")[0].replace("--", "/")).name for model in models(GRAPHS[name])]
@@ -107,3 +111,20 @@ def test_error_is_readable(page: Any, look: Look, frontend: str, mistake: str):
         assert message.strip() in panel
         assert not message.startswith(("/", "ZImage", "zimage")) and str(ROOT) not in message
         assert browser.run(page, "return app.lastExecutionError.exception_type") in ("ValueError", "FileNotFoundError")
+
+
+NODES = sorted(path.name for path in (ROOT / "web" / "docs").iterdir())
+
+
+def test_help_opens_in_the_users_language(page: Any, look: Look, frontend: str):
+    """The (i) above a selected node shows its page, and the node has the title of this language."""
+    for node in NODES:
+        graph = {"nodes": [{"id": 1, "type": node, "pos": [0, 0], "size": [300, 300]}], "links": [], "version": 0.4}
+        browser.open_graph(page, graph)
+        browser.run(page, "app.canvas.selectItems(graph.nodes)")
+        page.get_by_test_id("info-button").click()
+        text = (ROOT / "web" / "docs" / node / f"{look.locale}.md").read_text(encoding="utf-8")
+        title = text.splitlines()[0].lstrip("# ")
+        page.get_by_test_id("properties-panel").get_by_role("heading", name=title, exact=True).first.wait_for()
+        assert browser.run(page, "return graph.nodes[0].title") == title
+    browser.screenshot(page, f"{frontend}/{look}/help")
