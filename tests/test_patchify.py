@@ -21,7 +21,7 @@ def test_unpatchify_is_the_inverse(height, width):
 
 
 def test_odd_latents_are_refused_with_the_rule():
-    with pytest.raises(ValueError, match="5x4 cells.*divisible by 16"):
+    with pytest.raises(ValueError, match="latents of 5x4 pixels.*divisible by 16"):
         patchify(torch.zeros(1, 16, 4, 5), 2)
 
 

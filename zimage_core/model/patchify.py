@@ -17,7 +17,7 @@ def patchify(latents: Tensor, patch: int) -> Tensor:
     batch, channels, height, width = latents.shape
     if height % patch or width % patch:
         raise ValueError(
-            f"latents of {width}x{height} cells can't be cut into {patch}x{patch} patches; "
+            f"latents of {width}x{height} pixels can't be cut into {patch}x{patch} patches; "
             "width and height of the image must be divisible by 16"
         )
     x = latents.reshape(batch, channels, height // patch, patch, width // patch, patch)
@@ -25,6 +25,6 @@ def patchify(latents: Tensor, patch: int) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
-    """The inverse of `patchify`, for latents of height x width cells: [B, N, p*p*C] -> [B, C, h, w]."""
+    """The inverse of `patchify`, for latents of height x width pixels: [B, N, p*p*C] -> [B, C, h, w]."""
     x = tokens.unflatten(1, (height // patch, width // patch)).unflatten(3, (patch, patch, -1))
     return x.permute(0, 5, 1, 3, 2, 4).reshape(tokens.shape[0], -1, height, width)
