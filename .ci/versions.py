@@ -29,18 +29,22 @@ TOOLS += "transformers.__version__, hub.__version__)"
 class Variant:
     """A Python, and the requirements that stand in for those of the same name; the rest is the newest that fits.
 
-    `empty`: package -> its modules, written as empty ones instead of being installed.
+    `empty`: package -> its modules, written as empty ones instead of being installed. `without`: is uninstalled.
     """
 
     python: str
     requirements: tuple[str, ...] = ()
     empty: dict[str, list[str]] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
 
 
 VARIANTS = {
-    # The lower bounds of pyproject.toml, all at once. torchvision and torchaudio are those of torch 2.7.
+    # The lower bounds of pyproject.toml, all at once; torchvision and torchaudio are those of torch 2.7. Where there is
+    # no GPU, ComfyUI 0.30.0 can't be imported with its triton.
     "oldest": Variant(
-        "3.10", ("torch==2.7.1", "torchvision==0.22.1", "torchaudio==2.7.1", "transformers==4.50.3", "diffusers")
+        "3.10",
+        ("torch==2.7.1", "torchvision==0.22.1", "torchaudio==2.7.1", "transformers==4.50.3"),
+        without=("triton",),
     ),
     # The newest of all. No torchaudio loads beside the newest torch, and ComfyUI imports it for models of sound.
     "newest": Variant("3.13", empty={"torchaudio": ["__init__", "functional", "transforms"]}),
@@ -66,6 +70,8 @@ def run(variant: Variant, folder: Path) -> int:
     wanted |= {name: name for name in setup.pins()} | {_name(item): item for item in variant.requirements}
     kept = [item for name, item in wanted.items() if name not in variant.empty]
     subprocess.run([uv, "pip", "install", "--quiet", "--python", python, *kept], check=True)
+    if variant.without:
+        subprocess.run([uv, "pip", "uninstall", "--quiet", "--python", python, *variant.without], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
     for name, modules in variant.empty.items():
         (packages / name).mkdir()
