@@ -10,11 +10,11 @@ override NEGATIVE := $(value NEGATIVE)
 export PROMPT NEGATIVE COMFYUI_PATH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-all check bench bench-gpu gpu-kit nano clean
+.PHONY: help setup demo serve test test-all test-versions check bench bench-gpu gpu-kit nano clean
 
 help: ## this list
 	@echo "make TARGET"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## the environment: .venv and a ComfyUI in it, pinned (the other targets see to it)
 	@$(PYTHON) .ci/setup.py
@@ -32,6 +32,9 @@ test: setup ## the tests, two at a time, without the slow ones; or some, slow or
 
 test-all: setup ## every test, as before a release
 	@$(RUN) -m pytest $(ALL)
+
+test-versions: setup ## unit and node tests on the oldest and the newest Python and packages, an hour and 8 GB: ARGS="oldest"
+	@$(RUN) .ci/versions.py $(ARGS)
 
 check: setup ## lint, format, import floors, types
 	@mkdir -p build/types && ln -sfn "$(CURDIR)" build/types/zimage_pack

@@ -1,28 +1,20 @@
 """Draws workflows/*.json and their thumbnails from workflows/api/*_api.json, in the real ComfyUI frontend.
 
-    .venv/bin/python .ci/draw_workflows.py /usr/bin/chromium-headless-shell
+    .venv/bin/python .ci/draw_workflows.py
 
 The API prompts are the source; run this after changing one. Each node is created, wired and serialised by the frontend
 itself, so the result is what a person who drags the same wires would save; it is queued back through the frontend's own
-export and must equal the API prompt. Needs a headless Chromium (Debian: chromium-headless-shell).
+export and must equal the API prompt.
 """
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import aiohttp
+import browser
 import provision
 import workflow
 from host import Server
@@ -64,8 +56,7 @@ NOTES = {
 }
 GAP = 60  # pixels between columns, and between nodes of one column
 BUILD = """
-const [prompt, note, gap] = %s;
-const graph = window.app.graph;
+const [prompt, note, gap] = argument;
 graph.clear();
 const nodes = {};
 for (const [id, content] of Object.entries(prompt)) {
@@ -114,25 +105,25 @@ remark.widgets[0].value = note;
 remark.setSize([320, 200]);
 remark.pos = [60, nodes.bottom.pos[1] + nodes.bottom.size[1] + gap];
 graph.last_node_id = Math.max(...graph.nodes.map((node) => node.id));
-return graph.serialize();
+return JSON.parse(JSON.stringify(graph.serialize()));  // without what is undefined
 """
 FIT = """
-await window.app.loadGraphData(%s);
-const nodes = window.app.graph.nodes;
+await app.loadGraphData(argument);
+const nodes = app.graph.nodes;
 const left = Math.min(...nodes.map((n) => n.pos[0])) - 30, top = Math.min(...nodes.map((n) => n.pos[1])) - 60;
 const right = Math.max(...nodes.map((n) => n.pos[0] + n.size[0])) + 30;
 const bottom = Math.max(...nodes.map((n) => n.pos[1] + n.size[1])) + 30;
 const scale = Math.min(1300 / (right - left), 800 / (bottom - top));
-const view = window.app.canvas.ds;
+const view = app.canvas.ds;
 view.scale = scale;
 view.offset = [-left + 60 / scale, -top + 120 / scale];  // below the frontend's own bars
-window.app.canvas.setDirty(true, true);
+app.canvas.setDirty(true, true);
 await new Promise((done) => setTimeout(done, 1500));
 return [60, 120, (right - left) * scale, (bottom - top) * scale];
 """
 
 
-async def main(chromium: str) -> None:
+def main() -> None:
     prompts = {
         path.name.removesuffix("_api.json"): json.loads(path.read_text()) for path in sorted(workflow.API.glob("*"))
     }
@@ -144,22 +135,16 @@ async def main(chromium: str) -> None:
                     file = server.base / "models" / name
                     file.parent.mkdir(parents=True, exist_ok=True)
                     file.touch()
-        with server.connect() as client:
-            client.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False})
-        async with Page(chromium) as page:
-            await page.command("Page.navigate", url=server.url)
-            await page.until("window.app?.vueAppReady && window.app.isGraphReady")
-            await page.until("LiteGraph.registered_node_types['ZImageSampler']")
+        settings = {"Comfy.VueNodes.Enabled": False}
+        with browser.start() as chromium, browser.open_page(chromium, server, settings, (1420, 1000)) as page:
             for name, prompt in prompts.items():
-                arguments = json.dumps([prompt, NOTES[name], GAP])
-                graph = await page.run(BUILD % arguments)
-                box = await page.run(FIT % json.dumps(graph))
-                exported = (await page.run("return await window.app.graphToPrompt()"))["output"]
-                _compare(name, prompt, exported)
+                graph = browser.run(page, BUILD, [prompt, NOTES[name], GAP])
+                x, y, width, height = browser.run(page, FIT, graph)
+                _compare(name, prompt, browser.run(page, "return (await app.graphToPrompt()).output"))
                 target = provision.ROOT / "workflows" / f"{name}.json"
                 target.write_text(json.dumps(graph, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-                screenshot = await page.screenshot(box)
-                _thumbnail(screenshot, target.with_suffix(".jpg"))
+                box = {"x": x, "y": y, "width": width, "height": height}
+                _thumbnail(page.screenshot(clip=box), target.with_suffix(".jpg"))
                 print(f"{name}: {len(graph['nodes'])} nodes, {len(graph['links'])} wires")
 
 
@@ -178,76 +163,5 @@ def _thumbnail(screenshot: bytes, path: Path) -> None:
         image.save(path, quality=85, optimize=True)
 
 
-class Page:
-    """One page of a headless Chromium, spoken to by the DevTools protocol."""
-
-    def __init__(self, chromium: str):
-        self.chromium = chromium
-
-    async def __aenter__(self) -> Page:
-        self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        flags = ["--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--window-size=1420,1000"]
-        quiet = ["--disable-background-networking", "--disable-component-update", "--no-first-run"]
-        self.process = subprocess.Popen(
-            [self.chromium, *flags, *quiet, f"--user-data-dir={self.profile.name}", "about:blank"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # Chromium is many processes; they end as a group
-        )
-        for line in self.process.stderr:
-            if "DevTools listening on" in line:
-                break
-        address = line.split("ws://")[1].split("/")[0]
-        self.session = aiohttp.ClientSession()
-        async with self.session.get(f"http://{address}/json/list") as answer:
-            target = next(item for item in await answer.json(content_type=None) if item["type"] == "page")
-        self.socket = await self.session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0)
-        self.count = 0
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.socket.close()
-        await self.session.close()
-        os.killpg(self.process.pid, signal.SIGTERM)
-        self.process.wait()
-        self.profile.cleanup()
-
-    async def command(self, method: str, **parameters: Any) -> dict[str, Any]:
-        self.count += 1
-        await self.socket.send_json({"id": self.count, "method": method, "params": parameters})
-        while True:
-            message = json.loads((await self.socket.receive(timeout=120)).data)
-            if message.get("id") == self.count:
-                return message["result"]
-
-    async def run(self, script: str) -> Any:
-        """The value that an asynchronous function with this body returns; its exception is raised here."""
-        expression = f"(async () => {{{script}}})()"
-        answer = await self.command("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
-        if "exceptionDetails" in answer:
-            raise RuntimeError(answer["exceptionDetails"]["exception"].get("description"))
-        return answer["result"].get("value")
-
-    async def until(self, condition: str, patience: float = 120) -> None:
-        ends = time.monotonic() + patience
-        while time.monotonic() < ends:
-            try:
-                if await self.run(f"return Boolean({condition})"):
-                    return
-            except RuntimeError:
-                pass  # the page is still loading its scripts
-            await asyncio.sleep(0.3)
-        raise TimeoutError(condition)
-
-    async def screenshot(self, box: list[float]) -> bytes:
-        x, y, width, height = box
-        clip = {"x": x, "y": y, "width": width, "height": height, "scale": 1}
-        answer = await self.command("Page.captureScreenshot", format="png", clip=clip)
-        return base64.b64decode(answer["data"])
-
-
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    asyncio.run(main(sys.argv[1]))
+    main()

