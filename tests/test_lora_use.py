@@ -176,7 +176,7 @@ def refusal(tmp_path: Path, shapes, tensors: dict[str, Tensor], metadata: dict[s
     path = saved(tmp_path, tensors, metadata)
     with pytest.raises(CheckpointError) as error:
         lora.open_lora(path, shapes)
-    assert str(error.value).startswith(f"{path}: ")
+    assert str(error.value).endswith(f" ({path})")
     return str(error.value)
 
 

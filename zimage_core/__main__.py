@@ -164,7 +164,7 @@ def _downloaded(args: argparse.Namespace) -> Path:
         repository = Repository.parse(args.model)
     except ValueError:
         raise CheckpointError(
-            f"{args.model}: there is no such file or folder, and it is no repository (Org/Name or Org/Name@revision)"
+            "there is no such file or folder, and it is no repository (Org/Name or Org/Name@revision)", args.model
         ) from None
     needed = [kind for kind in ("transformer", "text_encoder", "vae") if getattr(args, kind) is None]
     root = _models_folder() / "zimage"

@@ -350,7 +350,7 @@ class UnreadEncoder:
         """Raises CheckpointError if the files are no longer those that were opened."""
         if stamps(self._component.files.paths) != self.identity["files"]:
             raise CheckpointError(
-                f"{self._component.source}: the file has changed since it was opened; open the pipeline again"
+                "the file has changed since it was opened; open the pipeline again", self._component.source
             )
         return self._component.build(device=self._device, dtype=self._dtype)
 

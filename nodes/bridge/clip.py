@@ -245,7 +245,7 @@ def _read_weights(
     encoder: TextEncoder, component: Component, dtype: torch.dtype, names: list[str], files: list[Stamp]
 ) -> None:
     if stamps(component.files.paths) != files:
-        raise CheckpointError(f"{component.source}: the file has changed since it was opened; queue the prompt again")
+        raise CheckpointError("the file has changed since it was opened; queue the prompt again", component.source)
     for name in names:
         path = name.rpartition(".")[0]
         tensor = component.tensor(name, component.shapes[name], dtype=dtype)

@@ -177,7 +177,7 @@ def open_lora(
             _check(path, module, adapter, aimed, shape)
             adapters[aimed] = adapter
     if not adapters:
-        raise CheckpointError(_refusal(path, files))
+        raise CheckpointError(_refusal(files), path)
     return Lora(path, adapters, len(files.entries), tuple(sorted(left)), files.metadata)
 
 
@@ -245,7 +245,7 @@ def _adapters(path: Path, group: Mapping[str, str], files: TensorFiles) -> tuple
         alpha = tensors.pop("alpha", None)
         if alpha is not None and alpha.numel() != 1:
             raise CheckpointError(
-                f"{path}: {group['alpha']} has shape {list(alpha.shape)}, expected one number; download the file again"
+                f"{group['alpha']} has shape {list(alpha.shape)}, expected one number; download the file again", path
             )
         if family == "OFT" and tensors["oft_blocks"].ndim == 4:
             family = "BOFT"
@@ -267,23 +267,24 @@ def _check(path: Path, module: str, adapter: Adapter, target: Target, shape: Sha
         problem = f"parts that don't fit together or the weight ({str(error).splitlines()[0]})"
     if found != expected:
         raise CheckpointError(
-            f"{path}: {module} has {problem}, but {target.name} of this model has {list(expected)}; "
-            "the LoRA is for a model of another size (Lumina 2, say), choose one made for this model"
+            f"{module} has {problem}, but {target.name} of this model has {list(expected)}; "
+            "the LoRA is for a model of another size (Lumina 2, say), choose one made for this model",
+            path,
         )
 
 
-def _refusal(path: Path, files: TensorFiles) -> str:
+def _refusal(files: TensorFiles) -> str:
     metadata = next((files.metadata[key] for key in METADATA["base model"] if files.metadata.get(key)), None)
     said = f" (its metadata says {metadata!r})" if metadata else ""
     names = {_split(key)[0].replace(".", "_") for key in files.entries}
     for what, pattern in FOREIGN:
         if any(re.search(pattern, name) for name in names):
-            return f"{path}: this is a LoRA for {what}{said}, not for Z-Image; choose one made for Z-Image"
+            return f"this is a LoRA for {what}{said}, not for Z-Image; choose one made for Z-Image"
     if all(_split(key)[1] is None for key in files.entries):
         what = identify.held(files.entries) or "something else"
-        return f"{path}: this is {what}, not a LoRA; choose a LoRA made for Z-Image"
+        return f"this is {what}, not a LoRA; choose a LoRA made for Z-Image"
     examples = ", ".join(sorted(files.entries)[:3])
-    return f"{path}: no key of this LoRA{said} belongs to this model (they begin with {examples}); is it for Z-Image?"
+    return f"no key of this LoRA{said} belongs to this model (they begin with {examples}); is it for Z-Image?"
 
 
 def _part(target: Target) -> str:

@@ -47,10 +47,10 @@ def open_component(path: str | Path, kind: str, *, map_file: MapFile | None = ma
     if os.path.isdir(path):
         folder = snapshot_folder(path)
         if folder == path.parent and path.name != kind:
-            raise CheckpointError(f"{path}: this is the {path.name} of a snapshot, expected its {kind}")
+            raise CheckpointError(f"this is the {path.name} of a snapshot, expected its {kind}", path)
         return Snapshot(folder or path).component(kind, map_file=map_file)
     if not os.path.exists(path):
-        raise CheckpointError(f"{path}: there is no such file or folder, or it can't be read; {CHECK}")
+        raise CheckpointError(f"there is no such file or folder, or it can't be read; {CHECK}", path)
     return Component.of_file(kind, TensorFiles([path], map_file))
 
 
@@ -87,8 +87,9 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     folder = snapshot_folder(path)
     if folder is None:
         raise CheckpointError(
-            f"{path}: a single file holds no tokenizer; name a snapshot of Z-Image or a folder with the tokenizer.json "
-            "and tokenizer_config.json of Qwen3"
+            "a single file holds no tokenizer; name a snapshot of Z-Image or a folder with the tokenizer.json "
+            "and tokenizer_config.json of Qwen3",
+            path,
         )
     if os.path.isfile(folder / "tokenizer_config.json"):
         return _tokenizer(folder)
@@ -112,8 +113,9 @@ class Snapshot:
         self.folder = Path(folder)
         if not os.path.isdir(self.folder):
             raise CheckpointError(
-                f"{self.folder}: there is no such folder; expected a Z-Image snapshot with "
-                "transformer/, text_encoder/, tokenizer/, vae/ and scheduler/"
+                "there is no such folder; expected a Z-Image snapshot with "
+                "transformer/, text_encoder/, tokenizer/, vae/ and scheduler/",
+                self.folder,
             )
 
     # Configurations
@@ -156,22 +158,23 @@ class Snapshot:
         indices = _listed(folder, INDEX)
         if len(indices) > 1:
             names = ", ".join(path.name for path in indices)
-            raise CheckpointError(f"{folder}: several indices ({names}); keep the one of the weights you want")
+            raise CheckpointError(f"there are several indices ({names}); keep the one of the weights you want", folder)
         if indices:
             return _indexed_files(indices[0])
         files = _listed(folder, ".safetensors")
         if len(files) != 1:
             found = ", ".join(path.name for path in files) or "none"
             raise CheckpointError(
-                f"{folder}: expected one .safetensors file or an index of several (*{INDEX}), found {found}; "
-                "the download is incomplete or the weights are in another format"
+                f"expected one .safetensors file or an index of several (*{INDEX}), found {found}; "
+                "the download is incomplete or the weights are in another format",
+                folder,
             )
         return files
 
     def _component(self, component: str) -> Path:
         folder = self.folder / component
         if not os.path.isdir(folder):
-            raise CheckpointError(f"{self.folder}: the folder {component}/ is missing; the snapshot is incomplete")
+            raise CheckpointError(f"the folder {component}/ is missing; the snapshot is incomplete", self.folder)
         return folder
 
     def _json(self, component: str, name: str) -> tuple[dict[str, Any], str]:
@@ -187,18 +190,18 @@ def _revision(cached: Path) -> Path:
     revisions = [path for path in _listed(folder) if os.path.isdir(path)]
     if len(revisions) != 1:
         names = some([path.name for path in revisions]) or "none"
-        raise CheckpointError(f"{folder}: expected one revision, found {names}; name the one you want")
+        raise CheckpointError(f"expected one revision, found {names}; name the one you want", folder)
     return revisions[0]
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
     for name in ("tokenizer_config.json", "tokenizer.json"):
         if not os.path.isfile(folder / name):
-            raise CheckpointError(f"{folder / name}: the file is missing; download the tokenizer folder again")
+            raise CheckpointError("the file is missing; download the tokenizer folder again", folder / name)
     try:
         return Tokenizer(folder)
     except Exception as error:  # transformers raises many types; each means that the folder is unusable
-        raise CheckpointError(f"{folder}: the tokenizer can't be read ({error}); download it again") from error
+        raise CheckpointError(f"the tokenizer can't be read ({error}); download it again", folder) from error
 
 
 def _listed(folder: Path, suffix: str = "") -> list[Path]:
@@ -206,39 +209,40 @@ def _listed(folder: Path, suffix: str = "") -> list[Path]:
     try:
         return sorted(folder / name for name in os.listdir(folder) if name.endswith(suffix))
     except OSError as error:
-        raise CheckpointError(f"{folder}: can't be read ({error.strerror}); {CHECK}") from error
+        raise CheckpointError(f"this folder can't be read ({error.strerror}); {CHECK}", folder) from error
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path}: can't be read ({error.strerror}); {CHECK}") from error
+        raise CheckpointError(f"this file can't be read ({error.strerror}); {CHECK}", path) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not os.path.isfile(path):
-        raise CheckpointError(f"{path}: the file is missing; the snapshot is incomplete, download it again")
+        raise CheckpointError("the file is missing; the snapshot is incomplete, download it again", path)
     try:
         raw = json.loads(_read(path))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a JSON file ({error}); download it again") from error
+        raise CheckpointError(f"this is not a JSON file ({error}); download it again", path) from error
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(raw).__name__}; download it again")
+        raise CheckpointError(f"expected a JSON object, found {type(raw).__name__}; download it again", path)
     return raw
 
 
 def _indexed_files(index: Path) -> list[Path]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: no weight_map in it; download the file again")
+        raise CheckpointError("there is no weight_map in this index; download the file again", index)
     names = sorted(set(weight_map.values()))
     if foreign := [name for name in names if Path(name).name != name]:
-        raise CheckpointError(f"{index}: weight_map points outside its folder ({foreign[0]!r}); download it again")
+        raise CheckpointError(f"weight_map points outside its folder ({foreign[0]!r}); download it again", index)
     if missing := [name for name in names if not os.path.isfile(index.parent / name)]:
         raise CheckpointError(
-            f"{index.parent}: {len(missing)} of {len(names)} shards missing ({some(missing)}), "
-            f"listed in {index.name}; the download is incomplete, download them again"
+            f"{len(missing)} of {len(names)} shards are missing ({some(missing)}), "
+            f"listed in {index.name}; the download is incomplete, download them again",
+            index.parent,
         )
     files = [index.parent / name for name in names]
     for path in files:
@@ -246,7 +250,8 @@ def _indexed_files(index: Path) -> list[Path]:
         absent = {key for key, name in weight_map.items() if name == path.name} - entries.keys()
         if absent:
             raise CheckpointError(
-                f"{path}: lacks {some(sorted(absent))}, which {index.name} says it holds; "
-                "index and shards are of different downloads"
+                f"{some(sorted(absent))} is not in this shard, though {index.name} says so; "
+                "index and shards are of different downloads",
+                path,
             )
     return files
