@@ -127,6 +127,8 @@ def add_lora(
     model: ModelPatcher, clip: comfy.sd.CLIP | None, name: str, strength: float, strength_clip: float
 ) -> tuple[ModelPatcher, comfy.sd.CLIP | None, str]:
     """(MODEL, CLIP, report) with the file on top; the inputs stay as they are."""
+    for label, value in (("strength", strength), ("strength_clip", strength_clip)):
+        lora_files.checked_strength(value, f"`{label}`")
     # our encoder's weights may still be in the file, where they stay
     with getattr(clip and clip.cond_stage_model, "names_suffice", nullcontext)():
         return _add_lora(model, clip, name, strength, strength_clip)
@@ -188,7 +190,7 @@ def _taken(patcher: ModelPatcher, key: str) -> HostAdapter:
 
 def _waiting(opened: lora_files.Lora) -> str:
     """What is to be said where keys for the text encoder found none, because no CLIP is connected."""
-    keys = [key for key in opened.left if key.startswith(("lora_te", "text_encoder"))]
+    keys = [key for key in opened.left if lora_files.for_text_encoder(key)]
     return f"{len(keys)} of these are for the text encoder: connect a CLIP to use them" if keys else ""
 
 

@@ -262,13 +262,20 @@ def _json_object(path: Path, raw: bytes) -> dict[str, Any]:
 
 
 AGAIN = "download the file again"
+SAVE_AGAIN = "save the file with strings only in its metadata"
 
 
 def _entries(path: Path, header: dict[str, Any], size: int, start: int) -> tuple[dict[str, Entry], dict[str, str]]:
     """size: bytes of the file, of which the header takes `start`."""
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"the metadata in the header is damaged; {AGAIN}", path)
+    metadata = header.pop("__metadata__", None) or {}  # null as well: there is none
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"__metadata__ in the header is {metadata!r:.80}, expected an object; {SAVE_AGAIN}", path)
+    for key, value in metadata.items():
+        if not isinstance(value, str):  # the library of the format opens no such file either
+            raise CheckpointError(
+                f"{key!r} in the header's __metadata__ is {json.dumps(value):.80}, expected a string; {SAVE_AGAIN}",
+                path,
+            )
     entries, places = {}, []
     for key, raw in header.items():
         if not isinstance(raw, dict) or not raw.keys() >= {"dtype", "shape", "data_offsets"}:
