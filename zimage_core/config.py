@@ -150,6 +150,9 @@ class VAEConfig:
             shift_factor=_number(raw, source, "shift_factor", float),
             sample_size=_number(raw, source, "sample_size"),
         )
+        for key, value in (("in_channels", config.in_channels), ("out_channels", config.out_channels)):
+            if value != 3:
+                raise CheckpointError(f"{key} is {value}, expected 3: red, green and blue", source)
         if any(channels % config.norm_num_groups for channels in config.block_out_channels):
             raise CheckpointError(
                 f"norm_num_groups {config.norm_num_groups} must divide each of "

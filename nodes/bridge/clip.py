@@ -22,12 +22,12 @@ from torch import nn
 from ...zimage_core.diagnostics.finite import not_finite
 from ...zimage_core.errors import CheckpointError
 from ...zimage_core.model.text_encoder import LAYER, TextEncoder
-from ...zimage_core.model.tokenizer import Tokenizer
+from ...zimage_core.model.tokenizer import Tokenizer, without_halves
 from ...zimage_core.prompts.cache import Stamp, stamps
 from ...zimage_core.weights.component import Component
 from ...zimage_core.weights.snapshot import open_component, open_tokenizer, snapshot_folder
 from . import files as bridge_files
-from . import layers, prompts, quantized, quantized_patcher
+from . import layers, lora, prompts, quantized, quantized_patcher
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +156,7 @@ class HostTokenizer:
 
         llama_template: another chat template with one {}, as some stock nodes pass it.
         """
+        text = without_halves(text)
         if llama_template is None:
             ids = self.tokenizer(text)
         else:
@@ -272,6 +273,7 @@ def encode(clip: comfy.sd.CLIP, text: str, cached: bool = True) -> list[Any]:
         return _conditioning(known)
     conditioning = clip.encode_from_tokens_scheduled(tokens)
     if any(isinstance(cond, torch.Tensor) and not cond.isfinite().all() for cond, _ in conditioning):
+        lora.check_patches(clip.patcher)
         # as ComfyUI computes every text encoder, so there is no safer way
         raise not_finite("the text encoder", "float32 with plain attention", text_encoder=clip.cond_stage_model)
     if key is None:

@@ -53,6 +53,7 @@ def model_choices(component: str) -> list[str]:
 
 def model_path(choice: str, component: str, repository: str = "", download: bool = False) -> Path:
     """The folder or file behind an entry of `model_choices`, or of a repository of the hub (Org/Name@revision)."""
+    repository = bridge_download.typed(repository)
     if choice == NANO and not repository.strip():
         return NANO_FOLDER
     path = _snapshots().get(choice) if not repository.strip() else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -177,6 +179,30 @@ def _patch(patcher: ModelPatcher, opened: lora_files.Lora, component: str, stren
     for moment, call in ((CallbacksMP.ON_LOAD, _bring), (CallbacksMP.ON_DETACH, _leave)):
         patcher.remove_callbacks_with_key(moment, ATTACHMENT)  # of a LoRA before
         patcher.add_callback_with_key(moment, ATTACHMENT, call)
+
+
+def check_patches(patcher: ModelPatcher) -> None:
+    """Raises ValueError if what a node added to the weights is not finite: the model is not at fault then.
+
+    Looks at every value of every patch; for when a result is bad.
+    """
+    for key, patches in patcher.patches.items():
+        for strength, patch, strength_model, *_ in patches:
+            for part in _parts((strength, strength_model, getattr(patch, "weights", patch))):
+                if not (part.float().isfinite().all() if isinstance(part, Tensor) else math.isfinite(part)):
+                    raise ValueError(
+                        f"What a LoRA or another node adds to {key} is not finite (NaN or infinite), in its values or "
+                        "its strength. The model is not at fault: remove that LoRA, or set its strength to a number."
+                    )
+
+
+def _parts(patch: Any) -> Iterator[Any]:
+    """The tensors and numbers in nested tuples and lists."""
+    if isinstance(patch, (tuple, list)):
+        for part in patch:
+            yield from _parts(part)
+    elif isinstance(patch, (Tensor, float, int)) and not getattr(patch, "is_meta", False):
+        yield patch
 
 
 def _taken(patcher: ModelPatcher, key: str) -> HostAdapter:

@@ -136,6 +136,13 @@ def _text_encoder_config(shapes: Shapes, source: str) -> TextEncoderConfig:
 
 def _vae_config(shapes: Shapes, source: str) -> VAEConfig:
     """shapes: by our names (those of `ae.safetensors`)."""
+    for half in ("encoder", "decoder"):
+        if not any(name.startswith(f"{half}.") for name in shapes):
+            raise CheckpointError(
+                f"this VAE has no {half} ({half}.conv_in.weight and all its others are missing); Z-Image needs "
+                "both halves, as in Flux 1's ae.safetensors",
+                source,
+            )
     top, latent_channels, *_ = _shape(shapes, "decoder.conv_in.weight", 4, source)
     if latent_channels != 16:
         whose = {4: "Stable Diffusion's", 32: "Flux 2's"}.get(latent_channels, "another model's")
@@ -144,7 +151,16 @@ def _vae_config(shapes: Shapes, source: str) -> VAEConfig:
             "Flux 1's ae.safetensors",
             source,
         )
+    taken = _shape(shapes, "encoder.conv_in.weight", 4, source)[1]
+    made = _shape(shapes, "decoder.conv_out.weight", 4, source)[0]
+    if (taken, made) != (3, 3):
+        raise CheckpointError(
+            f"this VAE takes images of {taken} channels and makes images of {made}, expected 3 and 3; "
+            "Z-Image needs Flux 1's ae.safetensors, not one that upscales or has transparency",
+            source,
+        )
     levels = _count(shapes, "encoder.down.")
+    _shape(shapes, "encoder.down.0.block.0.conv2.weight", 4, source)
     widths = tuple(
         _shape(shapes, f"encoder.down.{level}.block.0.conv2.weight", 4, source)[0] for level in range(levels)
     )
@@ -155,8 +171,8 @@ def _vae_config(shapes: Shapes, source: str) -> VAEConfig:
             source,
         )
     return VAEConfig(
-        in_channels=_shape(shapes, "encoder.conv_in.weight", 4, source)[1],
-        out_channels=_shape(shapes, "decoder.conv_out.weight", 4, source)[0],
+        in_channels=taken,
+        out_channels=made,
         latent_channels=latent_channels,
         block_out_channels=widths,
         layers_per_block=_count(shapes, "encoder.down.0.block."),
@@ -225,7 +241,7 @@ SPECS = {
                 _count(shapes, "encoder.down_blocks.") or _count(shapes, "encoder.down.")
             ),
             prefixes=("", "vae.", "first_stage_model."),
-            anchors=("decoder.conv_in.weight",),
+            anchors=("decoder.conv_in.weight", "encoder.conv_in.weight"),
             from_shapes=_vae_config,
             reads={"vae": "*"},
         ),
