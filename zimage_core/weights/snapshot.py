@@ -1,13 +1,16 @@
 """Where weights come from: a snapshot (the Hugging Face folder layout), one of its folders, or a single file.
 
 A snapshot has `transformer/`, `text_encoder/`, `tokenizer/`, `vae/` and `scheduler/`, each with its config, weights in
-one safetensors file or in shards listed by an index. Nothing is downloaded.
+one safetensors file or in shards listed by an index. A component's folder may lie elsewhere, alone, and a file may be
+one part of a set (`parts_of`). Nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ from .tensor_files import MapFile, TensorFiles, map_safetensors, read_header
 
 INDEX = ".safetensors.index.json"
 CHECK = "check name and permissions"
+MAX_PARTS = 1000
+PART = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")  # as all tools name them
 PUBLISHED_SCHEDULE = SchedulerConfig(
     shift=3.0,
     use_dynamic_shifting=False,
@@ -44,6 +49,9 @@ def open_component(path: str | Path, kind: str, *, map_file: MapFile | None = ma
     Reads headers and configs only. Raises CheckpointError that says what the file is instead and what to do.
     """
     path = Path(path)
+    if is_plain(path):
+        config = SPECS[kind].config.from_dict(_read_json(path / "config.json"), str(path / "config.json"))
+        return Component.of_snapshot(kind, TensorFiles(_weight_files(path), map_file), config)
     if os.path.isdir(path):
         folder = snapshot_folder(path)
         if folder == path.parent and path.name != kind:
@@ -51,7 +59,7 @@ def open_component(path: str | Path, kind: str, *, map_file: MapFile | None = ma
         return Snapshot(folder or path).component(kind, map_file=map_file)
     if not os.path.exists(path):
         raise CheckpointError(f"there is no such file or folder, or it can't be read; {CHECK}", path)
-    return Component.of_file(kind, TensorFiles([path], map_file))
+    return Component.of_file(kind, TensorFiles(parts_of(path), map_file))
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,9 @@ def schedule_of(path: str | Path) -> SchedulerConfig:
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a snapshot, or in a folder of its own."""
+    """The tokenizer of a snapshot, or in a folder of its own or beside weights."""
+    if is_plain(path) and os.path.isfile(Path(path) / "tokenizer_config.json"):
+        return _tokenizer(Path(path))
     folder = snapshot_folder(path)
     if folder is None:
         raise CheckpointError(
@@ -97,13 +107,61 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def snapshot_folder(path: str | Path) -> Path | None:
-    """The snapshot that a folder is, holds (in the layout of a Hugging Face cache) or belongs to; None for a file."""
+    """The snapshot that a folder is, holds (in the layout of a Hugging Face cache) or belongs to.
+
+    None for a file, and for the folder of one component that belongs to none.
+    """
     path = Path(path)
-    if os.path.isfile(path):
+    if os.path.isfile(path) or is_plain(path):
         return None
     if os.path.isdir(path / "snapshots"):
         return _revision(path)
     return path.parent if path.name in SPECS and os.path.isfile(path / "config.json") else path
+
+
+def is_plain(path: str | Path) -> bool:
+    """Whether this is a folder with the config.json and weights of one component that belongs to no snapshot."""
+    path = Path(path)
+    if not os.path.isfile(path / "config.json") or any(os.path.isdir(path / kind) for kind in SPECS):
+        return False
+    others = ("model_index.json", "scheduler", "tokenizer", *SPECS.keys() - {path.name})
+    return path.name not in SPECS or not any(os.path.exists(path.parent / name) for name in others)
+
+
+def parts_of(path: Path) -> list[Path]:
+    """All files of the set that a weight file is part of, by an index beside it or by its name; else the file alone.
+
+    Raises CheckpointError that says which part this is and which are missing.
+    """
+    found = PART.fullmatch(path.name)
+    if found is None:
+        indices = [] if path.suffix == ".gguf" else _listed(path.parent, INDEX)
+        listing = (index for index in indices if _lists(index, path.name))
+        index = next(listing, None)
+        return [path] if index is None else _indexed_files(index)
+    count = int(found["count"])
+    paths = [path.with_name(part_name(found, number)) for number in range(1, min(count, MAX_PARTS) + 1)]
+    if missing := [part.name for part in paths if not os.path.isfile(part)]:
+        raise CheckpointError(
+            f"this is part {int(found['number'])} of {count} of a model that is split over files, and "
+            f"{some(missing)} {'is' if len(missing) == 1 else 'are'} not beside it; put all {count} into one folder",
+            path,
+        )
+    return paths
+
+
+def part_name(found: re.Match[str], number: int) -> str:
+    """Another part of the set that a match of PART belongs to."""
+    return f"{found['name']}-{number:05}-of-{found['count']}{found['suffix']}"
+
+
+def one_of_each_set(names: Iterable[str]) -> list[str]:
+    """The names, of the parts of a set only the first that is there."""
+    kept: dict[tuple[str, str, str] | str, str] = {}
+    for name in sorted(names):
+        found = PART.fullmatch(name)
+        kept.setdefault(name if found is None else (found["name"], found["count"], found["suffix"]), name)
+    return list(kept.values())
 
 
 class Snapshot:
@@ -154,22 +212,7 @@ class Snapshot:
 
     def weight_files(self, component: str) -> list[Path]:
         """The safetensors files of a component, as its index lists them or the single one."""
-        folder = self._component(component)
-        indices = _listed(folder, INDEX)
-        if len(indices) > 1:
-            names = ", ".join(path.name for path in indices)
-            raise CheckpointError(f"there are several indices ({names}); keep the one of the weights you want", folder)
-        if indices:
-            return _indexed_files(indices[0])
-        files = _listed(folder, ".safetensors")
-        if len(files) != 1:
-            found = ", ".join(path.name for path in files) or "none"
-            raise CheckpointError(
-                f"expected one .safetensors file or an index of several (*{INDEX}), found {found}; "
-                "the download is incomplete or the weights are in another format",
-                folder,
-            )
-        return files
+        return _weight_files(self._component(component))
 
     def _component(self, component: str) -> Path:
         folder = self.folder / component
@@ -231,10 +274,41 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _indexed_files(index: Path) -> list[Path]:
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files in a folder, as its index lists them or the single one."""
+    indices = _listed(folder, INDEX)
+    if len(indices) > 1:
+        names = ", ".join(path.name for path in indices)
+        raise CheckpointError(f"there are several indices ({names}); keep the one of the weights you want", folder)
+    if indices:
+        return _indexed_files(indices[0])
+    files = _listed(folder, ".safetensors")
+    if len(files) != 1:
+        found = ", ".join(path.name for path in files) or "none"
+        raise CheckpointError(
+            f"expected one .safetensors file or an index of several (*{INDEX}), found {found}; "
+            "the download is incomplete or the weights are in another format",
+            folder,
+        )
+    return files
+
+
+def _lists(index: Path, name: str) -> bool:
+    try:
+        return name in _weight_map(index).values()
+    except CheckpointError:  # of other weights in this folder, perhaps
+        return False
+
+
+def _weight_map(index: Path) -> dict[str, str]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("there is no weight_map in this index; download the file again", index)
+    return weight_map
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    weight_map = _weight_map(index)
     names = sorted(set(weight_map.values()))
     if foreign := [name for name in names if Path(name).name != name]:
         raise CheckpointError(f"weight_map points outside its folder ({foreign[0]!r}); download it again", index)
