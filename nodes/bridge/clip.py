@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import math
 import threading
@@ -15,7 +16,6 @@ import comfy.model_management as mm
 import comfy.ops
 import comfy.sd
 import comfy.supported_models_base
-import comfy.text_encoders
 import torch
 from torch import nn
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "qwen3_4b"  # ComfyUI's name for this encoder: key of its tokens, prefix of its parameters, so LoRA files fit
 # the tokenizer that comes with ComfyUI: Qwen's, whose ids are those of Qwen3 for every text
-QWEN_TOKENIZER = Path(next(iter(comfy.text_encoders.__path__))) / "qwen25_tokenizer"
+QWEN_TOKENIZER = Path(inspect.getfile(comfy.sd)).with_name("text_encoders") / "qwen25_tokenizer"
 _reading = threading.RLock()  # ComfyUI may run nodes in several threads
 
 
