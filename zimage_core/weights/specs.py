@@ -136,13 +136,7 @@ def _text_encoder_config(shapes: Shapes, source: str) -> TextEncoderConfig:
 
 def _vae_config(shapes: Shapes, source: str) -> VAEConfig:
     """shapes: by our names (those of `ae.safetensors`)."""
-    for half in ("encoder", "decoder"):
-        if not any(name.startswith(f"{half}.") for name in shapes):
-            raise CheckpointError(
-                f"this VAE has no {half} ({half}.conv_in.weight and all its others are missing); Z-Image needs "
-                "both halves, as in Flux 1's ae.safetensors",
-                source,
-            )
+    _check_half(shapes, "decoder", source)
     top, latent_channels, *_ = _shape(shapes, "decoder.conv_in.weight", 4, source)
     if latent_channels != 16:
         whose = {4: "Stable Diffusion's", 32: "Flux 2's"}.get(latent_channels, "another model's")
@@ -151,6 +145,7 @@ def _vae_config(shapes: Shapes, source: str) -> VAEConfig:
             "Flux 1's ae.safetensors",
             source,
         )
+    _check_half(shapes, "encoder", source)
     taken = _shape(shapes, "encoder.conv_in.weight", 4, source)[1]
     made = _shape(shapes, "decoder.conv_out.weight", 4, source)[0]
     if (taken, made) != (3, 3):
@@ -178,6 +173,15 @@ def _vae_config(shapes: Shapes, source: str) -> VAEConfig:
         layers_per_block=_count(shapes, "encoder.down.0.block."),
         **PUBLISHED_VAE,
     )
+
+
+def _check_half(shapes: Shapes, half: str, source: str) -> None:
+    if not any(name.startswith(f"{half}.") for name in shapes):
+        raise CheckpointError(
+            f"this VAE has no {half} ({half}.conv_in.weight and all its others are missing); Z-Image needs both "
+            "halves, as in Flux 1's ae.safetensors",
+            source,
+        )
 
 
 def _shape(shapes: Shapes, name: str, ndim: int, source: str) -> tuple[int, ...]:
