@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .bridge import borders
+
+EMPTY = "A batch of none or an image of no size can't be used: look at the node that it comes from."
 PIXELS = 16  # Z-Image cuts the image into patches of this size: 8 pixels a latent cell, 2x2 cells a token
 CELLS = 2
 
@@ -20,7 +23,7 @@ def checked_latents(samples: Tensor, channels: int) -> Tensor:
             f"The latent has {samples.shape[1]} channels, expected {channels}: it belongs to another model. "
             "Encode the image with Z-Image's VAE, or start from EmptySD3LatentImage."
         )
-    return samples
+    return borders.checked("The latent", samples, ("batch", channels, "height/8", "width/8"), EMPTY)
 
 
 def checked_cells(latents: Tensor) -> Tensor:
@@ -32,7 +35,10 @@ def checked_cells(latents: Tensor) -> Tensor:
 
 
 def checked_pixels(pixels: Tensor) -> Tensor:
-    """IMAGE [B, H, W, C] with H and W divisible by 16; raises ValueError otherwise."""
+    """IMAGE [B, H, W, 3] with H and W divisible by 16, of [B, H, W, 3 or 4] without its alpha; ValueError otherwise."""
+    channels = pixels.shape[-1] if getattr(pixels, "shape", ()) and pixels.shape[-1] == 4 else 3
+    borders.checked("The image", pixels, ("batch", "height", "width", channels), EMPTY)
+    pixels = pixels[..., :3]
     height, width = pixels.shape[1:3]
     if height % PIXELS or width % PIXELS:
         raise ValueError(_size_message("image", width, height))

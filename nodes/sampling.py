@@ -9,7 +9,7 @@ from ..zimage_core.config import SchedulerConfig
 from ..zimage_core.sampling.schedule import sigmas
 from . import convert
 from .bridge import attention as bridge_attention
-from .bridge import sampler
+from .bridge import borders, sampler
 from .names import ALIASES, CATEGORY
 
 SAFE_RETRY_TOOLTIP = (
@@ -152,6 +152,12 @@ class ZImageSampler(io.ComfyNode):
         attention=bridge_attention.AUTO,
         safe_retry=True,
     ) -> io.NodeOutput:
+        borders.checked_numbers(
+            guidance_scale=guidance_scale,
+            cfg_normalization=cfg_normalization,
+            cfg_truncation=cfg_truncation,
+            denoise=denoise,
+        )
         if guidance_scale > 0 and negative is None:
             raise ValueError(
                 f"guidance_scale is {guidance_scale}, but nothing is connected to `negative`. Connect a "

@@ -154,7 +154,8 @@ def test_weights_of_another_component(folder):
     shutil.copy(folder / "vae" / WEIGHTS, folder / "transformer" / WEIGHTS)
     refuse(
         Snapshot(folder).transformer,
-        f"My-Model/transformer/{WEIGHTS}: this is an AutoencoderKL (VAE), not a Z-Image transformer",
+        "this is an AutoencoderKL (VAE), not a Z-Image transformer",
+        f"My-Model/transformer/{WEIGHTS})",
         "put the snapshot's own transformer/ here",
     )
 
@@ -179,7 +180,8 @@ def test_weights_of_nothing_known(folder):
     save_file({f"layers.{i}.w": torch.zeros(1) for i in range(9)}, folder / "transformer" / WEIGHTS)
     refuse(
         Snapshot(folder).transformer,
-        f"My-Model/transformer/{WEIGHTS}: these weights don't",
+        f"My-Model/transformer/{WEIGHTS})",
+        "these weights don't",
         "missing x_pad_token",
         "unknown layers.0.w",
         "more",

@@ -107,7 +107,7 @@ def test_wrong_options(options, words, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["-m", "no/such/model"], "no/such/model: there is no such file or folder"),
+        (["-m", "no/such/model"], "error: there is no such file or folder, and it is no repository"),
         (["-o", "image.gif"], "unknown image format '.gif'; use one of .png"),
     ],
 )

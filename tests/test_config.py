@@ -31,7 +31,7 @@ def test_the_published_vae():
 
 def test_dynamic_shifting_needs_its_numbers():
     assert SchedulerConfig.from_dict(SCHEDULER, "s.json").shift == 3.0
-    with pytest.raises(CheckpointError, match="s.json: 'base_shift' is missing"):
+    with pytest.raises(CheckpointError, match="'base_shift' is missing"):
         SchedulerConfig.from_dict({**SCHEDULER, "use_dynamic_shifting": True}, "s.json")
 
 

@@ -197,7 +197,7 @@ def test_weights_stay_mapped_and_packed(tmp_path):
 def refused(path: Path, kind: str = "transformer") -> str:
     with pytest.raises(CheckpointError) as error:
         open_component(path, kind).build(dtype=torch.float32)
-    assert str(error.value).startswith(str(path))
+    assert str(error.value).endswith(f" ({path})")
     return str(error.value)
 
 

@@ -70,6 +70,8 @@ def close(found: Tensor, expected: Tensor) -> bool:
         "model.diffusion_model.",
         "base_model.model.",
         "base_model.model.transformer.",
+        "_orig_mod.",
+        "base_model.model._orig_mod.",
     ],
 )
 @pytest.mark.parametrize(
@@ -106,7 +108,9 @@ def test_dotted_dialects(tmp_path, transformer, shapes, start, down, up, module,
     assert close(found, expected)
 
 
-@pytest.mark.parametrize("start", ["lora_unet_", "lora_transformer_", "lycoris_", ""])
+@pytest.mark.parametrize(
+    "start", ["lora_unet_", "lora_transformer_", "lycoris_", "", "lora_unet__orig_mod_", "lora_prior_unet_"]
+)
 @pytest.mark.parametrize(
     "module, parameter",
     [
@@ -140,6 +144,13 @@ def test_underscored_dialects(tmp_path, shapes, start, module, parameter):
         "text_encoders.qwen3_4b.transformer.model.layers.1.self_attn.q_proj",
         "text_encoder.model.layers.1.self_attn.q_proj",
         "text_encoder.layers.1.self_attn.q_proj",
+        "text_encoders.transformer.model.layers.1.self_attn.q_proj",
+        "text_encoders._orig_mod.model.layers.1.self_attn.q_proj",
+        "qwen3_4b.transformer.model.layers.1.self_attn.q_proj",
+        "lora_te3_model_layers_1_self_attn_q_proj",
+        "lora_te__orig_mod_model_layers_1_self_attn_q_proj",
+        "te.model.layers.1.self_attn.q_proj",
+        "clip.layers.1.self_attn.q_proj",
     ],
 )
 def test_text_encoder_dialects(tmp_path, text_encoder, shapes, module):

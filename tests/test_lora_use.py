@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -176,7 +177,7 @@ def refusal(tmp_path: Path, shapes, tensors: dict[str, Tensor], metadata: dict[s
     path = saved(tmp_path, tensors, metadata)
     with pytest.raises(CheckpointError) as error:
         lora.open_lora(path, shapes)
-    assert str(error.value).startswith(f"{path}: ")
+    assert str(error.value).endswith(f" ({path})")
     return str(error.value)
 
 
@@ -218,3 +219,44 @@ def test_a_model_is_no_lora(tmp_path, shapes):
 
 def test_unknown_keys_only(tmp_path, shapes):
     assert "no key of this LoRA belongs to this model" in refusal(tmp_path, shapes, {"a.lora_A.weight": random(2, 2)})
+
+
+# Values that would come back as the model's fault
+
+
+@pytest.mark.parametrize("part", ["lora_A.weight", "lora_B.weight", "alpha", "diff_b"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_values_that_are_not_finite_are_named_when_read(tmp_path, shapes, part, value):
+    tensors = {
+        "layers.0.attention.to_q.lora_A.weight": torch.ones(2, 192),
+        "layers.0.attention.to_q.lora_B.weight": torch.ones(192, 2),
+        "layers.0.attention.to_q.alpha": torch.tensor(2.0),
+        "final_layer.linear.diff_b": torch.ones(64),
+    }
+    key = next(key for key in tensors if key.endswith(part))
+    tensors[key].view(-1)[-1] = value
+    assert f"{key} of this LoRA holds values that are not finite" in refusal(tmp_path, shapes, tensors)
+
+
+@pytest.mark.parametrize("strength", [math.nan, math.inf])
+def test_a_strength_that_is_not_finite_is_refused(strength):
+    with pytest.raises(ValueError, match="^strength is (nan|inf), expected a finite number"):
+        lora.checked_strength(strength)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"lora_A.weight": (0, 192), "lora_B.weight": (192, 0)},
+        {"lokr_w1": (4, 4), "lokr_w2_a": (48, 0), "lokr_w2_b": (0, 48)},
+        {"hada_w1_a": (192, 0), "hada_w1_b": (0, 192), "hada_w2_a": (192, 0), "hada_w2_b": (0, 192)},
+        {"a1.weight": (192, 0), "a2.weight": (0, 192), "b1.weight": (192, 0), "b2.weight": (0, 192)},
+    ],
+)
+def test_rank_0_with_alpha_adds_nothing(tmp_path, transformer, shapes, parts):
+    module = "layers.0.attention.to_q"
+    tensors = {f"{module}.{part}": torch.ones(shape) for part, shape in parts.items()}
+    opened = lora.open_lora(saved(tmp_path, {**tensors, f"{module}.alpha": torch.tensor(8.0)}), shapes)
+    ((target, adapter),) = opened.adapters.items()
+    weight = transformer.get_parameter(target.name)[:192]
+    assert adapter.change(weight, 1.0).abs().max() == 0 and opened.report()

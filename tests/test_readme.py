@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -274,13 +275,14 @@ def test_explained_errors_are_raised():
                 assert words in sources, f"{words!r} of {message!r}"
 
 
-def test_the_library_example_is_the_api():
+def test_the_library_example_is_the_api(tmp_path):
     from zimage_core.pipeline import ZImagePipeline
 
     example = TEXT[ROOT / "docs" / "library.md"].split("```python")[1].split("```")[0]
     example = example.replace("nano/snapshot", str(ROOT / "nano" / "snapshot"))
-    names: dict = {}
-    exec(example.replace("width=128, height=128", "width=32, height=32, steps=1"), names)
+    script = tmp_path / "example.py"
+    script.write_text(example.replace("width=128, height=128", "width=32, height=32, steps=1"), encoding="utf-8")
+    names = runpy.run_path(str(script))
     assert names["image"].shape == (1, 3, 32, 32)
     assert isinstance(names["pipe"], ZImagePipeline)
 

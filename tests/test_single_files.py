@@ -108,7 +108,7 @@ def cached(root: Path, *revisions: str) -> Path:
 
 def test_a_hugging_face_cache(tmp_path):
     folder = cached(tmp_path, "aaaa", "bbbb")
-    with pytest.raises(CheckpointError, match=r"snapshots: expected one revision, found aaaa, bbbb"):
+    with pytest.raises(CheckpointError, match=r"expected one revision, found aaaa, bbbb;.*snapshots\)$"):
         open_component(folder, "vae")
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("bbbb\n")
@@ -139,14 +139,14 @@ def test_a_pipeline_of_single_files_draws_the_same_image(tmp_path):
 
 def test_one_unknown_key_is_an_error_that_names_it(tmp_path):
     save_file({**native("vae"), "decoder.extra.weight": torch.ones(1)}, tmp_path / "m.safetensors", metadata("vae"))
-    with pytest.raises(CheckpointError, match=r"m\.safetensors.*unknown decoder\.extra\.weight"):
+    with pytest.raises(CheckpointError, match=r"unknown decoder\.extra\.weight.*m\.safetensors\)$"):
         open_component(tmp_path / "m.safetensors", "vae").build()
 
 
 def test_a_single_file_has_turbos_schedule_and_no_tokenizer(tmp_path):
     save_file(native("vae"), tmp_path / "m.safetensors", metadata("vae"))
     assert schedule_of(tmp_path / "m.safetensors").shift == 3.0
-    with pytest.raises(CheckpointError, match=r"m\.safetensors: a single file holds no tokenizer; name a snapshot"):
+    with pytest.raises(CheckpointError, match=r"a single file holds no tokenizer; name a snapshot.*m\.safetensors\)$"):
         open_tokenizer(tmp_path / "m.safetensors")
     assert schedule_of(NANO / "transformer") == schedule_of(NANO)
 
@@ -183,7 +183,7 @@ def refusal(tmp_path: Path, kind: str, tensors: dict[str, tuple[int, ...]]) -> s
     with pytest.raises(CheckpointError) as error:
         open_component(path, kind)
     message = str(error.value)
-    assert message.startswith(str(path))
+    assert message.endswith(f" ({path})")
     return message
 
 
@@ -288,5 +288,5 @@ def test_a_damaged_config_in_the_metadata(tmp_path):
 
 
 def test_no_such_file(tmp_path):
-    with pytest.raises(CheckpointError, match=r"nowhere\.safetensors: there is no such file or folder"):
+    with pytest.raises(CheckpointError, match=r"there is no such file or folder.*nowhere\.safetensors\)$"):
         open_component(tmp_path / "nowhere.safetensors", "vae")

@@ -18,6 +18,7 @@ from torch import Tensor
 from .errors import CheckpointError
 from .hub import download
 from .hub.download import Progress, Repository
+from .model.tokenizer import without_halves
 from .pipeline import ZImagePipeline
 from .prompts.cache import PromptCache
 from .weights.snapshot import open_component
@@ -164,7 +165,7 @@ def _downloaded(args: argparse.Namespace) -> Path:
         repository = Repository.parse(args.model)
     except ValueError:
         raise CheckpointError(
-            f"{args.model}: there is no such file or folder, and it is no repository (Org/Name or Org/Name@revision)"
+            "there is no such file or folder, and it is no repository (Org/Name or Org/Name@revision)", args.model
         ) from None
     needed = [kind for kind in ("transformer", "text_encoder", "vae") if getattr(args, kind) is None]
     root = _models_folder() / "zimage"
@@ -210,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
         "generate", help="make an image", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = command.add_argument
-    add("prompt", help="what to show")
+    add("prompt", type=without_halves, help="what to show")
     add(
         "-m",
         "--model",
@@ -235,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--height", type=_size, help="pixels, divisible by 16; default: the model's own size")
     add("-s", "--steps", type=_positive, default=8, help="model evaluations: 8 for Turbo, 28-50 for Base")
     add("-g", "--guidance-scale", type=_guidance, default=0.0, help="0 = off (Turbo), 3-5 for Base (= CFG - 1)")
-    add("--negative-prompt", help="what to avoid; needs guidance")
+    add("--negative-prompt", type=without_halves, help="what to avoid; needs guidance")
     add("--seed", type=_seed, help="whole number from 0; random if left out")
     add(
         "--prompt-cache",

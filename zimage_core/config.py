@@ -70,11 +70,11 @@ class TransformerConfig:
             patch_size=patch_sizes[0],
         )
         if config.dim % config.n_heads:
-            raise CheckpointError(f"{source}: dim {config.dim} is not divisible by n_heads {config.n_heads}")
+            raise CheckpointError(f"dim {config.dim} is not divisible by n_heads {config.n_heads}", source)
         if sum(config.axes_dims) != config.head_dim or any(d % 2 for d in config.axes_dims):
             raise CheckpointError(
-                f"{source}: axes_dims {list(config.axes_dims)} must be even and add up to "
-                f"dim / n_heads = {config.head_dim}"
+                f"axes_dims {list(config.axes_dims)} must be even and add up to dim / n_heads = {config.head_dim}",
+                source,
             )
         return config
 
@@ -150,10 +150,14 @@ class VAEConfig:
             shift_factor=_number(raw, source, "shift_factor", float),
             sample_size=_number(raw, source, "sample_size"),
         )
+        for key, value in (("in_channels", config.in_channels), ("out_channels", config.out_channels)):
+            if value != 3:
+                raise CheckpointError(f"{key} is {value}, expected 3: red, green and blue", source)
         if any(channels % config.norm_num_groups for channels in config.block_out_channels):
             raise CheckpointError(
-                f"{source}: norm_num_groups {config.norm_num_groups} must divide each of "
-                f"block_out_channels {list(config.block_out_channels)}"
+                f"norm_num_groups {config.norm_num_groups} must divide each of "
+                f"block_out_channels {list(config.block_out_channels)}",
+                source,
             )
         return config
 
@@ -179,7 +183,7 @@ class SchedulerConfig:
         _expect({"shift_terminal": None, **raw}, source, "shift_terminal", (None,))
         dynamic = _value(raw, source, "use_dynamic_shifting")
         if not isinstance(dynamic, bool):
-            raise CheckpointError(f"{source}: use_dynamic_shifting is {dynamic!r}, expected true or false")
+            raise CheckpointError(f"use_dynamic_shifting is {dynamic!r}, expected true or false", source)
         # Published files leave the four numbers out while they are unused; then diffusers' defaults apply.
         unused = {} if dynamic else {"base_shift": 0.5, "max_shift": 1.15}
         unused |= {} if dynamic else {"base_image_seq_len": 256, "max_image_seq_len": 4096}
@@ -199,7 +203,7 @@ class SchedulerConfig:
 
 def _value(raw: Mapping[str, Any], source: str, key: str) -> Any:
     if key not in raw:
-        raise CheckpointError(f"{source}: {key!r} is missing; the file is incomplete or belongs to another model")
+        raise CheckpointError(f"{key!r} is missing; the file is incomplete or belongs to another model", source)
     return raw[key]
 
 
@@ -207,7 +211,7 @@ def _expect(raw: Mapping[str, Any], source: str, key: str, allowed: tuple[Any, .
     value = _value(raw, source, key)
     if value not in allowed:
         expected = " or ".join(repr(choice) for choice in allowed)
-        raise CheckpointError(f"{source}: {key} is {value!r}, expected {expected}; this is not a Z-Image component")
+        raise CheckpointError(f"{key} is {value!r}, expected {expected}; this is not a Z-Image component", source)
 
 
 def _number(raw: Mapping[str, Any], source: str, key: str, kind: type = int) -> Any:
@@ -216,7 +220,7 @@ def _number(raw: Mapping[str, Any], source: str, key: str, kind: type = int) -> 
     fits = is_number and (0 < value < MOST if kind is int else True)
     if not fits or kind(value) != value:
         wanted = f"a positive whole number below {MOST}" if kind is int else "a number"
-        raise CheckpointError(f"{source}: {key} is {value!r}, expected {wanted}")
+        raise CheckpointError(f"{key} is {value!r}, expected {wanted}", source)
     return kind(value)
 
 
@@ -224,5 +228,5 @@ def _numbers(raw: Mapping[str, Any], source: str, key: str, count: int | None = 
     values = _value(raw, source, key)
     if not isinstance(values, (list, tuple)) or not values or (count is not None and len(values) != count):
         wanted = "a list" if count is None else f"a list of {count}"
-        raise CheckpointError(f"{source}: {key} is {values!r}, expected {wanted} whole numbers")
+        raise CheckpointError(f"{key} is {values!r}, expected {wanted} whole numbers", source)
     return tuple(_number({key: value}, source, key) for value in values)

@@ -145,7 +145,9 @@ class ZImagePipeline:
         if self._unread is not None:
             shapes["text_encoder"] = self._unread.shapes
         before = stamps(path for path, _ in files)
-        opened = [(lora_files.open_lora(path, shapes), strength) for path, strength in files]
+        opened = [
+            (lora_files.open_lora(path, shapes), lora_files.checked_strength(strength)) for path, strength in files
+        ]
         for kind, model in self._networks().items():
             lora_apply.remove(model, self._plain.pop(kind, {}))
             self._plain[kind] = lora_apply.add(model, kind, opened)
@@ -350,7 +352,7 @@ class UnreadEncoder:
         """Raises CheckpointError if the files are no longer those that were opened."""
         if stamps(self._component.files.paths) != self.identity["files"]:
             raise CheckpointError(
-                f"{self._component.source}: the file has changed since it was opened; open the pipeline again"
+                "the file has changed since it was opened; open the pipeline again", self._component.source
             )
         return self._component.build(device=self._device, dtype=self._dtype)
 

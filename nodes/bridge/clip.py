@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import math
 import threading
@@ -15,25 +16,24 @@ import comfy.model_management as mm
 import comfy.ops
 import comfy.sd
 import comfy.supported_models_base
-import comfy.text_encoders
 import torch
 from torch import nn
 
 from ...zimage_core.diagnostics.finite import not_finite
 from ...zimage_core.errors import CheckpointError
 from ...zimage_core.model.text_encoder import LAYER, TextEncoder
-from ...zimage_core.model.tokenizer import Tokenizer
+from ...zimage_core.model.tokenizer import Tokenizer, without_halves
 from ...zimage_core.prompts.cache import Stamp, stamps
 from ...zimage_core.weights.component import Component
 from ...zimage_core.weights.snapshot import open_component, open_tokenizer, snapshot_folder
 from . import files as bridge_files
-from . import layers, prompts, quantized, quantized_patcher
+from . import layers, lora, prompts, quantized, quantized_patcher
 
 logger = logging.getLogger(__name__)
 
 NAME = "qwen3_4b"  # ComfyUI's name for this encoder: key of its tokens, prefix of its parameters, so LoRA files fit
 # the tokenizer that comes with ComfyUI: Qwen's, whose ids are those of Qwen3 for every text
-QWEN_TOKENIZER = Path(next(iter(comfy.text_encoders.__path__))) / "qwen25_tokenizer"
+QWEN_TOKENIZER = Path(inspect.getfile(comfy.sd)).with_name("text_encoders") / "qwen25_tokenizer"
 _reading = threading.RLock()  # ComfyUI may run nodes in several threads
 
 
@@ -156,6 +156,7 @@ class HostTokenizer:
 
         llama_template: another chat template with one {}, as some stock nodes pass it.
         """
+        text = without_halves(text)
         if llama_template is None:
             ids = self.tokenizer(text)
         else:
@@ -245,7 +246,7 @@ def _read_weights(
     encoder: TextEncoder, component: Component, dtype: torch.dtype, names: list[str], files: list[Stamp]
 ) -> None:
     if stamps(component.files.paths) != files:
-        raise CheckpointError(f"{component.source}: the file has changed since it was opened; queue the prompt again")
+        raise CheckpointError("the file has changed since it was opened; queue the prompt again", component.source)
     for name in names:
         path = name.rpartition(".")[0]
         tensor = component.tensor(name, component.shapes[name], dtype=dtype)
@@ -272,6 +273,7 @@ def encode(clip: comfy.sd.CLIP, text: str, cached: bool = True) -> list[Any]:
         return _conditioning(known)
     conditioning = clip.encode_from_tokens_scheduled(tokens)
     if any(isinstance(cond, torch.Tensor) and not cond.isfinite().all() for cond, _ in conditioning):
+        lora.check_patches(clip.patcher)
         # as ComfyUI computes every text encoder, so there is no safer way
         raise not_finite("the text encoder", "float32 with plain attention", text_encoder=clip.cond_stage_model)
     if key is None:

@@ -16,6 +16,12 @@ from ...zimage_core.hub.download import Progress, Repository
 HOW = "Switch `download` on in this node and queue again: it is then fetched into that folder."
 
 
+def typed(repository: str | None) -> str:
+    """What was typed in; nothing where an API client sent null, of which ComfyUI makes "None"."""
+    text = (repository or "").strip()
+    return "" if text in ("None", "null", "undefined") else text
+
+
 def repository_of(choice: str, repository: str) -> Repository | None:
     """The repository that is meant: the one that was typed in, or the one whose folder name was chosen."""
     if repository.strip():

@@ -15,7 +15,7 @@ from comfy.cli_args import args
 
 from ...zimage_core.errors import CheckpointError
 from ...zimage_core.hub.download import KNOWN, Repository, is_complete
-from ...zimage_core.weights.snapshot import snapshot_folder
+from ...zimage_core.weights.snapshot import one_of_each_set, parts_of, snapshot_folder
 from ...zimage_core.weights.specs import SPECS
 from . import download as bridge_download
 
@@ -53,6 +53,7 @@ def model_choices(component: str) -> list[str]:
 
 def model_path(choice: str, component: str, repository: str = "", download: bool = False) -> Path:
     """The folder or file behind an entry of `model_choices`, or of a repository of the hub (Org/Name@revision)."""
+    repository = bridge_download.typed(repository)
     if choice == NANO and not repository.strip():
         return NANO_FOLDER
     path = _snapshots().get(choice) if not repository.strip() else None
@@ -92,8 +93,8 @@ _downloaded: dict[tuple[Path, str], list[tuple[str, int, int]]] = {}
 
 def _stamps(path: Path, component: str) -> list[tuple[str, int, int]]:
     folder = snapshot_folder(path)
-    if folder is None:
-        return [_stamp(path)]
+    if folder is None:  # a file, with all of its set, or the folder of one component
+        return [_stamp(file) for file in (sorted(path.iterdir()) if path.is_dir() else parts_of(path))]
     entries = (
         entry
         for part, pattern in SPECS[component].reads.items()
@@ -155,7 +156,7 @@ def _names(kind: str, suffixes: tuple[str, ...] = FILE_SUFFIXES) -> list[str]:
             for folder, _, files in os.walk(root, onerror=lambda error: _skip(error.filename, error), followlinks=True)
             for name in files
         }
-    return [name for name in sorted(names) if name.lower().endswith(suffixes) and _is_text(name, kind)]
+    return one_of_each_set(name for name in names if name.lower().endswith(suffixes) and _is_text(name, kind))
 
 
 def _snapshots() -> dict[str, Path]:

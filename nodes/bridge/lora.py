@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -127,6 +129,8 @@ def add_lora(
     model: ModelPatcher, clip: comfy.sd.CLIP | None, name: str, strength: float, strength_clip: float
 ) -> tuple[ModelPatcher, comfy.sd.CLIP | None, str]:
     """(MODEL, CLIP, report) with the file on top; the inputs stay as they are."""
+    for label, value in (("strength", strength), ("strength_clip", strength_clip)):
+        lora_files.checked_strength(value, f"`{label}`")
     # our encoder's weights may still be in the file, where they stay
     with getattr(clip and clip.cond_stage_model, "names_suffice", nullcontext)():
         return _add_lora(model, clip, name, strength, strength_clip)
@@ -178,6 +182,30 @@ def _patch(patcher: ModelPatcher, opened: lora_files.Lora, component: str, stren
         patcher.add_callback_with_key(moment, ATTACHMENT, call)
 
 
+def check_patches(patcher: ModelPatcher) -> None:
+    """Raises ValueError if what a node added to the weights is not finite: the model is not at fault then.
+
+    Looks at every value of every patch; for when a result is bad.
+    """
+    for key, patches in patcher.patches.items():
+        for strength, patch, strength_model, *_ in patches:
+            for part in _parts((strength, strength_model, getattr(patch, "weights", patch))):
+                if not (part.float().isfinite().all() if isinstance(part, Tensor) else math.isfinite(part)):
+                    raise ValueError(
+                        f"What a LoRA or another node adds to {key} is not finite (NaN or infinite), in its values or "
+                        "its strength. The model is not at fault: remove that LoRA, or set its strength to a number."
+                    )
+
+
+def _parts(patch: Any) -> Iterator[Any]:
+    """The tensors and numbers in nested tuples and lists."""
+    if isinstance(patch, (tuple, list)):
+        for part in patch:
+            yield from _parts(part)
+    elif isinstance(patch, (Tensor, float, int)) and not getattr(patch, "is_meta", False):
+        yield patch
+
+
 def _taken(patcher: ModelPatcher, key: str) -> HostAdapter:
     """What we have put on a weight before, which is taken off the patcher to be put on again with more."""
     patches = patcher.patches.get(key, [])
@@ -189,7 +217,7 @@ def _taken(patcher: ModelPatcher, key: str) -> HostAdapter:
 
 def _waiting(opened: lora_files.Lora) -> list[str]:
     """The keys for the text encoder that found none."""
-    return [key for key in opened.left if key.startswith(("lora_te", "text_encoder"))]
+    return [key for key in opened.left if lora_files.for_text_encoder(key)]
 
 
 def _overlap(opened: lora_files.Lora, other: lora_files.Lora, weights: dict[str, Tensor]) -> str:

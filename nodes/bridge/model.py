@@ -30,7 +30,7 @@ from ...zimage_core.model.transformer import Captions, ZImageTransformer
 from ...zimage_core.sampling.loop import model_time, velocity
 from ...zimage_core.weights.component import Component
 from ...zimage_core.weights.snapshot import ModelSource, open_model
-from . import attention, files, folders, layers, quantized, quantized_patcher
+from . import attention, borders, files, folders, layers, quantized, quantized_patcher
 
 try:  # ComfyUI's kernel package; older ones lack these two
     from comfy_kitchen import rms_rope, rms_rope1
@@ -114,7 +114,7 @@ class HostTransformer(ZImageTransformer):
 
     def _velocity(self, x, timesteps, context, num_tokens=None, attention_mask=None, **kwargs):
         options = kwargs.get("transformer_options", {})
-        self._check(context, kwargs)
+        self._check(x, context, kwargs)
         height, width = x.shape[-2:]
         patch = self.config.patch_size
         if height % patch or width % patch:
@@ -132,7 +132,10 @@ class HostTransformer(ZImageTransformer):
         )
         return velocity(out)[:, :, :height, :width]
 
-    def _check(self, context: Tensor, conds: dict[str, Any]) -> None:
+    def _check(self, x: Tensor, context: Tensor, conds: dict[str, Any]) -> None:
+        latent = ("batch", self.config.in_channels, "height/8", "width/8")
+        borders.checked("The latent", x, latent, "Z-Image makes images: start from EmptySD3LatentImage.")
+        borders.checked("The prompt", context, borders.FEATURES, "Encode it anew.")
         if context.shape[-1] != self.config.cap_feat_dim:
             raise ValueError(
                 f"The prompt was encoded with a width of {context.shape[-1]}, this model expects "

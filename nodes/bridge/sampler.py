@@ -20,6 +20,7 @@ from ...zimage_core.diagnostics import finite
 from ...zimage_core.diagnostics.finite import NotFinite
 from ...zimage_core.sampling.loop import guided_velocity, guides_at
 from . import attention as bridge_attention
+from . import borders, lora
 
 
 class ZImageGuider(comfy.samplers.CFGGuider):
@@ -110,6 +111,8 @@ def _check_conditioning(model, name: str, conditioning: list) -> None:
         raise ValueError(f"`{name}` holds no prompt. Connect a Z-Image Text Encode node to it.")
     expected = model.model.diffusion_model.cap_embedder[1].in_features  # the native Z-Image names it so, too
     for features, _ in conditioning:
+        if features is not None:
+            borders.checked(f"The prompt in `{name}`", features, borders.FEATURES, "Encode it anew.")
         if features is not None and features.shape[-1] != expected:
             raise ValueError(
                 f"`{name}` was encoded with a width of {features.shape[-1]}, this MODEL expects {expected}. "
@@ -166,7 +169,7 @@ def run(
         return _run(guider, latents, sigmas, seed, latent)
     except NotFinite as error:
         stage = str(error)
-    _check_finite(guider, latents)
+    _check_finite(guider, latents, latent)
     safe: Any = guider.safe()
 
     def compute() -> Tensor:
@@ -227,9 +230,9 @@ def _check_captions(guider: ZImageGuider) -> None:
                 raise NotFinite("text features for step 1")
 
 
-def _check_finite(guider: ZImageGuider, latents: Tensor) -> None:
+def _check_finite(guider: ZImageGuider, latents: Tensor, latent: dict[str, Any]) -> None:
     """Raises ValueError if what came in is at fault."""
-    given = [("latent_image", latents)]
+    given = [("latent_image", latents), ("noise_mask of latent_image", latent.get("noise_mask"))]
     given += [(name, cond.get("cross_attn")) for name, conds in guider.original_conds.items() for cond in conds]
     for name, values in given:
         if values is not None and not values.isfinite().all():
@@ -237,3 +240,4 @@ def _check_finite(guider: ZImageGuider, latents: Tensor) -> None:
                 f"`{name}` holds {finite.WHAT}: what is connected to it is at fault, not the sampling. Make it with "
                 "the nodes of this pack, which look for the reason."
             )
+    lora.check_patches(guider.model_patcher)

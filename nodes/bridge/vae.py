@@ -28,7 +28,7 @@ from ...zimage_core.diagnostics.finite import NotFinite
 from ...zimage_core.model import vae_bands
 from ...zimage_core.model.vae import AutoencoderKL
 from ...zimage_core.weights.snapshot import open_component
-from . import files
+from . import borders, files
 
 LOW_MEMORY = ("auto", "on", "off")
 
@@ -56,10 +56,13 @@ class HostAutoencoder(AutoencoderKL):
 
     def decode(self, raw_latents: Tensor) -> Tensor:
         cell = self.config.downscale
+        expected = ("batch", self.config.latent_channels, "height/8", "width/8")
+        borders.checked("The latent", raw_latents, expected, "It is of another model, or of no image.")
         shape = (len(raw_latents), 3, *(side * cell for side in raw_latents.shape[-2:]))
         return self._run("decode", raw_latents, shape)
 
     def encode(self, image: Tensor) -> Tensor:
+        borders.checked("The image", image, ("batch", 3, "height", "width"), "The VAE takes red, green and blue.")
         return self._run("encode", image, tuple(image.shape))
 
     def _run(self, call: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -189,7 +192,8 @@ def decode(vae: comfy.sd.VAE, latents: Tensor, low_memory: str = "auto", safe_re
         )
 
     def compute(vae: comfy.sd.VAE) -> Tensor:
-        return _checked(_for_one_call(vae, low_memory).decode(latents), "decoding (VAE)")
+        images = _checked(_for_one_call(vae, low_memory).decode(latents), "decoding (VAE)")
+        return borders.checked("What this VAE makes", images, borders.IMAGE, "Decode with Z-Image's (Flux 1's) VAE.")
 
     return _finite(vae, latents, compute, safe_retry)
 
@@ -205,8 +209,8 @@ def _finite(vae: comfy.sd.VAE, given: Tensor, compute: Callable[[comfy.sd.VAE], 
     except NotFinite as error:
         stage = str(error)
     if not given.isfinite().all():
-        what = "latents" if "decoding" in stage else "images"
-        raise ValueError(f"The {what} that came in hold {finite.WHAT}: what made them is at fault, not the VAE.")
+        what = "latents in `samples`" if "decoding" in stage else "images in `pixels`"
+        raise ValueError(f"The {what} hold {finite.WHAT}: what made them is at fault, not the VAE.")
     dtype = getattr(vae, "vae_dtype", torch.float32)
     return finite.again(
         stage,

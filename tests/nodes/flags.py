@@ -120,7 +120,7 @@ def start(flags: list[str]) -> None:
     if not args.cpu:
         mm.get_torch_device = lambda: DEVICE
         mm.get_free_memory = lambda *_: two_devices.PLENTY
-        mm.supports_fp8_compute = lambda _device=None: args.supports_fp8_compute
+        mm.supports_fp8_compute = lambda device=None: args.supports_fp8_compute
     mm.load_models_gpu = lambda *_, **__: None
 
 

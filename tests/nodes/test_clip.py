@@ -27,7 +27,15 @@ def encode(clip, text: str = TEXT) -> torch.Tensor:
     return features
 
 
-@pytest.mark.parametrize("text", [TEXT, "", "一只猫坐在窗台上 🐈", "(very:1.3) [odd] {braces} embedding:none \\(x\\)"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        TEXT,
+        "",
+        "\u4e00\u53ea\u732b\u5750\u5728\u7a97\u53f0\u4e0a 🐈",
+        "(very:1.3) [odd] {braces} embedding:none \\(x\\)",
+    ],
+)
 def test_features_are_the_cores(clip, text):
     features = encode(clip, text)
     (core,) = ZImagePipeline.from_pretrained(NANO).encode_prompts([text])

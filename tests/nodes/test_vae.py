@@ -119,10 +119,11 @@ def test_a_batch_that_does_not_fit_goes_in_bands(pack, vae, in_bands, monkeypatc
 
 
 def test_another_vae_can_not_be_forced(pack, samples):
-    other = SimpleNamespace(latent_channels=16, first_stage_model=torch.nn.Identity(), decode=lambda latents: latents)
+    images = torch.rand(2, 160, 96, 3)
+    other = SimpleNamespace(latent_channels=16, first_stage_model=torch.nn.Identity(), decode=lambda _: images)
     with pytest.raises(ValueError, match="this VAE is a Identity of another loader"):
         decode(pack, other, samples, low_memory="on")
-    assert decode(pack, other, samples) is samples["samples"]
+    assert decode(pack, other, samples) is images
 
 
 def test_a_vae_that_was_changed_to_tile_is_not_cut_into_bands(pack, vae, samples, in_bands, monkeypatch):

@@ -75,9 +75,9 @@ def take_over(mm) -> None:
     """Makes the fake accelerator the host's device, with `free_on_device` bytes for weights."""
     real = mm.get_free_memory
 
-    def free_memory(device=None, torch_free_too=False):
-        if device is not None and device.type == "cpu":
-            return real(device, torch_free_too)
+    def free_memory(dev=None, torch_free_too=False):
+        if dev is not None and dev.type == "cpu":
+            return real(dev, torch_free_too)
         used = sum(m.model_loaded_memory() for m in mm.current_loaded_models if m.device == DEVICE)
         free = free_on_device - used
         return (free, 0) if torch_free_too else free

@@ -126,9 +126,9 @@ def prompts() -> list[str]:
         "\n",
         "A cat sitting on a windowsill",
         "two red stars on a blue background",
-        "一只坐在窗台上的猫,水墨画风格",
-        "霓虹灯招牌上写着“你好,世界”",
-        "猫とひまわり、浮世絵",
+        "\u4e00\u53ea\u5750\u5728\u7a97\u53f0\u4e0a\u7684\u732b,\u6c34\u58a8\u753b\u98ce\u683c",
+        "\u9713\u8679\u706f\u62db\u724c\u4e0a\u5199\u7740“\u4f60\u597d,\u4e16\u754c”",
+        "\u732b\u3068\u3072\u307e\u308f\u308a\u3001\u6d6e\u4e16\u7d75",
         "кошка на подоконнике, акварель",
         "قطة على حافة النافذة",
         "🐱🪟✨ a cat, 👩‍👩‍👧‍👦 and a flag 🇩🇪",
@@ -144,10 +144,12 @@ def prompts() -> list[str]:
         "don't can't it's we'LL I'M they'd",
         "a" * 300,
         "word " * 600,
-        "长" * 600,
+        "\u957f" * 600,
     ]
     rng = random.Random(0)
-    words = "red green blue star circle photo of a the on background 猫 🐱 ünï .,!?'\"-_ 42 <|im_end|> </think>".split()
+    words = (
+        "red green blue star circle photo of a the on background \u732b 🐱 ünï .,!?'\"-_ 42 <|im_end|> </think>".split()
+    )
     mixed = [" ".join(rng.choices(words, k=rng.randint(1, 40))) for _ in range(120)]
     codes = [*range(0x20, 0x17F), *range(0x400, 0x450), *range(0x4E00, 0x4E80), *range(0x1F600, 0x1F640)]
     noise = ["".join(chr(rng.choice(codes)) for _ in range(rng.randint(1, 60))) for _ in range(96)]

@@ -39,11 +39,14 @@ STAGING = ".download"
 SPARE = 100_000_000  # bytes that must stay free
 POLL = 0.1  # seconds between two looks at how much has arrived; cancelling takes no longer
 SPEED_OVER = 5.0  # seconds that the speed is averaged over
+MIRROR = "or name a mirror of the hub in the environment variable HF_ENDPOINT"
 WORKER = Path(__file__).with_name("worker.py")
 
 
 class DownloadError(CheckpointError):
-    """What went wrong, with the repository's name and what to do. What arrived is kept for the next try."""
+    """What went wrong and what to do, then the repository in parentheses. What arrived is kept for the next try."""
+
+    __module__ = "builtins"
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def missing(repository: Repository, folder: Path, components: Sequence[str], how
     state = f"not complete: {problem(folder, components)}" if os.path.isdir(folder) else "not here"
     revision = f" --revision {repository.revision}" if repository.revision else ""
     return CheckpointError(
-        f"{folder}: the {what} of {repository}{size} {verb} {state}. {how} Nothing is downloaded otherwise. "
+        f"the {what} of {repository}{size} {verb} {state}. {how} Nothing is downloaded otherwise. "
         f"By hand: hf download {repository.name}{revision} --local-dir {folder}"
     )
 
@@ -149,12 +152,12 @@ def fetch(repository: Repository, folder: Path, components: Sequence[str], callb
     stays in `folder/.download` and the next call goes on from there.
     """
     staging = folder / STAGING
-    listing = _listing(repository)
+    listing = _listing(repository, staging)
     wanted = [file for file in listing["files"] if any(_is_read(file["path"], kind) for kind in components)]
     for kind in components:
         if not any(file["path"].startswith(f"{kind}/") and file["path"].endswith(".safetensors") for file in wanted):
             raise DownloadError(
-                f"{repository}: it has no {kind}/*.safetensors, so it is no snapshot of Z-Image; check the name"
+                f"it has no {kind}/*.safetensors, so it is no snapshot of Z-Image; check the name", repository
             )
     absent = [file for file in wanted if not _has_size(folder / file["path"], file["size"])]
     total = sum(file["size"] for file in wanted)
@@ -192,22 +195,23 @@ def _check_space(repository: Repository, folder: Path, needed: int) -> None:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise DownloadError(
-            f"{repository}: {folder} can't be written ({error.strerror}); check its permissions"
+            f"{folder} can't be written ({error.strerror}); check its permissions", repository
         ) from error
     if needed + SPARE > free:
         raise DownloadError(
-            f"{repository}: {needed / 1e9:.2f} GB are still to come, but {folder} has {free / 1e9:.2f} GB free; "
-            "make room and try again"
+            f"{needed / 1e9:.2f} GB are still to come, but {folder} has {free / 1e9:.2f} GB free; "
+            "make room and try again",
+            repository,
         )
 
 
-def _listing(repository: Repository) -> dict[str, Any]:
+def _listing(repository: Repository, staging: Path) -> dict[str, Any]:
     with _worker({"do": "list", "repo": repository.name, "revision": repository.revision}) as lines:
         for line in lines:
             if line is not None:
-                _raise(repository, line)
+                _raise(repository, line, staging)
                 return line
-    raise DownloadError(f"{repository}: the download process ended without an answer; try again")
+    raise DownloadError("the download process ended without an answer; try again", repository)
 
 
 def _transfer(
@@ -232,11 +236,11 @@ def _transfer(
                     continue  # it cleans up
                 meter.tell(done + _size(parts[current]), current)
                 continue
-            _raise(repository, line)
+            _raise(repository, line, staging)
             done += waiting.pop(line["done"])
             meter.tell(done, line["done"])
     if waiting:
-        raise DownloadError(f"{repository}: the download process ended early; what arrived is kept, try again")
+        raise DownloadError(f"the download process ended early; {_kept(staging)}try again", repository)
 
 
 class _Meter:
@@ -310,9 +314,15 @@ def _worker(task: dict[str, Any]) -> Iterator[Iterator[dict[str, Any] | None]]:
                 pipe.close()
 
 
-def _raise(repository: Repository, line: dict[str, Any]) -> None:
+def _kept(staging: Path) -> str:
+    """What to say before "try again"."""
+    return "what arrived is kept, " if _arrived(staging) else ""
+
+
+def _raise(repository: Repository, line: dict[str, Any], staging: Path) -> None:
     if "error" not in line:
         return
+    again = f"{_kept(staging)}try again"
     kinds, status, message = set(line["error"]), line["status"], line["message"].splitlines()[0:1]
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     said = f" ({message[0]})" if message else ""
@@ -334,15 +344,15 @@ def _raise(repository: Repository, line: dict[str, Any]) -> None:
     elif "RepositoryNotFoundError" in kinds or status == 404:
         why = f"not found at {endpoint} (404); check the name"
     elif "OfflineModeIsEnabled" in kinds:
-        why = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids downloads; unset it"
+        why = "the environment variable HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids downloads; unset it"
     elif status is not None:
-        why = f"{endpoint} answered with error {status}; what arrived is kept, try again later"
+        why = f"{endpoint} answered with error {status}; {again} later"
     elif any("Timeout" in kind for kind in kinds):
-        why = f"{endpoint} did not answer in time{said}; what arrived is kept, try again"
+        why = f"{endpoint} did not answer in time{said}; {again}, {MIRROR}"
     elif any(
         kind in kinds for kind in ("ConnectError", "ConnectionError", "TransportError", "LocalEntryNotFoundError")
     ):
-        why = f"the connection to {endpoint} failed{said}; what arrived is kept, try again"
+        why = f"the connection to {endpoint} failed{said}; check it and {again}, {MIRROR}"
     else:
-        why = f"the download failed{said}; what arrived is kept, try again"
-    raise DownloadError(f"{repository}: {why}")
+        why = f"the download failed{said}; {again}"
+    raise DownloadError(f"{why}", repository)

@@ -6,6 +6,7 @@ and without the habitual prefixes, so that one table (`key_maps`) serves PEFT, k
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..diagnostics.finite import WHAT
 from ..errors import CheckpointError
 from ..weights import identify, key_maps, packed
 from ..weights.tensor_files import MapFile, TensorFiles, map_safetensors
@@ -52,6 +54,9 @@ SUFFIXES = {
     ".diff_b": "diff_b",
     ".b_norm": "diff_b",
 }
+# ... of the text encoder, as ComfyUI, kohya, OneTrainer and others write it
+TEXT_ENCODER = ("text_encoder_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_te_", "te_", "clip_")
+COMPILED = "_orig_mod"  # a module that torch.compile has put around another
 # what may stand before a module's name, dots already underscores; taken off as often as one fits
 PREFIXES = (
     "base_model_model_",
@@ -61,12 +66,12 @@ PREFIXES = (
     "lora_unet_",
     "lora_transformer_",
     "lycoris_",
-    "text_encoders_qwen3_4b_transformer_",
-    "text_encoders_qwen3_4b_",
-    "text_encoder_",
-    "lora_te1_",
-    "lora_te_",
+    "lora_prior_unet_",
+    "text_encoders_",
+    "qwen3_4b_",
+    *TEXT_ENCODER,
 )
+PIECE = 2**22  # values that are looked at together, so that none of a large file is copied whole
 # modules of other models, dots as underscores -> whose they are
 FOREIGN = (
     ("Flux", r"(double|single)_blocks_\d|single_transformer_blocks_\d"),
@@ -180,8 +185,15 @@ def open_lora(
             _check(path, module, adapter, aimed, shape)
             adapters[aimed] = adapter
     if not adapters:
-        raise CheckpointError(_refusal(path, files))
+        raise CheckpointError(_refusal(files), path)
     return Lora(path, adapters, len(files.entries), tuple(sorted(left)), files.metadata)
+
+
+def checked_strength(strength: float, name: str = "strength") -> float:
+    """Raises ValueError for one that is NaN or infinite, naming it."""
+    if not math.isfinite(strength):
+        raise ValueError(f"{name} is {strength}, expected a finite number: 1 is the LoRA as it was trained")
+    return strength
 
 
 def shapes_of(**models: nn.Module | None) -> dict[str, dict[str, Shape]]:
@@ -201,8 +213,13 @@ def _split(key: str) -> tuple[str, str | None]:
     return key, None
 
 
+def for_text_encoder(key: str) -> bool:
+    """Whether a key says that it is for a text encoder, of whatever model."""
+    return key.replace(".", "_").startswith((*TEXT_ENCODER, "text_encoders_", "qwen3_4b_"))
+
+
 def _normalized(module: str) -> str:
-    name = module.replace(".", "_")
+    name = module.replace(f"{COMPILED}.", "").replace(".", "_").replace(f"{COMPILED}_", "")
     while start := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
         name = name.removeprefix(start)
     return name
@@ -238,22 +255,35 @@ def _adapters(path: Path, group: Mapping[str, str], files: TensorFiles) -> tuple
     made: dict[str, Adapter] = {}
     if "diff_b" in parts:
         parts.remove("diff_b")
-        made[".bias"] = Adapter("diff", {"diff": files.read(group["diff_b"])})
+        made[".bias"] = Adapter("diff", {"diff": _read(files, group["diff_b"])})
     used = {"diff_b"} & set(group)
     if family := next(
         (name for name, entry in FAMILIES.items() if any(set(way) == parts for way in entry.needs)), None
     ):
         used |= parts | (EXTRAS & set(group))
-        tensors = {part: files.read(group[part]) for part in sorted(used - {"diff_b"})}
+        tensors = {part: _read(files, group[part]) for part in sorted(used - {"diff_b"})}
         alpha = tensors.pop("alpha", None)
         if alpha is not None and alpha.numel() != 1:
             raise CheckpointError(
-                f"{path}: {group['alpha']} has shape {list(alpha.shape)}, expected one number; download the file again"
+                f"{group['alpha']} has shape {list(alpha.shape)}, expected one number; download the file again", path
             )
         if family == "OFT" and tensors["oft_blocks"].ndim == 4:
             family = "BOFT"
         made[".weight"] = Adapter(family, tensors, None if alpha is None else float(alpha))
     return made, [key for part, key in group.items() if part not in used]
+
+
+def _read(files: TensorFiles, key: str) -> Tensor:
+    """Raises CheckpointError for values that are not finite: the model would be blamed for them later."""
+    tensor = files.read(key)
+    for piece in tensor.flatten().split(PIECE):
+        values = piece.float() if piece.dtype.itemsize == 1 else piece
+        if values.numel() and not torch.stack(values.aminmax()).isfinite().all():
+            raise CheckpointError(
+                f"{key} of this LoRA holds {WHAT}; download it again, or leave it out: its training failed",
+                files.entries[key].path,
+            )
+    return tensor
 
 
 def _check(path: Path, module: str, adapter: Adapter, target: Target, shape: Shape) -> None:
@@ -270,23 +300,24 @@ def _check(path: Path, module: str, adapter: Adapter, target: Target, shape: Sha
         problem = f"parts that don't fit together or the weight ({str(error).splitlines()[0]})"
     if found != expected:
         raise CheckpointError(
-            f"{path}: {module} has {problem}, but {target.name} of this model has {list(expected)}; "
-            "the LoRA is for a model of another size (Lumina 2, say), choose one made for this model"
+            f"{module} has {problem}, but {target.name} of this model has {list(expected)}; "
+            "the LoRA is for a model of another size (Lumina 2, say), choose one made for this model",
+            path,
         )
 
 
-def _refusal(path: Path, files: TensorFiles) -> str:
+def _refusal(files: TensorFiles) -> str:
     metadata = next((files.metadata[key] for key in METADATA["base model"] if files.metadata.get(key)), None)
     said = f" (its metadata says {metadata!r})" if metadata else ""
     names = {_split(key)[0].replace(".", "_") for key in files.entries}
     for what, pattern in FOREIGN:
         if any(re.search(pattern, name) for name in names):
-            return f"{path}: this is a LoRA for {what}{said}, not for Z-Image; choose one made for Z-Image"
+            return f"this is a LoRA for {what}{said}, not for Z-Image; choose one made for Z-Image"
     if all(_split(key)[1] is None for key in files.entries):
         what = identify.held(files.entries) or "something else"
-        return f"{path}: this is {what}, not a LoRA; choose a LoRA made for Z-Image"
+        return f"this is {what}, not a LoRA; choose a LoRA made for Z-Image"
     examples = ", ".join(sorted(files.entries)[:3])
-    return f"{path}: no key of this LoRA{said} belongs to this model (they begin with {examples}); is it for Z-Image?"
+    return f"no key of this LoRA{said} belongs to this model (they begin with {examples}); is it for Z-Image?"
 
 
 def _part(target: Target) -> str:

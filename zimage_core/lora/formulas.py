@@ -38,11 +38,11 @@ class Adapter:
 
     @property
     def scale(self) -> float:
-        """alpha / rank; 1 without an alpha, or where the family has no rank."""
+        """alpha / rank; 1 without an alpha, or where the family has no rank or it is 0 (then nothing is added)."""
         return self._scaled(self.rank)
 
     def _scaled(self, rank: int | None) -> float:
-        return 1.0 if self.alpha is None or rank is None else self.alpha / rank
+        return self.alpha / rank if self.alpha is not None and rank else 1.0
 
     def axes(self, shape: tuple[int, ...]) -> set[int]:
         """Along which axes of W [*shape] pieces can be changed apart: rows (0), columns (1)."""

@@ -12,6 +12,14 @@ PROMPT_TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 MAX_LENGTH = 512  # tokens, template included (reference `max_sequence_length`)
 
 
+def without_halves(text: str) -> str:
+    """The text, with U+FFFD for each half of a character (a lone surrogate), which no tokenizer takes; it warns."""
+    whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if whole.count("\ufffd") > text.count("\ufffd"):
+        logger.warning("The prompt holds half a character (of an emoji, perhaps), which is read as \ufffd: %.80r", text)
+    return whole
+
+
 class Tokenizer:
     """The snapshot's byte-level BPE behind the chat template."""
 
@@ -25,6 +33,7 @@ class Tokenizer:
         """Ids of the templated prompt, at most `max_length`; a longer prompt loses its end, with a warning."""
         if not isinstance(prompt, str):
             raise TypeError(f"a prompt must be a string, got {type(prompt).__name__}")
+        prompt = without_halves(prompt)
         if max_length < 1:
             raise ValueError(f"max_length is {max_length}, expected at least 1")
         ids: list[int] = self.inner(PROMPT_TEMPLATE.format(prompt), verbose=False)["input_ids"]

@@ -55,8 +55,9 @@ class Component:
         for name in LAYER_COUNTS:  # a network of absurd depth would take forever to build
             if getattr(config, name, 0) > len(self._keys):
                 raise CheckpointError(
-                    f"{self.source}: {name} is {getattr(config, name)} by {config_source}, but there are only "
-                    f"{len(self._keys)} tensors; config and weights are of different models"
+                    f"{name} is {getattr(config, name)} by {config_source}, but there are only "
+                    f"{len(self._keys)} tensors; config and weights are of different models",
+                    self.source,
                 )
 
     @classmethod
@@ -143,7 +144,7 @@ class Component:
         parts = [self.weights.read(key, (shape[0] // len(keys), *shape[1:]), dtype) for key in keys]
         if any(part.shape[1:] != parts[0].shape[1:] for part in parts):
             shapes = ", ".join(f"{key} {list(part.shape)}" for key, part in zip(keys, parts, strict=True))
-            raise CheckpointError(f"{self._file(keys[0])}: shapes don't fit together: {shapes}")
+            raise CheckpointError(f"shapes don't fit together: {shapes}", self._file(keys[0]))
         if len(parts) == 1:
             tensor = parts[0].to(device=device, dtype=dtype)
         else:  # each part is cast into its place, so that nothing is held twice
@@ -162,8 +163,9 @@ class Component:
         if found != expected:
             key = self._keys[self._sources[name][0]]
             raise CheckpointError(
-                f"{self._file(key)}: {key} has shape {list(found)}, expected {list(expected)} by "
-                f"{self.config_source}; config and weights are of different models"
+                f"{key} has shape {list(found)}, expected {list(expected)} by "
+                f"{self.config_source}; config and weights are of different models",
+                self._file(key),
             )
 
     def _check_keys(self, wanted: dict[str, Any]) -> None:
@@ -182,8 +184,9 @@ class Component:
                 if keys
             ]
             raise CheckpointError(
-                f"{self.source}: these weights don't belong to this {self.kind.replace('_', ' ')} "
-                f"({'; '.join(problems)}); check that they are Z-Image's own, and download them again"
+                f"these weights don't belong to this {self.kind.replace('_', ' ')} "
+                f"({'; '.join(problems)}); check that they are Z-Image's own, and download them again",
+                self.source,
             )
         for name in wanted:
             for key in self._sources[name]:

@@ -50,8 +50,9 @@ def cache_converted(
         except OSError as error:
             size = sum(math.prod(component.shapes[name]) * _dtype(component, name, dtypes).itemsize for name in dtypes)
             raise CheckpointError(
-                f"{folder}: the converted weights of {component.source} can't be kept here "
-                f"({error.strerror or error}); they need {size / 1e9:.1f} GB. Make room, or switch off keeping them"
+                f"the converted weights of {component.source} can't be kept here "
+                f"({error.strerror or error}); they need {size / 1e9:.1f} GB. Make room, or switch off keeping them",
+                folder,
             ) from error
     return Component(component.kind, component.config, TensorFiles([path], component.files.map_file))
 

@@ -44,7 +44,7 @@ def read_header(path: Path) -> tuple[dict[str, Place], dict[str, Any]]:
         if cursor.take(4) != MAGIC:
             raise cursor.damaged("it does not begin with GGUF")
         if (version := cursor.number("I")) not in VERSIONS:
-            raise CheckpointError(f"{path}: GGUF version {version}, expected {VERSIONS[0]} or {VERSIONS[1]}; {AGAIN}")
+            raise CheckpointError(f"GGUF version {version}, expected {VERSIONS[0]} or {VERSIONS[1]}; {AGAIN}", path)
         tensors, pairs = cursor.number("Q"), cursor.number("Q")
         metadata: dict[str, Any] = {}
         for _ in range(pairs):
@@ -68,7 +68,7 @@ def _tensor(cursor: _Cursor) -> tuple[str, str, tuple[int, ...], int]:
     number = cursor.number("I")
     if number not in gguf_dequant.BY_NUMBER:
         names = ", ".join(gguf_dequant.TYPES)
-        raise CheckpointError(f"{cursor.path}: {name} has the GGUF type {number}, expected one of {names}")
+        raise CheckpointError(f"{name} has the GGUF type {number}, expected one of {names}", cursor.path)
     return name, gguf_dequant.BY_NUMBER[number], shape, cursor.number("Q")
 
 
@@ -93,7 +93,9 @@ def _places(
         if begin != reached:
             raise cursor.damaged(f"{name} lies at byte {begin}, expected {reached}")
         if end > cursor.size:
-            raise CheckpointError(f"{cursor.path}: truncated, {name} ends at byte {end} of {cursor.size}; {AGAIN}")
+            raise CheckpointError(
+                f"the file is truncated, {name} ends at byte {end} of {cursor.size}; {AGAIN}", cursor.path
+            )
         places[name] = Place(dtype, _original(metadata, name, shape), begin, end)
         reached = -(-end // alignment) * alignment
     if cursor.size > reached:
@@ -119,7 +121,7 @@ class _Cursor:
         self.at = 0
 
     def damaged(self, why: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: the GGUF header is damaged ({why}); {AGAIN}")
+        return CheckpointError(f"the GGUF header is damaged ({why}); {AGAIN}", self.path)
 
     def skip(self, count: int) -> None:
         """Moves on; makes nothing of that length."""
@@ -132,7 +134,7 @@ class _Cursor:
 
     def _advance(self, count: int) -> None:
         if count > self.size - self.at:
-            raise CheckpointError(f"{self.path}: truncated inside the GGUF header; {AGAIN}")
+            raise CheckpointError(f"the file is truncated inside the GGUF header; {AGAIN}", self.path)
         self.at += count
 
     def number(self, form: str) -> Any:

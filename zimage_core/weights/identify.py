@@ -71,13 +71,14 @@ def refusal(component: str, shapes: Shapes, source: str, advice: str = "") -> Ch
     """
     wanted = SPECS[component].noun
     if foreign := foreign_name(shapes):
-        return CheckpointError(f"{source}: this is {foreign[0]}, not {wanted}; {foreign[1]}")
+        return CheckpointError(f"this is {foreign[0]}, not {wanted}; {foreign[1]}", source)
     if found := held(shapes):
-        return CheckpointError(f"{source}: this is {found}, not {wanted}; {advice}")
+        return CheckpointError(f"this is {found}, not {wanted}; {advice}", source)
     examples = ", ".join(list(shapes)[:3])
     return CheckpointError(
-        f"{source}: this is neither {wanted} nor any file that is known here (its keys begin with {examples}); "
-        "check that it is a Z-Image file"
+        f"this is neither {wanted} nor any file that is known here (its keys begin with {examples}); "
+        "check that it is a Z-Image file",
+        source,
     )
 
 

@@ -203,7 +203,7 @@ class Weights:
             dtype = files.entries[key].dtype
             if "weight_scale" in parts:
                 if dtype not in BY_DTYPE:
-                    raise CheckpointError(f"{files.paths[0]}: {key} has a scale, but is stored as {dtype}; {AGAIN}")
+                    raise CheckpointError(f"{key} has a scale, but is stored as {dtype}; {AGAIN}", files.paths[0])
                 self._layers[key] = (BY_DTYPE[dtype], old, parts)
         auxiliary = {part for _, _, parts in self._layers.values() for part in parts.values()}
         auxiliary |= {key for key in keys if key.rpartition(".")[2] in (MARKER, OLD_MARKER)}
@@ -240,9 +240,10 @@ class Weights:
             return self.files.read(key)
         if key in self._layers and packed.format not in FORMATS:
             raise CheckpointError(
-                f"{self.files.entries[key].path}: {key.removesuffix('.weight')} is quantized as {packed.format!r}, "
+                f"{key.removesuffix('.weight')} is quantized as {packed.format!r}, "
                 f"expected one of {', '.join(FORMATS)}, or a newer ComfyUI that knows it; load a bf16, fp16 or fp8 "
-                "version of the model instead"
+                "version of the model instead",
+                self.files.entries[key].path,
             )
         try:
             weight = packed.expand(dtype or DEQUANTIZED)
@@ -253,7 +254,7 @@ class Weights:
             return weight
         except (ValueError, RuntimeError, IndexError) as error:
             raise CheckpointError(
-                f"{self.files.entries[key].path}: {key} ({packed.format}): {str(error).splitlines()[0]}; {AGAIN}"
+                f"{key} ({packed.format}): {str(error).splitlines()[0]}; {AGAIN}", self.files.entries[key].path
             ) from error
 
     def _is_gguf(self, key: str) -> bool:
@@ -285,7 +286,7 @@ class Weights:
                         marked.setdefault(key, (settings if isinstance(settings, dict) else {}, HEADER))
         for key, (_, where) in marked.items():
             if key not in known:
-                raise CheckpointError(f"{self.files.paths[0]}: {key}, which {where} speaks of, is missing; {AGAIN}")
+                raise CheckpointError(f"{key}, which {where} speaks of, is missing; {AGAIN}", self.files.paths[0])
         for key, (settings, where) in marked.items():
             nested = settings.get("params")
             marked[key] = ({**(nested if isinstance(nested, dict) else {}), **settings}, where)
@@ -303,12 +304,13 @@ class Weights:
                 continue
             if missing := [part for part in kind.scales if part not in parts]:
                 raise CheckpointError(
-                    f"{entry.path}: {key} is quantized as {name}, but its {' and '.join(missing)} is missing; {AGAIN}"
+                    f"{key} is quantized as {name}, but its {' and '.join(missing)} is missing; {AGAIN}", entry.path
                 )
             if entry.dtype not in kind.dtypes or len(entry.shape) != 2:
                 raise CheckpointError(
-                    f"{entry.path}: {key} is quantized as {name}, but stored as {entry.dtype} {list(entry.shape)}, "
-                    f"expected a matrix of {kind.dtypes[0]}; {AGAIN}"
+                    f"{key} is quantized as {name}, but stored as {entry.dtype} {list(entry.shape)}, "
+                    f"expected a matrix of {kind.dtypes[0]}; {AGAIN}",
+                    entry.path,
                 )
 
     def check(self, key: str) -> None:
@@ -316,8 +318,9 @@ class Weights:
         entry = self.files.entries[key]
         if key not in self._layers and entry.dtype not in DTYPES and not self._is_gguf(key):
             raise CheckpointError(
-                f"{entry.path}: {key} is stored as {entry.dtype}, expected one of {', '.join(DTYPES)}; "
-                "get a version of the model that is not quantized"
+                f"{key} is stored as {entry.dtype}, expected one of {', '.join(DTYPES)}; "
+                "get a version of the model that is not quantized",
+                entry.path,
             )
 
 
@@ -325,5 +328,5 @@ def _json(files: TensorFiles, key: str, raw: bytes) -> dict[str, Any]:
     try:
         found = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{files.paths[0]}: {key} is damaged ({error}); {AGAIN}") from error
+        raise CheckpointError(f"{key} is damaged ({error}); {AGAIN}", files.paths[0]) from error
     return found if isinstance(found, dict) else {}

@@ -80,9 +80,9 @@ class ComponentSpec:
         try:
             raw = json.loads(stored)
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{source}: the config in the metadata is not JSON ({error})") from error
+            raise CheckpointError(f"the config in the metadata is not JSON ({error})", source) from error
         if not isinstance(raw, dict):
-            raise CheckpointError(f"{source}: the config in the metadata is not a JSON object")
+            raise CheckpointError("the config in the metadata is not a JSON object", source)
         return self.config.from_dict(raw, f"{source}, metadata")
 
 
@@ -96,14 +96,16 @@ def _transformer_config(shapes: Shapes, source: str) -> TransformerConfig:
     (cap_feat_dim,) = _shape(shapes, "cap_embedder.0.weight", 1, source)
     if dim == 2304:
         raise CheckpointError(
-            f"{source}: this is Lumina 2 (width 2304), not a Z-Image transformer; it can't be used here; load it with "
-            "the nodes of that model"
+            "this is Lumina 2 (width 2304), not a Z-Image transformer; it can't be used here; load it with "
+            "the nodes of that model",
+            source,
         )
     if head_dim != sum(PUBLISHED_TRANSFORMER["axes_dims"]) or dim % head_dim or patch_dim % 4:
         raise CheckpointError(
-            f"{source}: a transformer of width {dim} with heads of {head_dim} is no published Z-Image; use its "
+            f"a transformer of width {dim} with heads of {head_dim} is no published Z-Image; use its "
             "snapshot folder, or store its config.json in the file's metadata as "
-            f"{CONFIG_KEY.format(component='transformer')!r}"
+            f"{CONFIG_KEY.format(component='transformer')!r}",
+            source,
         )
     return TransformerConfig(
         dim=dim,
@@ -125,33 +127,47 @@ def _text_encoder_config(shapes: Shapes, source: str) -> TextEncoderConfig:
     if hidden != published.hidden_size or layers not in (published.num_hidden_layers, published.num_hidden_layers - 1):
         size = {1024: " (Qwen3-0.6B)", 2048: " (Qwen3-1.7B)", 4096: " (Qwen3-8B)", 5120: " (Qwen3-14B)"}.get(hidden, "")
         raise CheckpointError(
-            f"{source}: a text encoder of width {hidden} with {layers} layers{size}; Z-Image needs Qwen3-4B "
-            f"(width {published.hidden_size}, {published.num_hidden_layers} layers)"
+            f"a text encoder of width {hidden} with {layers} layers{size}; Z-Image needs Qwen3-4B "
+            f"(width {published.hidden_size}, {published.num_hidden_layers} layers)",
+            source,
         )
     return published
 
 
 def _vae_config(shapes: Shapes, source: str) -> VAEConfig:
     """shapes: by our names (those of `ae.safetensors`)."""
+    _check_half(shapes, "decoder", source)
     top, latent_channels, *_ = _shape(shapes, "decoder.conv_in.weight", 4, source)
     if latent_channels != 16:
         whose = {4: "Stable Diffusion's", 32: "Flux 2's"}.get(latent_channels, "another model's")
         raise CheckpointError(
-            f"{source}: this VAE has {latent_channels} latent channels ({whose}); Z-Image needs the one with 16, "
-            "Flux 1's ae.safetensors"
+            f"this VAE has {latent_channels} latent channels ({whose}); Z-Image needs the one with 16, "
+            "Flux 1's ae.safetensors",
+            source,
+        )
+    _check_half(shapes, "encoder", source)
+    taken = _shape(shapes, "encoder.conv_in.weight", 4, source)[1]
+    made = _shape(shapes, "decoder.conv_out.weight", 4, source)[0]
+    if (taken, made) != (3, 3):
+        raise CheckpointError(
+            f"this VAE takes images of {taken} channels and makes images of {made}, expected 3 and 3; "
+            "Z-Image needs Flux 1's ae.safetensors, not one that upscales or has transparency",
+            source,
         )
     levels = _count(shapes, "encoder.down.")
+    _shape(shapes, "encoder.down.0.block.0.conv2.weight", 4, source)
     widths = tuple(
         _shape(shapes, f"encoder.down.{level}.block.0.conv2.weight", 4, source)[0] for level in range(levels)
     )
     if widths[-1] != top or any(width % PUBLISHED_VAE["norm_num_groups"] for width in widths):
         raise CheckpointError(
-            f"{source}: a VAE of widths {list(widths)} is not Z-Image's; use its snapshot folder, or store its "
-            f"config.json in the file's metadata as {CONFIG_KEY.format(component='vae')!r}"
+            f"a VAE of widths {list(widths)} is not Z-Image's; use its snapshot folder, or store its "
+            f"config.json in the file's metadata as {CONFIG_KEY.format(component='vae')!r}",
+            source,
         )
     return VAEConfig(
-        in_channels=_shape(shapes, "encoder.conv_in.weight", 4, source)[1],
-        out_channels=_shape(shapes, "decoder.conv_out.weight", 4, source)[0],
+        in_channels=taken,
+        out_channels=made,
         latent_channels=latent_channels,
         block_out_channels=widths,
         layers_per_block=_count(shapes, "encoder.down.0.block."),
@@ -159,11 +175,20 @@ def _vae_config(shapes: Shapes, source: str) -> VAEConfig:
     )
 
 
+def _check_half(shapes: Shapes, half: str, source: str) -> None:
+    if not any(name.startswith(f"{half}.") for name in shapes):
+        raise CheckpointError(
+            f"this VAE has no {half} ({half}.conv_in.weight and all its others are missing); Z-Image needs both "
+            "halves, as in Flux 1's ae.safetensors",
+            source,
+        )
+
+
 def _shape(shapes: Shapes, name: str, ndim: int, source: str) -> tuple[int, ...]:
     shape = shapes.get(name)
     if shape is None or len(shape) != ndim or 0 in shape:
         found = "missing" if shape is None else f"of shape {list(shape)}"
-        raise CheckpointError(f"{source}: {name} is {found}; the file is incomplete or damaged, download it again")
+        raise CheckpointError(f"{name} is {found}; the file is incomplete or damaged, download it again", source)
     return shape
 
 
@@ -220,7 +245,7 @@ SPECS = {
                 _count(shapes, "encoder.down_blocks.") or _count(shapes, "encoder.down.")
             ),
             prefixes=("", "vae.", "first_stage_model."),
-            anchors=("decoder.conv_in.weight",),
+            anchors=("decoder.conv_in.weight", "encoder.conv_in.weight"),
             from_shapes=_vae_config,
             reads={"vae": "*"},
         ),

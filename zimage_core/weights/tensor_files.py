@@ -51,11 +51,12 @@ MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 # what a file that is no safetensors file begins with -> what it is and what to do
 MAGIC = {
-    b"version https://git-lfs": "a git-lfs pointer, not the file itself; fetch it with `git lfs pull` or `hf download`",
-    b"<": "a web page, not a model; the download link led to a page, download the file itself",
-    b"PK\x03\x04": "a pickle or zip archive, which is never opened; get the .safetensors version of the model",
-    b"\x80": "a pickle, which is never opened (it can run code); get the .safetensors version of the model",
-    b"{": "a JSON file, not weights",
+    b"version https://git-lfs": "this is a git-lfs pointer, not the file itself; fetch it with `git lfs pull` or "
+    "`hf download`",
+    b"<": "this is a web page, not a model; the download link led to a page, download the file itself",
+    b"PK\x03\x04": "this is a pickle or zip archive, which is never opened; get the .safetensors version of the model",
+    b"\x80": "this is a pickle, which is never opened (it can run code); get the .safetensors version of the model",
+    b"{": "this is a JSON file, not weights",
 }
 
 
@@ -104,7 +105,7 @@ class TensorFiles:
             if double := self.entries.keys() & entries.keys():
                 key = min(double)
                 raise CheckpointError(
-                    f"{path}: {key} is in {self.entries[key].path.name}, too; the shards are of different downloads"
+                    f"{key} is in {self.entries[key].path.name}, too; the shards are of different downloads", path
                 )
             self.entries |= entries
             self.metadata |= metadata
@@ -128,7 +129,7 @@ class TensorFiles:
                 self._open[path] = self.map_file(path)
             return self._open[path].get_tensor(key)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path}: {key} can't be read ({error}); download the file again") from error
+            raise CheckpointError(f"{key} can't be read ({error}); download the file again", path) from error
 
     def _mapped_bytes(self, path: Path) -> Tensor:
         if path not in self._open:
@@ -154,7 +155,7 @@ class TensorFiles:
             entry = self.entries[key]
             if entry.dtype not in DTYPES:
                 raise CheckpointError(
-                    f"{entry.path}: {key} is stored as {entry.dtype}, expected one of {', '.join(DTYPES)}"
+                    f"{key} is stored as {entry.dtype}, expected one of {', '.join(DTYPES)}", entry.path
                 )
             counts[entry.dtype] = counts.get(entry.dtype, 0) + math.prod(entry.shape)
         return DTYPES[max(counts, key=lambda name: counts[name])]
@@ -204,7 +205,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """(key -> entry, metadata) of a safetensors or GGUF file, every byte of whose data is accounted for."""
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(
-            f"{path}: a pickle file, which is never opened (it can run code); get the .safetensors version of the model"
+            "this is a pickle file, which is never opened (it can run code); get the .safetensors version of the model",
+            path,
         )
     try:
         size = path.stat().st_size
@@ -219,11 +221,13 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         if start.startswith(gguf_files.MAGIC):
             return _gguf_header(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: can't be read ({error.strerror}); check name and permissions") from error
+        raise CheckpointError(
+            f"this file can't be read ({error.strerror}); check name and permissions", path
+        ) from error
     if size == 0:
-        raise CheckpointError(f"{path}: the file is empty; download it again")
+        raise CheckpointError("the file is empty; download it again", path)
     if not raw.startswith(b"{"):
-        raise CheckpointError(f"{path}: {_what_else(start)}")
+        raise CheckpointError(f"{_what_else(start)}", path)
     return _entries(path, _json_object(path, raw), size, 8 + length)
 
 
@@ -237,7 +241,7 @@ def _what_else(start: bytes) -> str:
     for magic, what in MAGIC.items():
         if start.lstrip().startswith(magic):
             return what
-    return "truncated, or not a safetensors file; download the file again"
+    return "the file is truncated, or not a safetensors file; download the file again"
 
 
 def _json_object(path: Path, raw: bytes) -> dict[str, Any]:
@@ -246,49 +250,56 @@ def _json_object(path: Path, raw: bytes) -> dict[str, Any]:
         if len(made) < len(pairs):
             names = [name for name, _ in pairs]
             raise CheckpointError(
-                f"{path}: {next(n for n in names if names.count(n) > 1)} is in the header twice; {AGAIN}"
+                f"{next(n for n in names if names.count(n) > 1)} is in the header twice; {AGAIN}", path
             )
         return made
 
     try:
         header = json.loads(raw, object_pairs_hook=unique)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the header is damaged ({error}); {AGAIN}") from error
+        raise CheckpointError(f"the header is damaged ({error}); {AGAIN}", path) from error
     return header
 
 
 AGAIN = "download the file again"
+SAVE_AGAIN = "save the file with strings only in its metadata"
 
 
 def _entries(path: Path, header: dict[str, Any], size: int, start: int) -> tuple[dict[str, Entry], dict[str, str]]:
     """size: bytes of the file, of which the header takes `start`."""
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: the metadata in the header is damaged; {AGAIN}")
+    metadata = header.pop("__metadata__", None) or {}  # null as well: there is none
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"__metadata__ in the header is {metadata!r:.80}, expected an object; {SAVE_AGAIN}", path)
+    for key, value in metadata.items():
+        if not isinstance(value, str):  # the library of the format opens no such file either
+            raise CheckpointError(
+                f"{key!r} in the header's __metadata__ is {json.dumps(value):.80}, expected a string; {SAVE_AGAIN}",
+                path,
+            )
     entries, places = {}, []
     for key, raw in header.items():
         if not isinstance(raw, dict) or not raw.keys() >= {"dtype", "shape", "data_offsets"}:
-            raise CheckpointError(f"{path}: the header's entry of {key} is damaged; {AGAIN}")
+            raise CheckpointError(f"the header's entry of {key} is damaged; {AGAIN}", path)
         dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
         if not isinstance(dtype, str) or dtype not in BITS:
-            raise CheckpointError(f"{path}: {key} is stored as {dtype!r}, expected one of {', '.join(BITS)}")
+            raise CheckpointError(f"{key} is stored as {dtype!r}, expected one of {', '.join(BITS)}", path)
         if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
-            raise CheckpointError(f"{path}: the header's shape or place of {key} is damaged; {AGAIN}")
+            raise CheckpointError(f"the header's shape or place of {key} is damaged; {AGAIN}", path)
         begin, end = offsets
         if (end - begin) * 8 != math.prod(shape) * BITS[dtype]:
-            raise CheckpointError(f"{path}: {key} has {end - begin} bytes, but {dtype} {shape} needs others; {AGAIN}")
+            raise CheckpointError(f"{key} has {end - begin} bytes, but {dtype} {shape} needs others; {AGAIN}", path)
         entries[key] = Entry(path, dtype, tuple(shape), start + begin, start + end)
         places.append((begin, end, key))
     reached = 0
     for begin, end, key in sorted(places):
         if begin != reached:
-            raise CheckpointError(f"{path}: {key} lies at byte {begin}, expected {reached}; {AGAIN}")
+            raise CheckpointError(f"{key} lies at byte {begin}, expected {reached}; {AGAIN}", path)
         reached = end
     if reached != (data := size - start):
-        what = "truncated" if data < reached else "too long"
-        raise CheckpointError(f"{path}: {what}, {data} bytes of weights where its header says {reached}; {AGAIN}")
+        what = "the file is truncated" if data < reached else "the file is too long"
+        raise CheckpointError(f"{what}, {data} bytes of weights where its header says {reached}; {AGAIN}", path)
     if not entries:
-        raise CheckpointError(f"{path}: there is no tensor in it; {AGAIN}")
+        raise CheckpointError(f"there is no tensor in this file; {AGAIN}", path)
     return entries, metadata
 
 
