@@ -30,7 +30,7 @@ from ...zimage_core.model.transformer import Captions, ZImageTransformer
 from ...zimage_core.sampling.loop import model_time, velocity
 from ...zimage_core.weights.component import Component
 from ...zimage_core.weights.snapshot import ModelSource, open_model
-from . import attention, files, folders, layers, quantized, quantized_patcher
+from . import attention, files, folders, layers, others, quantized, quantized_patcher
 
 try:  # ComfyUI's kernel package; older ones lack these two
     from comfy_kitchen import rms_rope, rms_rope1
@@ -87,8 +87,8 @@ def _cast(norm: Any, like: Tensor) -> Any:
     return comfy.ops.cast_bias_weight(norm, like, offloadable=True)
 
 
-class HostTransformer(ZImageTransformer):
-    """The S3-DiT behind the call that ComfyUI makes of a diffusion model."""
+class ZImageNextDiT(ZImageTransformer):
+    """The S3-DiT behind the call that ComfyUI makes of a diffusion model. Others know it by NextDiT in its name."""
 
     gain: Gain = staticmethod(_gain)
     lean_operations = KernelOperations
@@ -98,6 +98,7 @@ class HostTransformer(ZImageTransformer):
         super().__init__(config, ops=operations, device=device, dtype=dtype)
         self.dtype = dtype
         self.run_captions = _RunCaptions()
+        others.describe_transformer(self)
 
     def forward(self, x, timesteps, context, num_tokens=None, attention_mask=None, **kwargs):  # type: ignore[override]
         """Latents [B, 16, h, w], sigma [B], captions [B, L, cap_feat_dim] -> dlatents/dsigma [B, 16, h, w].
@@ -120,17 +121,29 @@ class HostTransformer(ZImageTransformer):
         if height % patch or width % patch:
             # Areas of an image may have odd sizes; like the native model, make them even and cut the excess off.
             x = comfy.ldm.common_dit.pad_to_patch_size(x, (patch, patch))
-        patches = _Patches(options, self.config)
+        attend: Any = partial(_attention, options)
+        override = options.get(attention.OVERRIDE)
+        is_watched = override is not None and not isinstance(override, attention.Choice)
+        if is_watched:
+            attend = others.captions_first(attend, x, context, patch)
+        patches = _Patches(options, self.config, is_watched)
         out = super().forward(
             x,
             model_time(timesteps),
             self.run_captions.refined(self, x, context, options),
-            attention=partial(_attention, options),
+            attention=attend,
             after_block=patches.after_block,
             patch_tokens=patches.patch_tokens if patches else None,
             rope_options=options.get("rope_options"),
         )
         return velocity(out)[:, :, :height, :width]
+
+    def _rotations(self, positions: Tensor) -> Tensor:
+        return self.rope_embedder(positions).movedim(1, 2)
+
+    def refines_as_built(self) -> bool:
+        own = type(self.rope_embedder) is others.Rotations and self.rope_embedder.is_as_built(self.config)
+        return own and super().refines_as_built()
 
     def _check(self, context: Tensor, conds: dict[str, Any]) -> None:
         if context.shape[-1] != self.config.cap_feat_dim:
@@ -187,15 +200,19 @@ class _RunCaptions:
 
 
 class _Patches:
-    """The patches of other nodes, run after a block as the native model does; true if there are any."""
+    """The patches of other nodes, run after a block as the native model does; true if all tokens are to be there.
 
-    def __init__(self, options: dict[str, Any], config: TransformerConfig):
+    is_watched: by another node's attention, which expects those of the captions in the last block as well.
+    """
+
+    def __init__(self, options: dict[str, Any], config: TransformerConfig, is_watched: bool = False):
         self.options = options
+        self.is_watched = is_watched
         self.config = config
         self.patches = options.get("patches", {})
 
     def __bool__(self) -> bool:
-        return any(self.patches.get(name) for name in ("noise_refiner", "double_block"))
+        return self.is_watched or any(self.patches.get(name) for name in ("noise_refiner", "double_block"))
 
     def after_block(self, stage: str, index: int) -> None:
         """Keeps the options current."""
@@ -244,7 +261,7 @@ class ZImageModel(comfy.model_base.Lumina2):
             model_config,
             comfy.model_base.ModelType.FLOW,
             device=device,
-            unet_model=partial(HostTransformer, config),
+            unet_model=partial(ZImageNextDiT, config),
         )
         self.memory_usage_factor_conds = ("ref_latents",)  # read by the inherited extra_conds_shapes
         self.scheduler_config = scheduler
@@ -257,11 +274,7 @@ class ZImageModelConfig(comfy.supported_models.ZImage):
         config = source.component.config
         super().__init__(
             {
-                "image_model": "lumina2",
-                "in_channels": config.in_channels,
-                "dim": config.dim,  # this and the next two: read by ComfyUI's map of LoRA keys
-                "n_layers": config.n_layers,
-                "n_refiner_layers": config.n_refiner_layers,
+                **others.native_config(config),  # some of it is read by ComfyUI's map of LoRA keys
                 # float16 where the device has no bfloat16. ComfyUI judges by one norm whether its own network would
                 # overflow; ours doesn't, whatever the weights.
                 "allow_fp16": True,

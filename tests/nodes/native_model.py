@@ -11,27 +11,26 @@ def like(comfy: Any, patcher: Any, dtype: torch.dtype = torch.float32) -> Any:
     """A ModelPatcher of it, with the weights of ours."""
     ours = patcher.model.diffusion_model
     config = ours.config
-    model_config = comfy.supported_models.ZImage(
-        {
-            "image_model": "lumina2",
-            "patch_size": config.patch_size,
-            "in_channels": config.in_channels,
-            "dim": config.dim,
-            "cap_feat_dim": config.cap_feat_dim,
-            "n_layers": config.n_layers,
-            "n_refiner_layers": config.n_refiner_layers,
-            "qk_norm": True,
-            "n_heads": config.n_heads,
-            "n_kv_heads": config.n_heads,
-            "axes_dims": list(config.axes_dims),
-            "axes_lens": [1536, 512, 512],
-            "rope_theta": config.rope_theta,
-            "ffn_dim_multiplier": config.ffn_dim / config.dim,
-            "z_image_modulation": True,
-            "time_scale": config.t_scale,
-            "pad_tokens_multiple": 32,
-        }
-    )
+    values = {
+        "image_model": "lumina2",
+        "patch_size": config.patch_size,
+        "in_channels": config.in_channels,
+        "dim": config.dim,
+        "cap_feat_dim": config.cap_feat_dim,
+        "n_layers": config.n_layers,
+        "n_refiner_layers": config.n_refiner_layers,
+        "qk_norm": True,
+        "n_heads": config.n_heads,
+        "n_kv_heads": config.n_heads,
+        "axes_dims": list(config.axes_dims),
+        "axes_lens": [1536, 512, 512],
+        "rope_theta": config.rope_theta,
+        "ffn_dim_multiplier": 8 / 3,
+        "z_image_modulation": True,
+        "time_scale": config.t_scale,
+        "pad_tokens_multiple": 32,
+    }
+    model_config = comfy.supported_models.ZImage(values)
     model_config.set_inference_dtype(dtype, None)
     model = model_config.get_model({}, "")
     model.latent_format = patcher.model.latent_format
