@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from comfy.ldm.flux.layers import EmbedND
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...zimage_core.config import TransformerConfig, VAEConfig
 from ...zimage_core.model.block import is_changed
 from ...zimage_core.model.patchify import SEQ_MULTIPLE, padded
 from ...zimage_core.model.rope import rotations
 
+NETWORKS = OURS, NATIVE = ("ComfyUI-ZImage", "ComfyUI")  # whose classes weights are put into, by a loader's input
 AXES_LENS = [1536, 512, 512]  # as ComfyUI notes them; nothing computes with them
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 
 def like(comfy: Any, patcher: Any, dtype: torch.dtype = torch.float32) -> Any:
@@ -48,3 +52,39 @@ def like(comfy: Any, patcher: Any, dtype: torch.dtype = torch.float32) -> Any:
         block.attention.q_norm.eps = block.attention.k_norm.eps = config.norm_eps  # left unset natively
     net.load_state_dict(ours.state_dict(), strict=True)
     return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+
+
+def clip_like(comfy: Any, clip: Any, folder: Path) -> Any:
+    """A CLIP of the host's own Z-Image text encoder, with the weights of ours and the tokenizer of this snapshot."""
+    llama, native = (importlib.import_module(f"comfy.text_encoders.{name}") for name in ("llama", "z_image"))
+    tokenizers = importlib.import_module("comfy.sd1_clip")
+    config, pad = clip.cond_stage_model.encoder_config, clip.cond_stage_model.pad
+
+    class Config(llama.Qwen3_4BConfig):
+        head_dim = config.head_dim
+
+    numbers = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = {name: getattr(config, name) for name in (*numbers, "num_key_value_heads", "rms_norm_eps", "rope_theta")}
+    published = llama.Qwen3_4BConfig
+    llama.Qwen3_4BConfig = functools.partial(Config, **sizes)
+    try:
+        model = native.ZImageTEModel(device="cpu", dtype=torch.float32)
+    finally:
+        llama.Qwen3_4BConfig = published
+    model.qwen3_4b.special_tokens = {"pad": pad}
+    with torch.no_grad():
+        model.qwen3_4b.transformer.load_state_dict(clip.cond_stage_model.encoder.state_dict(), strict=True)
+
+    def tokenizer(embedding_directory: Any = None, tokenizer_data: Any = None):
+        settings = {"embedding_size": config.hidden_size, "embedding_key": "qwen3_4b", "pad_token": pad}
+        settings |= {name: False for name in ("pad_with_end", "has_start_token", "has_end_token", "pad_to_max_length")}
+        path = str(folder / "tokenizer")
+        settings |= {"max_length": 99999999, "min_length": 1, "tokenizer_class": AutoTokenizer}
+        return tokenizers.SDTokenizer(path, embedding_directory=embedding_directory, **settings)
+
+    return comfy.sd.CLIP(
+        comfy.supported_models.supported_models_base.ClipTarget(native.ZImageTokenizer, lambda **_: model),
+        embedding_directory=importlib.import_module("folder_paths").get_folder_paths("embeddings"),
+        tokenizer_data={"qwen3_4b_tokenizer_class": tokenizer},
+        model_options={"dtype": torch.float32},
+    )
