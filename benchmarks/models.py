@@ -111,7 +111,7 @@ def of_nodes(ours: ZImageTransformer, compiled: bool = False) -> nn.Module:
     bridge = pack(cpu=ours.x_embedder.weight.device.type == "cpu").bridge
     dtype = ours.x_embedder.weight.dtype
     operations = importlib.import_module("comfy.ops").disable_weight_init
-    model = bridge.model.HostTransformer(ours.config, operations=operations, device="meta", dtype=dtype)
+    model = bridge.model.ZImageNextDiT(ours.config, operations=operations, device="meta", dtype=dtype)
     model.load_state_dict(ours.state_dict(), strict=True, assign=True)
     model.compiled = compiled
     return model.requires_grad_(False).eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from .bridge import clip, folders, vae
+from .bridge import clip, folders, others, vae
 from .bridge import model as bridge_model
 from .names import ALIASES, CATEGORY
 
@@ -68,6 +68,20 @@ def _cache_input() -> io.Input:
     )
 
 
+def _network_input() -> io.Input:
+    return io.Combo.Input(
+        "network",
+        options=list(others.NETWORKS),
+        default=others.OURS,
+        optional=True,
+        tooltip=(
+            "Whose network computes. ComfyUI: its own, for custom nodes that reach inside of it (NegPip, NAG, DyPE and "
+            "others). It takes every file as well; GGUF weights are expanded, which takes more memory."
+        ),
+        extra_dict={"advanced": True},
+    )
+
+
 class ZImageTransformerLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -93,6 +107,7 @@ class ZImageTransformerLoader(io.ComfyNode):
                     ),
                 ),
                 _cache_input(),
+                _network_input(),
             ],
             outputs=[
                 io.Model.Output(
@@ -103,16 +118,24 @@ class ZImageTransformerLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(
-        cls, model, weight_dtype, download=False, repository="", compile=False, cache_converted=False
+        cls, model, weight_dtype, download=False, repository="", compile=False, cache_converted=False, network=""
     ):
         return folders.fingerprint(model, "transformer", repository)
 
     @classmethod
     def execute(
-        cls, model, weight_dtype, download=False, repository="", compile=False, cache_converted=False
+        cls,
+        model,
+        weight_dtype,
+        download=False,
+        repository="",
+        compile=False,
+        cache_converted=False,
+        network=others.OURS,
     ) -> io.NodeOutput:
         path = folders.model_path(model, "transformer", repository, download)
-        return io.NodeOutput(bridge_model.load_model(path, WEIGHT_DTYPES[weight_dtype], compile, cache_converted))
+        dtype = WEIGHT_DTYPES[weight_dtype]
+        return io.NodeOutput(bridge_model.load_model(path, dtype, compile, cache_converted, network))
 
 
 class ZImageTextEncoderLoader(io.ComfyNode):
@@ -129,18 +152,21 @@ class ZImageTextEncoderLoader(io.ComfyNode):
                 _dtype_input(),
                 *_download_inputs(),
                 _cache_input(),
+                _network_input(),
             ],
             outputs=[io.Clip.Output(tooltip="The text encoder, for Z-Image Text Encode or any stock text node.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model, weight_dtype, download=False, repository="", cache_converted=False):
+    def fingerprint_inputs(cls, model, weight_dtype, download=False, repository="", cache_converted=False, network=""):
         return folders.fingerprint(model, "text_encoder", repository)
 
     @classmethod
-    def execute(cls, model, weight_dtype, download=False, repository="", cache_converted=False) -> io.NodeOutput:
+    def execute(
+        cls, model, weight_dtype, download=False, repository="", cache_converted=False, network=others.OURS
+    ) -> io.NodeOutput:
         path = folders.model_path(model, "text_encoder", repository, download)
-        return io.NodeOutput(clip.load_clip(path, WEIGHT_DTYPES[weight_dtype], cache_converted))
+        return io.NodeOutput(clip.load_clip(path, WEIGHT_DTYPES[weight_dtype], cache_converted, network))
 
 
 class ZImageVAELoader(io.ComfyNode):

@@ -7,7 +7,7 @@ keys that nothing reads may be missing. A single file has no config.json: `weigh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import CheckpointError
@@ -92,6 +92,8 @@ class TextEncoderConfig:
     head_dim: int  # 128, so the queries are 4096 wide
     rms_norm_eps: float  # 1e-6
     rope_theta: float  # 1e6
+    # whether the last layer and the final norm are there as well, which only generating text runs
+    whole: bool = field(default=False, repr=False)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> TextEncoderConfig:

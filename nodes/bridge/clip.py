@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import math
+import numbers
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,24 +17,30 @@ import comfy.model_management as mm
 import comfy.ops
 import comfy.sd
 import comfy.supported_models_base
+import folder_paths
 import torch
+from comfy import sd1_clip
 from torch import nn
 
 from ...zimage_core.diagnostics.finite import not_finite
 from ...zimage_core.errors import CheckpointError
 from ...zimage_core.model.text_encoder import LAYER, TextEncoder
-from ...zimage_core.model.tokenizer import Tokenizer, without_halves
+from ...zimage_core.model.tokenizer import PROMPT_TEMPLATE, Tokenizer, without_halves
 from ...zimage_core.prompts.cache import Stamp, stamps
 from ...zimage_core.weights.component import Component
 from ...zimage_core.weights.snapshot import open_component, open_tokenizer, snapshot_folder
 from . import files as bridge_files
-from . import layers, lora, prompts, quantized, quantized_patcher
+from . import layers, lora, native_encoder, prompts, quantized, quantized_patcher
+from .native_encoder import NAME
+from .others import NATIVE, OURS
 
 logger = logging.getLogger(__name__)
 
-NAME = "qwen3_4b"  # ComfyUI's name for this encoder: key of its tokens, prefix of its parameters, so LoRA files fit
+LACKING = "The file of this text encoder lacks the last layer or the final norm"
+GENERATING = "skip_template"  # what nodes say to the tokenizer that generate text
 # the tokenizer that comes with ComfyUI: Qwen's, whose ids are those of Qwen3 for every text
 QWEN_TOKENIZER = Path(inspect.getfile(comfy.sd)).with_name("text_encoders") / "qwen25_tokenizer"
+PAD = 151643  # <|endoftext|> among these
 _reading = threading.RLock()  # ComfyUI may run nodes in several threads
 
 
@@ -49,8 +56,9 @@ class HostTextModel(nn.Module):
         dtype: torch.dtype,
         identity: dict[str, Any],
         read: Callable[[], None] | None = None,
+        pad: int = PAD,
     ):
-        """identity: of what its weights are. read: gives values to those weights that have none yet."""
+        """identity: of what its weights are. read: gives values to those weights that have none yet. pad: a token."""
         super().__init__()
         named = nn.Module()
         named.transformer = encoder
@@ -60,6 +68,8 @@ class HostTextModel(nn.Module):
         self.identity = identity
         self._read = read
         self._names_suffice = False
+        self.pad = pad
+        self._native: tuple[native_encoder.NativeEncoder, ...] = ()  # in a tuple: its layers are ours already
         self.reset_clip_options()
 
     @property
@@ -118,21 +128,49 @@ class HostTextModel(nn.Module):
         self.layer = None
 
     def encode_token_weights(self, tokens: dict[str, list]) -> tuple[torch.Tensor, None, dict[str, torch.Tensor]]:
-        """Token ids to features [1, N, hidden_size] float32, unpadded: the transformer pads captions itself."""
-        ids = [[token[0] for token in row] for row in tokens[NAME]]
+        """Tokens to features [1, N, hidden_size] float32, unpadded: the transformer pads captions itself.
+
+        Weights and embeddings of other nodes, and several chunks, are ComfyUI's to handle.
+        """
+        rows, layer = tokens[NAME], self._asked_layer()
+        if len(rows) != 1 or not all(self._is_plain(token) for token in rows[0]):
+            native = self.native()
+            native.set_clip_options({"layer": layer + native.cut, "execution_device": self.execution_device})
+            return native.encode_token_weights(rows)
+        ids = [[token[0] for token in rows[0]]]
         input_ids = torch.tensor(ids, dtype=torch.long, device=self.execution_device)
-        features = self._hidden_state(input_ids).float().to(mm.intermediate_device())
+        features = self.encoder(input_ids, dtype=torch.float32, layer=layer).float().to(mm.intermediate_device())
         return features, None, {"attention_mask": torch.ones_like(input_ids, device=features.device)}
 
-    def _hidden_state(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def generate(self, tokens: dict[str, list], *arguments: Any, **settings: Any) -> list[int]:
+        """Ids of what follows these tokens, as ComfyUI's own encoders make them. ValueError without a last layer."""
+        if not self.encoder_config.whole:
+            raise ValueError(f"{LACKING}, without which it can't generate text. Choose a whole Qwen3-4B.")
+        native = self.native()
+        native.set_clip_options({"execution_device": self.execution_device})
+        return native.generate(tokens, *arguments, **settings)
+
+    def native(self) -> native_encoder.NativeEncoder:
+        """ComfyUI's own encoder over our layers."""
+        if not self._native:
+            self._native = (native_encoder.over(self.encoder, self.pad),)
+        self._native[0].reset_clip_options()
+        return self._native[0]
+
+    def _is_plain(self, token: tuple) -> bool:
+        return isinstance(token[0], numbers.Integral) and token[0] != self.pad and token[1] == 1.0
+
+    def _asked_layer(self) -> int:
         layer = LAYER if self.layer is None else self.layer  # another one is asked for by CLIPSetLastLayer
         count = self.encoder_config.num_hidden_layers
-        if not -count <= layer <= LAYER:  # -1 doesn't exist: ours ends where LAYER does
+        if layer == -1 and not self.encoder_config.whole:
+            raise ValueError(f"stop_at_clip_layer is -1, but {LACKING[0].lower()}{LACKING[1:]}. Choose -2.")
+        if not -count <= layer <= -1:
             raise ValueError(
-                f"stop_at_clip_layer is {layer}; this text encoder has the layers {LAYER} (Z-Image's own) "
-                f"to {-count}. Remove the node that sets it."
+                f"stop_at_clip_layer is {layer}; this text encoder has the layers -1 (its last; Z-Image's own is "
+                f"{LAYER}) to {-count}. Remove the node that sets it."
             )
-        return self.encoder(input_ids, dtype=torch.float32, layer=layer)
+        return layer
 
     def load_sd(self, state_dict: dict[str, torch.Tensor]):
         return self.encoder.load_state_dict(state_dict, strict=False, assign=True)
@@ -145,77 +183,100 @@ class HostTextModel(nn.Module):
         return 4 * (activations + config.hidden_size * config.intermediate_size)
 
 
-class HostTokenizer:
-    """The calls that `comfy.sd.CLIP` makes of a tokenizer."""
+class HostTokenizer(sd1_clip.SD1Tokenizer):
+    """ComfyUI's own tokenizer around ours, so that embeddings and escaped brackets are read as natively."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, width: int = 2560, embedding_directory: list[str] | None = None):
+        """width: of the embeddings in the files that a prompt may name."""
+        self.zimage = tokenizer
 
-    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, llama_template: str | None = None, **_):
-        """Ids with the weight 1.0: prompt weights like (this:1.2) are ordinary text to Z-Image.
+        make = native_encoder.words(tokenizer, width)
+        super().__init__(embedding_directory=embedding_directory, tokenizer=make, name=NAME)
+
+    def tokenize_with_weights(
+        self, text: str, return_word_ids: bool = False, llama_template: str | None = None, **more
+    ):
+        """Ids, or embeddings, with the weight 1.0: prompt weights like (this:1.2) are ordinary text to Z-Image.
 
         llama_template: another chat template with one {}, as some stock nodes pass it.
         """
-        text = without_halves(text)
-        if llama_template is None:
-            ids = self.tokenizer(text)
-        else:
-            ids = self.tokenizer.inner(llama_template.format(text))["input_ids"]
-        rows = [(token, 1.0, place + 1) if return_word_ids else (token, 1.0) for place, token in enumerate(ids)]
-        return {NAME: [rows]}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def decode(self, token_ids, skip_special_tokens: bool = True) -> str | list[str]:
-        return self.tokenizer.inner.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        if not isinstance(text, str):
+            raise TypeError(f"a prompt must be a string, got {type(text).__name__}")
+        templated = (llama_template or PROMPT_TEMPLATE).format(without_halves(text))
+        tokens = super().tokenize_with_weights(templated, return_word_ids, disable_weights=True, **more)
+        if llama_template is None and GENERATING not in more:
+            (row,) = tokens[NAME]
+            ids = [token[0] if isinstance(token[0], int) else self.zimage.pad_id for token in row]
+            tokens[NAME] = [row[: self.zimage.limited(ids)]]
+        return tokens
 
 
 def load_clip(
     path: str | Path,
     weight_dtype: torch.dtype | None = None,
     cache_converted: bool = False,
+    network: str = OURS,
     disable_dynamic: bool = False,
 ) -> comfy.sd.CLIP:
     """A CLIP of a snapshot's text encoder and tokenizer, or of a single file with ComfyUI's Qwen tokenizer.
 
     weight_dtype: of the weights in memory, None the file's. No weight is read here: they stay mapped, and those that
     have to be converted are left in the file until the encoder is loaded onto its device. cache_converted: they are
-    mapped as well, from a file that is written for it.
+    mapped as well, from a file that is written for it. network: one of `others.NETWORKS`. In ComfyUI's own, GGUF
+    weights are expanded, and all weights read.
     """
-    component = open_component(path, "text_encoder", map_file=bridge_files.map_file())
+    component = open_component(path, "text_encoder", map_file=bridge_files.map_file()).whole()
     files = stamps(component.files.paths)
-    config, tokenizer = component.config, HostTokenizer(_tokenizer(path))
+    config, tokenizer = component.config, _tokenizer(path)
     dtype = weight_dtype or component.dtype()
     if dtype.itemsize == 1:  # fp8 without scales: an Embedding can't look rows up in it
         dtype = torch.bfloat16
-    packed = weight_dtype is None and quantized.keeps(component)
+    native = network == NATIVE
+    packed = weight_dtype is None and quantized.keeps(component) and not (native and quantized.is_gguf(component))
     if cache_converted and not packed:
         component = bridge_files.cache_converted(component, dict.fromkeys(component.shapes, dtype))
-    operations = layers.for_device(mm.text_encoder_device(), comfy.ops.manual_cast)
+    manual: Any = comfy.ops.manual_cast
+    operations = manual if native else layers.for_device(mm.text_encoder_device(), manual)
     build_device = torch.device("meta")
     if packed:
         operations, build_device = quantized.operations(component, torch.float32, mm.text_encoder_device(), exact=True)
-    encoder = TextEncoder(config, ops=operations, device=build_device, dtype=dtype).requires_grad_(False)
-    left = _map_weights(encoder, component, dtype, packed)
-    identity = {"config": repr(config), "weights": str(dtype), "quantized": packed, "files": files}
-    read = functools.partial(_read_weights, encoder, component, dtype, left, files) if left else None
-    model = HostTextModel(encoder.eval(), dtype, identity, read)
+    if native:
+        weights = quantized.state_dict(component, dtype, torch.float32) if packed else component.state_dict(dtype)
+        place = {"dtype": dtype, "device": build_device, "operations": operations}
+        clip = native_encoder.clip(config, tokenizer, weights, disable_dynamic, **place)
+    else:
+        encoder = TextEncoder(config, ops=operations, device=build_device, dtype=dtype).requires_grad_(False)
+        left = _map_weights(encoder, component, dtype, packed)
+        identity = {"config": repr(config), "weights": str(dtype), "quantized": packed, "files": files}
+        read = functools.partial(_read_weights, encoder, component, dtype, left, files) if left else None
+        model = HostTextModel(encoder.eval(), dtype, identity, read, tokenizer.pad_id)
+        clip = _clip_of(model, tokenizer, dtype, component, disable_dynamic)
+    if packed:
+        quantized_patcher.keep_packed(clip.patcher)
+    if disable_dynamic and not native:  # this one is taken apart, its model put into a patcher of ComfyUI's own kind
+        model.fill()
+    clip.patcher.cached_patcher_init = (load_clip_patcher, (str(path), weight_dtype, cache_converted, network))
+    return clip
+
+
+def _clip_of(
+    model: HostTextModel, tokenizer: Tokenizer, dtype: torch.dtype, component: Component, disable_dynamic: bool
+) -> comfy.sd.CLIP:
+    """ComfyUI's CLIP around it, for which no weight is read."""
+
+    def make_tokenizer(embedding_directory: Any = None, **_unused: Any) -> HostTokenizer:
+        return HostTokenizer(tokenizer, component.config.hidden_size, embedding_directory)
 
     with model.names_suffice():
         clip = comfy.sd.CLIP(
-            comfy.supported_models_base.ClipTarget(lambda **_: tokenizer, lambda **_: model),
+            comfy.supported_models_base.ClipTarget(make_tokenizer, lambda **_: model),
+            embedding_directory=folder_paths.get_folder_paths("embeddings"),
             parameters=sum(math.prod(shape) for shape in component.shapes.values()),
             # no device to compute on: where that is the CPU, ComfyUI would load the encoder at once
             model_options={"dtype": dtype, "initial_device": torch.device("meta")},
             disable_dynamic=disable_dynamic,
         )
         clip.patcher.model_size()  # which ComfyUI keeps, with the clones of this patcher as well
-    if packed:
-        quantized_patcher.keep_packed(clip.patcher)
-    if disable_dynamic:  # this one is taken apart, its model put into a patcher of ComfyUI's own kind
-        model.fill()
-    clip.patcher.cached_patcher_init = (load_clip_patcher, (str(path), weight_dtype, cache_converted))
     return clip
 
 
@@ -300,6 +361,7 @@ def load_clip_patcher(
     path: str,
     weight_dtype: torch.dtype | None = None,
     cache_converted: bool = False,
+    network: str = OURS,
     disable_dynamic: bool = False,
 ):
-    return load_clip(path, weight_dtype, cache_converted, disable_dynamic).patcher
+    return load_clip(path, weight_dtype, cache_converted, network, disable_dynamic).patcher

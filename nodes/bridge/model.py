@@ -23,19 +23,15 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention_masked
 from torch import Tensor
 
-from ...zimage_core.backends.half import HalfOperations
-from ...zimage_core.backends.operations import Gain, LeanOperations, Operations
+from ...zimage_core.backends.operations import Gain
 from ...zimage_core.config import SchedulerConfig, TransformerConfig
 from ...zimage_core.model.transformer import Captions, ZImageTransformer
 from ...zimage_core.sampling.loop import model_time, velocity
 from ...zimage_core.weights.component import Component
 from ...zimage_core.weights.snapshot import ModelSource, open_model
-from . import attention, borders, files, folders, layers, quantized, quantized_patcher
-
-try:  # ComfyUI's kernel package; older ones lack these two
-    from comfy_kitchen import rms_rope, rms_rope1
-except ImportError:
-    rms_rope = rms_rope1 = None
+from . import attention, borders, files, folders, layers, native_transformer, others, quantized, quantized_patcher
+from .kernels import KernelHalfOperations, KernelOperations, gain
+from .others import NATIVE, OURS
 
 logger = logging.getLogger(__name__)
 
@@ -44,53 +40,10 @@ HALF = 2  # bytes
 NATIVE_DIM = 3840  # the width for which ComfyUI measured memory_usage_factor
 
 
-class _Kernels(Operations):
-    """The norm and rotation of q and k in one pass, by ComfyUI's kernel package."""
+class ZImageNextDiT(ZImageTransformer):
+    """The S3-DiT behind the call that ComfyUI makes of a diffusion model. Others know it by NextDiT in its name."""
 
-    def norm_rotate(self, q: Tensor, k: Tensor, rotations: Tensor, q_norm: Any, k_norm: Any) -> tuple[Tensor, Tensor]:
-        if rms_rope is None or q.device.type == "cpu" or torch.is_grad_enabled():
-            return super().norm_rotate(q, k, rotations, q_norm, k_norm)
-        return self.by_kernel(q, k, rotations, q_norm, k_norm)
-
-    def by_kernel(self, q: Tensor, k: Tensor, rotations: Tensor, q_norm: Any, k_norm: Any) -> tuple[Tensor, Tensor]:
-        eps = q_norm.eps * self.shrink**2
-        (q_gain, q_bias, q_lent), (k_gain, k_bias, k_lent) = _cast(q_norm, q), _cast(k_norm, k)
-        if q.shape == k.shape:
-            q, k = rms_rope(q, k, rotations, q_gain, k_gain, eps)
-        else:
-            q = rms_rope1(q, rotations[:, : q.shape[1]], q_gain, eps)
-            k = rms_rope1(k, rotations, k_gain, eps)
-        comfy.ops.uncast_bias_weight(q_norm, q_gain, q_bias, q_lent)
-        comfy.ops.uncast_bias_weight(k_norm, k_gain, k_bias, k_lent)
-        return q, k
-
-
-class KernelOperations(_Kernels, LeanOperations):
-    pass
-
-
-class KernelHalfOperations(_Kernels, HalfOperations):
-    pass
-
-
-def _gain(norm: Any, like: Tensor) -> Tensor:
-    """An RMSNorm's weight (`operations.Gain`), where ComfyUI moves, casts and patches weights as they are used."""
-    weight, bias, lent = _cast(norm, like)
-    is_lent = lent[0] is not None or "_v" in vars(norm)  # by a stream or the paging of weights
-    gain = weight.clone() if is_lent else weight
-    comfy.ops.uncast_bias_weight(norm, weight, bias, lent)
-    return gain
-
-
-def _cast(norm: Any, like: Tensor) -> Any:
-    """(weight, bias, what `uncast_bias_weight` wants): itself where nothing is to be done, so nothing is launched."""
-    return comfy.ops.cast_bias_weight(norm, like, offloadable=True)
-
-
-class HostTransformer(ZImageTransformer):
-    """The S3-DiT behind the call that ComfyUI makes of a diffusion model."""
-
-    gain: Gain = staticmethod(_gain)
+    gain: Gain = staticmethod(gain)
     lean_operations = KernelOperations
     half_operations = KernelHalfOperations
 
@@ -98,6 +51,7 @@ class HostTransformer(ZImageTransformer):
         super().__init__(config, ops=operations, device=device, dtype=dtype)
         self.dtype = dtype
         self.run_captions = _RunCaptions()
+        others.describe_transformer(self)
 
     def forward(self, x, timesteps, context, num_tokens=None, attention_mask=None, **kwargs):  # type: ignore[override]
         """Latents [B, 16, h, w], sigma [B], captions [B, L, cap_feat_dim] -> dlatents/dsigma [B, 16, h, w].
@@ -120,17 +74,29 @@ class HostTransformer(ZImageTransformer):
         if height % patch or width % patch:
             # Areas of an image may have odd sizes; like the native model, make them even and cut the excess off.
             x = comfy.ldm.common_dit.pad_to_patch_size(x, (patch, patch))
-        patches = _Patches(options, self.config)
+        attend: Any = partial(_attention, options)
+        override = options.get(attention.OVERRIDE)
+        is_watched = override is not None and not isinstance(override, attention.Choice)
+        if is_watched:
+            attend = others.captions_first(attend, x, context, patch)
+        patches = _Patches(options, self.config, is_watched)
         out = super().forward(
             x,
             model_time(timesteps),
             self.run_captions.refined(self, x, context, options),
-            attention=partial(_attention, options),
+            attention=attend,
             after_block=patches.after_block,
             patch_tokens=patches.patch_tokens if patches else None,
             rope_options=options.get("rope_options"),
         )
         return velocity(out)[:, :, :height, :width]
+
+    def _rotations(self, positions: Tensor) -> Tensor:
+        return self.rope_embedder(positions).movedim(1, 2)
+
+    def refines_as_built(self) -> bool:
+        own = type(self.rope_embedder) is others.Rotations and self.rope_embedder.is_as_built(self.config)
+        return own and super().refines_as_built()
 
     def _check(self, x: Tensor, context: Tensor, conds: dict[str, Any]) -> None:
         latent = ("batch", self.config.in_channels, "height/8", "width/8")
@@ -190,15 +156,19 @@ class _RunCaptions:
 
 
 class _Patches:
-    """The patches of other nodes, run after a block as the native model does; true if there are any."""
+    """The patches of other nodes, run after a block as the native model does; true if all tokens are to be there.
 
-    def __init__(self, options: dict[str, Any], config: TransformerConfig):
+    is_watched: by another node's attention, which expects those of the captions in the last block as well.
+    """
+
+    def __init__(self, options: dict[str, Any], config: TransformerConfig, is_watched: bool = False):
         self.options = options
+        self.is_watched = is_watched
         self.config = config
         self.patches = options.get("patches", {})
 
     def __bool__(self) -> bool:
-        return any(self.patches.get(name) for name in ("noise_refiner", "double_block"))
+        return self.is_watched or any(self.patches.get(name) for name in ("noise_refiner", "double_block"))
 
     def after_block(self, stage: str, index: int) -> None:
         """Keeps the options current."""
@@ -247,7 +217,7 @@ class ZImageModel(comfy.model_base.Lumina2):
             model_config,
             comfy.model_base.ModelType.FLOW,
             device=device,
-            unet_model=partial(HostTransformer, config),
+            unet_model=partial(ZImageNextDiT, config),
         )
         self.memory_usage_factor_conds = ("ref_latents",)  # read by the inherited extra_conds_shapes
         self.scheduler_config = scheduler
@@ -256,18 +226,14 @@ class ZImageModel(comfy.model_base.Lumina2):
 class ZImageModelConfig(comfy.supported_models.ZImage):
     """What ComfyUI wants to know of a model, from the snapshot's files instead of from a detected state dict."""
 
-    def __init__(self, source: ModelSource):
+    def __init__(self, source: ModelSource, allow_half: bool = True):
+        """allow_half: float16 where the device has no bfloat16."""
         config = source.component.config
         super().__init__(
             {
-                "image_model": "lumina2",
-                "in_channels": config.in_channels,
-                "dim": config.dim,  # this and the next two: read by ComfyUI's map of LoRA keys
-                "n_layers": config.n_layers,
-                "n_refiner_layers": config.n_refiner_layers,
-                # float16 where the device has no bfloat16. ComfyUI judges by one norm whether its own network would
-                # overflow; ours doesn't, whatever the weights.
-                "allow_fp16": True,
+                **others.native_config(config),  # some of it is read by ComfyUI's map of LoRA keys
+                # ComfyUI judges by one norm whether its own network would overflow; ours doesn't, whatever the weights
+                "allow_fp16": allow_half,
             }
         )
         self.sampling_settings = {
@@ -285,17 +251,26 @@ def load_model(
     weight_dtype: torch.dtype | None = None,
     compiled: bool = False,
     cache_converted: bool = False,
+    network: str = OURS,
     disable_dynamic: bool = False,
 ):
     """A ModelPatcher of the transformer in a snapshot or single file, whose tensors stay mapped where nothing is cast.
 
     weight_dtype: of the weights in memory; None is the file's, fitted to the device. compiled: see `ZImageTransformer`.
     cache_converted: weights that have to be cast or fused are mapped as well, from a file that is written for it.
+    network: one of `others.NETWORKS`. In ComfyUI's own, GGUF weights are expanded.
     """
+    native = network == NATIVE
+    if native and compiled:
+        raise ValueError(
+            f"compile is for the network {OURS!r}, and network is {network!r}. Switch compile off; ComfyUI's node "
+            "TorchCompileModel compiles its own network."
+        )
     source = open_model(path, map_file=files.map_file())
-    component, model_config = source.component, ZImageModelConfig(source)
+    component = source.component
+    model_config = ZImageModelConfig(source, not native or native_transformer.fits_half(component))
     device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
-    packed = weight_dtype is None and quantized.keeps(component)
+    packed = weight_dtype is None and quantized.keeps(component) and not (native and quantized.is_gguf(component))
     if packed:
         asked = folders.asked_dtype()  # of the weights that are not quantized
         storage = component.dtype() if asked in (None, *FP8) else asked
@@ -306,18 +281,22 @@ def load_model(
         storage, compute = _dtypes(
             weight_dtype or folders.asked_dtype(), component, model_config.supported_inference_dtypes, device
         )
-        model_config.custom_operations = layers.for_device(device)  # None: ComfyUI picks
+        model_config.custom_operations = None if native else layers.for_device(device)  # None: ComfyUI picks
         build_device = torch.device("meta")
         dtypes = _dtypes_in_memory(component, storage)
         stored = files.cache_converted(component, dtypes) if cache_converted else component
         weights = {name: stored.tensor(name, shape, dtype=dtypes[name]) for name, shape in component.shapes.items()}
     model_config.set_inference_dtype(storage, compute)
 
-    model = ZImageModel(model_config, component.config, source.schedule, build_device)
+    if native:
+        model: Any = native_transformer.Lumina2(model_config, component.shapes, build_device)
+        model.scheduler_config = source.schedule
+    else:
+        model = ZImageModel(model_config, component.config, source.schedule, build_device)
+        model.diffusion_model.compiled = compiled
     model.diffusion_model.requires_grad_(False).load_state_dict(weights, strict=True, assign=True)
     model.diffusion_model.requires_grad_(False).eval()
-    model.diffusion_model.compiled = compiled
-    if (compute or storage) == torch.float16:
+    if (compute or storage) == torch.float16 and not native:
         fits = model.diffusion_model.sums_fit_half = component.sums_fit_half()
         logger.info(
             "%s computes in float16, and adds up what its blocks put out in %s.",
@@ -332,10 +311,11 @@ def load_model(
     patcher = kind(model, load_device=device, offload_device=offload_device)
     if packed:
         quantized_patcher.keep_packed(patcher)
-    captions = model.diffusion_model.run_captions
-    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, captions.begin)
-    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_CLEANUP, captions.end)
-    patcher.cached_patcher_init = (load_model, (str(path), weight_dtype, compiled, cache_converted))
+    if not native:
+        captions = model.diffusion_model.run_captions
+        patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, captions.begin)
+        patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_CLEANUP, captions.end)
+    patcher.cached_patcher_init = (load_model, (str(path), weight_dtype, compiled, cache_converted, network))
     return patcher
 
 

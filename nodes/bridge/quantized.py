@@ -37,6 +37,11 @@ def keeps(component: Component) -> bool:
     )
 
 
+def is_gguf(component: Component) -> bool:
+    """Whether any of its weights is quantized as GGUF has it."""
+    return any(part.is_gguf for name in component.shapes for part in component.packed(name))
+
+
 def operations(
     component: Component, compute_dtype: torch.dtype, device: torch.device, *, exact: bool = False
 ) -> tuple[Any, torch.device]:
@@ -45,7 +50,7 @@ def operations(
     compute_dtype: that weights are expanded to. device: that computes. exact: no matmuls in the quantized
     format itself.
     """
-    if any(part.is_gguf for name in component.shapes for part in component.packed(name)):
+    if is_gguf(component):
         return GGUFOperations, torch.device("meta")
     # these layers hold nothing before they are loaded, and then move it to the device that they were built on
     if exact:

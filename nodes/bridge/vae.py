@@ -28,7 +28,7 @@ from ...zimage_core.diagnostics.finite import NotFinite
 from ...zimage_core.model import vae_bands
 from ...zimage_core.model.vae import AutoencoderKL
 from ...zimage_core.weights.snapshot import open_component
-from . import borders, files
+from . import borders, files, others
 
 LOW_MEMORY = ("auto", "on", "off")
 
@@ -154,6 +154,7 @@ class ZImageVAE(comfy.sd.VAE):
         )
         mm.archive_model_dtypes(module)
         module.load_state_dict(weights, strict=True, assign=True)
+        others.describe_vae(module)
         self.first_stage_model = module.requires_grad_(False).eval()
         module.host_memory = {"decode": self.memory_used_decode, "encode": self.memory_used_encode}
         del self.memory_used_decode, self.memory_used_encode  # for the methods below, which a copy's device matters to

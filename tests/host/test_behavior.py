@@ -25,10 +25,14 @@ SAMPLER, MODEL, CLIP, VAE, LATENT = "7", "1", "2", "3", "6"  # node ids of the n
 SCHEMAS = {
     "ZImageTransformerLoader": (
         ["model", "weight_dtype"],
-        ["download", "repository", "compile", "cache_converted"],
+        ["download", "repository", "compile", "cache_converted", "network"],
         ["MODEL"],
     ),
-    "ZImageTextEncoderLoader": (["model", "weight_dtype"], ["download", "repository", "cache_converted"], ["CLIP"]),
+    "ZImageTextEncoderLoader": (
+        ["model", "weight_dtype"],
+        ["download", "repository", "cache_converted", "network"],
+        ["CLIP"],
+    ),
     "ZImageVAELoader": (["model"], ["download", "repository"], ["VAE"]),
     "ZImageLoraLoader": (["model", "lora", "strength"], ["clip", "strength_clip"], ["MODEL", "CLIP", "STRING"]),
     "ZImageTextEncode": (["clip", "text"], ["cache"], ["CONDITIONING"]),

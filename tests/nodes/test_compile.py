@@ -30,7 +30,7 @@ def model(pack):
     )
     operations = importlib.import_module("comfy.ops").disable_weight_init
     with torch.inference_mode(False), torch.no_grad():
-        model = pack.bridge.model.HostTransformer(config, operations=operations, device="cpu", dtype=torch.float32)
+        model = pack.bridge.model.ZImageNextDiT(config, operations=operations, device="cpu", dtype=torch.float32)
         for parameter in model.requires_grad_(False).parameters():
             parameter.normal_(0, 0.1)
         torch._dynamo.reset()

@@ -38,7 +38,7 @@ def config(layers: int, **settings):
 
 def ours(pack, layers: int, dtype: torch.dtype, compiled: bool = False, sums_fit: bool = True):
     operations = importlib.import_module("comfy.ops").disable_weight_init
-    model = pack.bridge.model.HostTransformer(config(layers), operations=operations, device="cuda", dtype=dtype)
+    model = pack.bridge.model.ZImageNextDiT(config(layers), operations=operations, device="cuda", dtype=dtype)
     model.compiled, model.sums_fit_half = compiled, sums_fit
     return model
 
@@ -116,7 +116,7 @@ def test_weights_in_another_dtype_are_cast_on_the_device(pack):
     """What is stored in float32 or on the way patched costs launches, and still no copies and no waits."""
     with on_cuda():
         operations = importlib.import_module("comfy.ops").manual_cast
-        model = pack.bridge.model.HostTransformer(config(2), operations=operations, device="cuda", dtype=torch.float32)
+        model = pack.bridge.model.ZImageNextDiT(config(2), operations=operations, device="cuda", dtype=torch.float32)
         for norm in (model.layers[0].attention.q_norm, model.layers[0].attention_norm1):
             norm.weight_function = [lambda weight: 2 * weight]
         for model.compiled in (False, True):

@@ -102,7 +102,7 @@ def test_a_changed_file_and_another_encoder_miss(pack, user, model):
     encode(pack, clip)
     assert entries(user) == 5
     clip.tokenizer = pack.bridge.clip.HostTokenizer(Snapshot(model).tokenizer())
-    clip.tokenizer.tokenizer.inner.add_prefix_space = True  # changes no ids
+    clip.tokenizer.zimage.inner.add_prefix_space = True  # changes no ids
     encode(pack, clip)
     assert entries(user) == 5
 

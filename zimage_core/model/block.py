@@ -31,8 +31,8 @@ class Block(nn.Module):
         self.attention = JointAttention(config, ops, **place)
         self.feed_forward = FeedForward(config, ops, **place)
         self.attention_norm1 = ops.RMSNorm(config.dim, eps=config.norm_eps, **place)
-        self.attention_norm2 = ops.RMSNorm(config.dim, eps=config.norm_eps, **place)
         self.ffn_norm1 = ops.RMSNorm(config.dim, eps=config.norm_eps, **place)
+        self.attention_norm2 = ops.RMSNorm(config.dim, eps=config.norm_eps, **place)
         self.ffn_norm2 = ops.RMSNorm(config.dim, eps=config.norm_eps, **place)
         if modulated:
             self.adaLN_modulation = nn.Sequential(ops.Linear(config.adaln_dim, 4 * config.dim, **place))

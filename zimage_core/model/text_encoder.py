@@ -1,7 +1,8 @@
 """The Qwen3 decoder, used as a text encoder: its second-to-last hidden state describes the caption.
 
-Built without what that state never sees: the last layer, the final norm and the language-model head. Parameter names
-are the published ones (`model.layers.0.self_attn.q_proj.weight`).
+Built without what that state never sees: the last layer, the final norm and the language-model head; a host that also
+generates text has the first two (`TextEncoderConfig.whole`), and takes the table of the embeddings for the third.
+Parameter names are the published ones (`model.layers.0.self_attn.q_proj.weight`).
 
 Letters: B batch, L tokens, D width (2560).
 
@@ -26,7 +27,7 @@ LAYER = -2  # the hidden state that Z-Image is trained on; -1 would be what the 
 
 
 class TextEncoder(nn.Module):
-    """Qwen3 up to `hidden_states[-2]`.
+    """Qwen3 up to `hidden_states[-2]`, or all of it.
 
     `ops` supplies Linear, Embedding and RMSNorm (`torch.nn`'s, or a host's namespace of the same names).
     """
@@ -41,7 +42,8 @@ class TextEncoder(nn.Module):
     ):
         super().__init__()
         self.config = config
-        self.model = Decoder(config, config.num_hidden_layers + 1 + LAYER, ops, device=device, dtype=dtype)
+        self.last = -1 if config.whole else LAYER
+        self.model = Decoder(config, config.num_hidden_layers + 1 + self.last, ops, device=device, dtype=dtype)
 
     def forward(self, input_ids: Tensor, dtype: torch.dtype | None = None, layer: int = LAYER) -> Tensor:
         """Token ids [B, L], padded on the right, to features [B, L, D].
@@ -50,23 +52,26 @@ class TextEncoder(nn.Module):
         the rows of the padding.
 
         dtype: of the computation, where it differs from the weights'.
-        layer: which of the hidden states, counted from the end: -2 is the last that is built, the more negative the
-            earlier, down to -num_hidden_layers, which the first layer makes. Others raise ValueError.
+        layer: which of the hidden states, counted from the end: the more negative the earlier, down to
+            -num_hidden_layers, which the first layer makes. The last that is built is -2, or -1 of a whole one, which
+            comes without the final norm. Others raise ValueError.
         """
         count = self.config.num_hidden_layers
-        if not -count <= layer <= LAYER:
-            raise ValueError(f"layer is {layer}, expected {-count} to {LAYER}")
+        if not -count <= layer <= self.last:
+            raise ValueError(f"layer is {layer}, expected {-count} to {self.last}")
         return self.model(input_ids, dtype, count + 1 + layer)
 
 
 class Decoder(nn.Module):
-    """Embeddings and `depth` layers."""
+    """Embeddings and `depth` layers; `norm` is for who generates text."""
 
     def __init__(self, config: TextEncoderConfig, depth: int, ops: Any, **place: Any):
         super().__init__()
         self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
         self.embed_tokens = ops.Embedding(config.vocab_size, config.hidden_size, **place)
         self.layers = nn.ModuleList(DecoderLayer(config, ops, **place) for _ in range(depth))
+        if config.whole:
+            self.norm = ops.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **place)
 
     def forward(self, input_ids: Tensor, dtype: torch.dtype | None, depth: int) -> Tensor:
         """Token ids [B, L] to what the first `depth` layers make of them, [B, L, D]."""

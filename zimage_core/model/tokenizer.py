@@ -37,6 +37,10 @@ class Tokenizer:
         if max_length < 1:
             raise ValueError(f"max_length is {max_length}, expected at least 1")
         ids: list[int] = self.inner(PROMPT_TEMPLATE.format(prompt), verbose=False)["input_ids"]
+        return ids[: self.limited(ids, max_length)]
+
+    def limited(self, ids: list[int], max_length: int = MAX_LENGTH) -> int:
+        """How many of these ids are taken; what is lost is said in the log."""
         if len(ids) > max_length:
             lost = self.inner.decode(ids[max_length:-_SUFFIX_TOKENS] or ids[max_length:])
             logger.warning(
@@ -46,7 +50,7 @@ class Tokenizer:
                 max_length,
                 lost[:80],
             )
-        return ids[:max_length]
+        return min(len(ids), max_length)
 
 
 _SUFFIX_TOKENS = 5  # <|im_end|>, newline, <|im_start|>, assistant, newline

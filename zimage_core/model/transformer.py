@@ -99,15 +99,16 @@ class ZImageTransformer(nn.Module):
         self.sums_fit_half = False  # may be set, see `numerics.largest_sum`: tokens need not be float32 beside float16
         make: dict[str, Any] = {"ops": ops, "device": device, "dtype": dtype}
         place: dict[str, Any] = {"device": device, "dtype": dtype}
+        # in the order of the original: training draws its random numbers by it
+        refiners, layers = range(config.n_refiner_layers), range(config.n_layers)
         self.x_embedder = ops.Linear(config.patch_dim, config.dim, **place)
+        self.noise_refiner = nn.ModuleList(Block(config, modulated=True, **make) for _ in refiners)
+        self.context_refiner = nn.ModuleList(Block(config, modulated=False, **make) for _ in refiners)
+        self.t_embedder = TimestepEmbedder(config, **make)
         self.cap_embedder = nn.Sequential(
             ops.RMSNorm(config.cap_feat_dim, eps=config.norm_eps, **place),
             ops.Linear(config.cap_feat_dim, config.dim, **place),
         )
-        self.t_embedder = TimestepEmbedder(config, **make)
-        refiners, layers = range(config.n_refiner_layers), range(config.n_layers)
-        self.noise_refiner = nn.ModuleList(Block(config, modulated=True, **make) for _ in refiners)
-        self.context_refiner = nn.ModuleList(Block(config, modulated=False, **make) for _ in refiners)
         self.layers = nn.ModuleList(Block(config, modulated=True, **make) for _ in layers)
         self.final_layer = FinalLayer(config, **make)
         self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim, **place))

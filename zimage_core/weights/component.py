@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class Component:
         self.config = config
         self.config_source = config_source
         self.source = str(_place(files))
+        self._given = (keys, prefix, config_source)
         self.weights = quantized.Weights(files, files.entries if keys is None else keys)
         self._keys = {key.removeprefix(prefix): key for key in self.weights.keys}  # without prefix -> in the file
         self._sources = self.key_map.sources(self._keys)
@@ -78,6 +80,13 @@ class Component:
         if prefix is None and identify.held(files.entries):
             raise identify.refusal(kind, files.shapes(), source, f"put the snapshot's own {kind}/ here")
         return cls(kind, config, files, keys, prefix or "", config_source=f"{kind}/config.json")
+
+    def whole(self) -> Component:
+        """With what Z-Image never runs (`TextEncoderConfig.whole`); this one where the files lack some of it."""
+        config = replace(self.config, whole=True)
+        found = Component(self.kind, config, self.files, *self._given)
+        network = self.spec.network(config, device="meta")
+        return found if all(name in found._sources for name, _ in network.named_parameters()) else self
 
     def build(self, *, device: Any = "cpu", dtype: torch.dtype | None = None) -> Any:
         """The network, ready to run. `dtype` None keeps each tensor's own; what is quantized then becomes bfloat16.

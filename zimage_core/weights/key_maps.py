@@ -92,25 +92,26 @@ TRANSFORMER = KeyMap(
 )
 
 
-def text_encoder(layers: int | None) -> KeyMap:
-    """text_encoder/ of a Qwen3 with this many layers; the last one (None: no layer), the final norm and the head are
-    not used.
+def text_encoder(layers: int | None, whole: bool = False) -> KeyMap:
+    """text_encoder/ of a Qwen3 with this many layers. The head is not used, nor, unless it is whole, the last layer
+    (None: no layer) and the final norm.
     """
     last = "none" if layers is None else layers - 1
-    unused = (f"layers.{last}.*", "norm.weight")
+    unused = () if whole else (f"layers.{last}.*", "norm.weight")
     return KeyMap(
         rename={
             "model.*": "model.*",
             "layers.*": "model.layers.*",
             "embed_tokens.*": "model.embed_tokens.*",
             "token_embd.*": "model.embed_tokens.*",
+            **{name: "model.norm.weight" for name in ("norm.weight", "output_norm.weight")},
             **{f"blk.*.{theirs}.weight": f"model.layers.*.{ours}.weight" for theirs, ours in LLAMA_CPP.items()},
         },
         drop=(
             *unused,
             *(f"model.{pattern}" for pattern in unused),
-            *(f"blk.{last}.*", "output_norm.weight", "output.weight"),
-            "lm_head.weight",
+            *(() if whole else (f"blk.{last}.*", "output_norm.weight")),
+            *("output.weight", "lm_head.weight"),
         ),
     )
 

@@ -217,7 +217,7 @@ SPECS = {
             noun="a Qwen3 text encoder",
             network=TextEncoder,
             config=TextEncoderConfig,
-            key_map=lambda config: key_maps.text_encoder(config.num_hidden_layers),
+            key_map=lambda config: key_maps.text_encoder(config.num_hidden_layers, config.whole),
             key_map_of=lambda shapes: key_maps.text_encoder(None),
             prefixes=(
                 "",
