@@ -273,7 +273,8 @@ def load_model(
         storage = component.dtype() if asked in (None, *FP8) else asked
         compute = mm.unet_manual_cast(None, device, model_config.supported_inference_dtypes)
         model_config.custom_operations, build_device = quantized.operations(component, compute, device)
-        weights = quantized.state_dict(component, storage, compute)
+        # what computes in float32 takes the others as they are: a rounded norm errs more than all of the rest
+        weights = quantized.state_dict(component, None if compute == torch.float32 else storage, compute)
     else:
         storage, compute = _dtypes(
             weight_dtype or folders.asked_dtype(), component, model_config.supported_inference_dtypes, device
@@ -306,7 +307,7 @@ def load_model(
     # ComfyUI rebinds CoreModelPatcher when it starts; it must be looked up at the time of the call.
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, load_device=device, offload_device=offload_device)
-    if packed:
+    if packed or mm.is_device_cpu(device):
         quantized_patcher.keep_packed(patcher)
     if not native:
         captions = model.diffusion_model.run_captions
