@@ -46,6 +46,7 @@ class ZImageNextDiT(ZImageTransformer):
     gain: Gain = staticmethod(gain)
     lean_operations = KernelOperations
     half_operations = KernelHalfOperations
+    rope_embedder: Any  # where other nodes put their own
 
     def __init__(self, config: TransformerConfig, *, operations: Any, device: Any, dtype: Any, **_unused: Any):
         super().__init__(config, ops=operations, device=device, dtype=dtype)
