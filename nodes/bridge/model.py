@@ -274,8 +274,9 @@ def load_model(
         storage = component.dtype() if asked in (None, *FP8) else asked
         compute = mm.unet_manual_cast(None, device, model_config.supported_inference_dtypes)
         model_config.custom_operations, build_device = quantized.operations(component, compute, device)
-        # what computes in float32 takes the others as they are: a rounded norm errs more than all of the rest
-        weights = quantized.state_dict(component, None if compute == torch.float32 else storage, compute)
+        # GGUF has norms in float32: rounded, they would err more than all of the rest
+        exact = compute == torch.float32 and quantized.is_gguf(component)
+        weights = quantized.state_dict(component, None if exact else storage, compute)
     else:
         storage, compute = _dtypes(
             weight_dtype or folders.asked_dtype(), component, model_config.supported_inference_dtypes, device
