@@ -46,6 +46,7 @@ class ZImageNextDiT(ZImageTransformer):
     gain: Gain = staticmethod(gain)
     lean_operations = KernelOperations
     half_operations = KernelHalfOperations
+    rope_embedder: Any  # where other nodes put their own
 
     def __init__(self, config: TransformerConfig, *, operations: Any, device: Any, dtype: Any, **_unused: Any):
         super().__init__(config, ops=operations, device=device, dtype=dtype)
@@ -276,7 +277,9 @@ def load_model(
         storage = component.dtype() if asked in (None, *FP8) else asked
         compute = mm.unet_manual_cast(None, device, model_config.supported_inference_dtypes)
         model_config.custom_operations, build_device = quantized.operations(component, compute, device)
-        weights = quantized.state_dict(component, storage, compute)
+        # GGUF has norms in float32: rounded, they would err more than all of the rest
+        exact = compute == torch.float32 and quantized.is_gguf(component)
+        weights = quantized.state_dict(component, None if exact else storage, compute)
     else:
         storage, compute = _dtypes(
             weight_dtype or folders.asked_dtype(), component, model_config.supported_inference_dtypes, device
@@ -309,7 +312,7 @@ def load_model(
     # ComfyUI rebinds CoreModelPatcher when it starts; it must be looked up at the time of the call.
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, load_device=device, offload_device=offload_device)
-    if packed:
+    if packed or mm.is_device_cpu(device):
         quantized_patcher.keep_packed(patcher)
     if not native:
         captions = model.diffusion_model.run_captions

@@ -61,8 +61,8 @@ def operations(
     return layers, torch.device("cpu")
 
 
-def state_dict(component: Component, dtype: torch.dtype, compute_dtype: torch.dtype) -> dict[str, Tensor]:
-    """What such layers load. dtype: of the weights that are not quantized."""
+def state_dict(component: Component, dtype: torch.dtype | None, compute_dtype: torch.dtype) -> dict[str, Tensor]:
+    """What such layers load. dtype: of the weights that are not quantized; None is the file's."""
     state: dict[str, Tensor] = {}
     for name, shape in component.shapes.items():
         kept = kept_tensors(component, name, shape, compute_dtype)

@@ -1,4 +1,8 @@
-"""Patchers of models with quantized weights: LoRA, merges and hooks on top, exactly, and files of what samples."""
+"""Patchers of models whose weights stay as they are: LoRA, merges and hooks on top, exactly, and files of what samples.
+
+Such are quantized weights, and on a CPU those of less than 32 bits: it computes in float32, so that a sum that is
+rounded to what holds the weight would be less exact than ComfyUI's, and take memory that the mapped weight does not.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import comfy.lora
+import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.utils
 import torch
@@ -18,10 +23,18 @@ from torch import Tensor, nn
 from ...zimage_core.weights.quantized import DEQUANTIZED
 from . import quantized
 
+FULL = 4  # bytes of what a CPU computes in
+
 
 def keep_packed(patcher: ModelPatcher) -> None:
     """Makes a patcher, of whichever kind ComfyUI has chosen for its device, one that knows quantized weights."""
     patcher.__class__ = _packed(type(patcher))
+    if not patcher.is_clip and mm.is_device_cpu(patcher.load_device):
+        for layer in patcher.model.modules():
+            weight = layer._parameters.get("weight")
+            narrow = type(weight) is nn.Parameter and weight.ndim == 2 and weight.dtype.itemsize < FULL
+            if narrow and weight.dtype.is_floating_point and hasattr(layer, "weight_function"):
+                layer.is_kept = True
     if patcher.is_clip and not hasattr(ModelPatcher, "model_state_dict_for_saving"):
         # older ComfyUI save an encoder by its state dict alone; what it is patched with, its layers know
         device = patcher.load_device
@@ -44,7 +57,7 @@ class _Packed:
 
     def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, **settings):
         weight = comfy.model_patcher.get_key_weight(self.model, key)[0]
-        if not isinstance(weight, quantized.QuantizedTensor):
+        if not _is_kept(self.model, key):
             wanted = {"return_weight": True} if return_weight else {}
             return super().patch_weight_to_device(key, device_to, inplace_update, **wanted, **settings)
         if return_weight:
@@ -127,7 +140,7 @@ class _Packed:
                     layer.weight_function = [*layer.weight_function, _HookPatch(key, hooked[key], originals)]
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, *arguments, **settings):
-        if not isinstance(comfy.model_patcher.get_key_weight(self.model, key)[0], quantized.QuantizedTensor):
+        if not _is_kept(self.model, key):
             super().patch_hook_weight_to_device(hooks, combined_patches, key, *arguments, **settings)
 
     def unpatch_hooks(self, *arguments, **settings):
@@ -191,15 +204,26 @@ class _HookPatch:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name of the weight, layer) of the quantized ones."""
+    """(name of the weight, layer) of those whose weight stays as it is."""
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "weight", None), quantized.QuantizedTensor):
+        if _is_quantized(getattr(module, "weight", None)) or getattr(module, "is_kept", False):
             yield f"{name}.weight", module
+
+
+def _is_kept(model: nn.Module, key: str) -> bool:
+    path, _, last = key.rpartition(".")
+    layer = model.get_submodule(path)
+    return last == "weight" and (_is_quantized(layer.weight) or getattr(layer, "is_kept", False))
+
+
+def _is_quantized(weight: Any) -> bool:
+    return isinstance(weight, quantized.QuantizedTensor)
 
 
 def _patched(weight: Tensor, patches: list[LowVramPatch], device: torch.device | None) -> Tensor:
     """What the layer computes with, float32 [out, in]."""
-    exact = weight.to(device=device, dtype=torch.float32).dequantize()
+    exact = weight.to(device=device, dtype=torch.float32)
+    exact = exact.dequantize() if _is_quantized(exact) else exact
     for patch in patches:
         exact = patch(exact)
     return exact
@@ -226,7 +250,9 @@ def _for_saving(
     saved: dict[str, Tensor] = {}
     for name, layer in _layers(model):
         weight, key, patches = layer.weight, prefix + name, patches_of(name, layer)
-        if weight._layout_cls == quantized.GGUF:
+        if not _is_quantized(weight):
+            like = {key: torch.empty_like(weight, device="meta")} if patches else {}
+        elif weight._layout_cls == quantized.GGUF:
             like = {key: torch.empty(weight.shape, dtype=DEQUANTIZED, device="meta")}
         elif patches:
             like = weight.state_dict(key)
@@ -250,7 +276,7 @@ class _Source:
     def take(self, part: str) -> Tensor:
         if part not in self.made:
             made = {self.key: _patched(self.layer.weight, self.patches, self.device)}
-            if self.layer.weight._layout_cls != quantized.GGUF:
+            if _is_quantized(self.layer.weight) and self.layer.weight._layout_cls != quantized.GGUF:
                 seed = comfy.utils.string_to_seed(self.key)
                 made = self.layer.set_weight(made[self.key], seed=seed, return_weight=True).state_dict(self.key)
             self.made = {name: tensor.to("cpu") for name, tensor in made.items()}

@@ -25,6 +25,7 @@ def load_pack(*flags: str, cpu: bool = True, **settings: Any) -> SimpleNamespace
 
     # Before the repository on sys.path, whose nodes/ would hide the host's nodes.py.
     sys.path.insert(0, str(provision.newest()))
+    importlib.import_module("utils.install_util")  # as main.py does: later, comfy/utils.py would hide the package
     from comfy.cli_args import args
 
     for flag, value in {"cpu": cpu, **dict.fromkeys(flags, True), **settings}.items():

@@ -18,7 +18,7 @@ def nodes() -> dict[str, Any]:
     for path in sorted((provision.newest() / "comfy_extras").glob("nodes_*.py")):
         try:
             module = importlib.import_module(f"comfy_extras.{path.stem}")
-        except ImportError:  # wants a package that is not here, of a model that is not Z-Image
+        except (ImportError, RuntimeError):  # wants a package that is not here, for what is not Z-Image's
             continue
         found |= getattr(module, "NODE_CLASS_MAPPINGS", {})
         for _, kind in inspect.getmembers(module, inspect.isclass):

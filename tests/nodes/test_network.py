@@ -33,7 +33,7 @@ def stored(component: str, form: str, folder):
         gguf_writing.write(path, plain, gguf_writing.linear_weights("Q8_0"), strings=config, architecture=kind)
     elif form == "float8":
         for name in [name for name in plain if ".feed_forward." in name or "_proj." in name]:
-            scale = plain[name].float().abs().max() / 448
+            scale = plain[name].float().abs().max().clamp(min=1e-6) / 448
             plain[name] = (plain[name].float() / scale).to(torch.float8_e4m3fn)
             plain[name.removesuffix(".weight") + ".scale_weight"] = scale
         save_file(plain, path, config)

@@ -182,7 +182,9 @@ def test_merged_text_encoders_are_saved_as_they_encode(pack, stock, out, tmp_pat
         return clip
 
     exact = pack.bridge.clip.load_clip(NANO, torch.float32)
-    exact.cond_stage_model.encoder.load_state_dict(open_component(file, "text_encoder").state_dict(torch.float32))
+    exact.cond_stage_model.encoder.load_state_dict(
+        open_component(file, "text_encoder").whole().state_dict(torch.float32)
+    )
     merge = stock.CLIPMergeSimple().merge
     merged, other, right = (
         merge(*pair, 0.5)[0] for pair in ((quantized(), plain()), (plain(), quantized()), (exact, plain()))

@@ -33,7 +33,7 @@ def converted(form: str, folder: Path) -> Path:
         stored = dict(plain)
         for name in plain:  # the table becomes bfloat16, one projection stays it, and is held in float32
             if name.endswith(("proj.weight", "embed_tokens.weight")) and "layers.0.mlp.up" not in name:
-                scale = plain[name].float().abs().max() / 448
+                scale = plain[name].float().abs().max().clamp(min=1e-6) / 448
                 stored[name] = (plain[name].float() / scale).to(torch.float8_e4m3fn)
                 stored[name.replace(".weight", ".scale_weight")] = scale
         save_file(stored, path, CONFIG)
