@@ -47,7 +47,15 @@ def test_the_project_says_what_the_registry_shows():
 
 def test_the_archive_holds_what_users_need(archive):
     assert {"__init__.py", "pyproject.toml", "README.md", "LICENSE", "nano/zimage_nano_moon.safetensors"} <= archive
-    for folder, fewest in (("zimage_core", 40), ("nodes", 15), ("workflows", 10), ("docs", 10), ("web", 16), ("locales", 1), ("nano/snapshot", 9)):
+    for folder, fewest in (
+        ("zimage_core", 40),
+        ("nodes", 15),
+        ("workflows", 10),
+        ("docs", 10),
+        ("web", 16),
+        ("locales", 1),
+        ("nano/snapshot", 9),
+    ):
         assert sum(name.startswith(f"{folder}/") for name in archive) >= fewest, folder
         whole = {name for name in tracked() if name.startswith(f"{folder}/")}
         assert whole <= archive

@@ -77,10 +77,7 @@ class ZImageNextDiT(ZImageTransformer):
             x = comfy.ldm.common_dit.pad_to_patch_size(x, (patch, patch))
         attend: Any = partial(_attention, options)
         override = options.get(attention.OVERRIDE)
-        is_watched = override is not None and not isinstance(override, attention.Choice)
-        if is_watched:
-            attend = others.captions_first(attend, x, context, patch)
-        patches = _Patches(options, self.config, is_watched)
+        patches = _Patches(options, self.config)
         out = super().forward(
             x,
             model_time(timesteps),
@@ -89,6 +86,8 @@ class ZImageNextDiT(ZImageTransformer):
             after_block=patches.after_block,
             patch_tokens=patches.patch_tokens if patches else None,
             rope_options=options.get("rope_options"),
+            # as natively, for another node's function, which may go by the places of tokens
+            captions_first=override is not None and not isinstance(override, attention.Choice),
         )
         return velocity(out)[:, :, :height, :width]
 
@@ -157,19 +156,15 @@ class _RunCaptions:
 
 
 class _Patches:
-    """The patches of other nodes, run after a block as the native model does; true if all tokens are to be there.
+    """The patches of other nodes, run after a block as the native model does; true where there are any."""
 
-    is_watched: by another node's attention, which expects those of the captions in the last block as well.
-    """
-
-    def __init__(self, options: dict[str, Any], config: TransformerConfig, is_watched: bool = False):
+    def __init__(self, options: dict[str, Any], config: TransformerConfig):
         self.options = options
-        self.is_watched = is_watched
         self.config = config
         self.patches = options.get("patches", {})
 
     def __bool__(self) -> bool:
-        return self.is_watched or any(self.patches.get(name) for name in ("noise_refiner", "double_block"))
+        return any(self.patches.get(name) for name in ("noise_refiner", "double_block"))
 
     def after_block(self, stage: str, index: int) -> None:
         """Keeps the options current."""

@@ -1,17 +1,15 @@
-"""What nodes of other packs look for on our networks: attributes of ComfyUI's own ones, and the order of its tokens."""
+"""What nodes of other packs look for on our networks: the attributes of ComfyUI's own ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from comfy.ldm.flux.layers import EmbedND
 from torch import Tensor
 
 from ...zimage_core.config import TransformerConfig, VAEConfig
 from ...zimage_core.model.block import is_changed
-from ...zimage_core.model.patchify import SEQ_MULTIPLE, padded
+from ...zimage_core.model.patchify import SEQ_MULTIPLE
 from ...zimage_core.model.rope import rotations
 
 NETWORKS = OURS, NATIVE = ("ComfyUI-ZImage", "ComfyUI")  # whose classes weights are put into, by a loader's input
@@ -86,24 +84,3 @@ def describe_vae(autoencoder: Any) -> None:
                 module.use_conv_shortcut = False
             elif hasattr(module, "proj_out"):
                 module.in_channels = module.q.in_channels
-
-
-Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
-
-
-def captions_first(attend: Attend, latents: Tensor, context: Tensor, patch: int) -> Attend:
-    """Attention that another node's function does, which expects captions before the image, as ComfyUI has them.
-
-    latents [B, 16, h, w] and context [B, L, width] of the call. Ours has the image first.
-    """
-    rows, columns = (-(-side // patch) for side in latents.shape[-2:])
-    image, text = padded(rows * columns), padded(context.shape[1])
-
-    def attend_natively(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if k.shape[2] != image + text:  # of a refiner, whose tokens are of one kind
-            return attend(q, k, v, mask)
-        q, k, v = (torch.cat((x[:, :, image:], x[:, :, :image]), dim=2) for x in (q, k, v))
-        out = attend(q, k, v, mask)  # (B, S, heads * head_dim)
-        return torch.cat((out[:, text:], out[:, :text]), dim=1)
-
-    return attend_natively

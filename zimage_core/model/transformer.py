@@ -124,6 +124,7 @@ class ZImageTransformer(nn.Module):
         after_block: AfterBlock | None = None,
         patch_tokens: PatchTokens | None = None,
         rope_options: Mapping[str, float] | None = None,
+        captions_first: bool = False,
     ) -> Tensor:
         """One evaluation of the model.
 
@@ -137,6 +138,8 @@ class ZImageTransformer(nn.Module):
         after_block, patch_tokens: called for each item where a batch is taken apart, as large images with captions of
             different lengths are.
         rope_options: see `rope.image_positions`.
+        captions_first: before the image in the joint sequence, for an `attention` that goes by the places of tokens;
+            the captions are then to be of one length.
 
         Returns the velocity towards the image, [B, 16, h, w].
         """
@@ -150,6 +153,7 @@ class ZImageTransformer(nn.Module):
             after_block=after_block,
             patch_tokens=patch_tokens,
             rope_options=rope_options,
+            captions_first=captions_first,
         )
         large = latents[0, 0].numel() >= APART * self.config.patch_size**2
         if large and isinstance(features, Captions) and len(features.lengths) > 1:
@@ -166,6 +170,7 @@ class ZImageTransformer(nn.Module):
         after_block: AfterBlock | None,
         patch_tokens: PatchTokens | None,
         rope_options: Mapping[str, float] | None,
+        captions_first: bool,
     ) -> Tensor:
         config = self.config
         height, width = latents.shape[-2:]
@@ -191,25 +196,32 @@ class ZImageTransformer(nn.Module):
                 patch_tokens("noise_refiner", index, state)
                 img = state["img"]
 
-        x = torch.cat((img, captions.tokens), dim=1)  # (B, S, D)
-        pe = torch.cat((img_pe, captions.rotations.expand(len(img_pe), *captions.rotations.shape[1:])), dim=1)
+        if captions_first and len(captions.lengths) > 1:
+            raise ValueError(f"captions have the lengths {captions.lengths}, expected one where they come first")
+        order = -1 if captions_first else 1
+        before = captions.tokens.shape[1] if captions_first else 0
+        image, text = slice(before, before + n), slice(0, before) if captions_first else slice(n, None)
+        cap_pe = captions.rotations.expand(len(img_pe), *captions.rotations.shape[1:])
+        x = torch.cat((img, captions.tokens)[::order], dim=1)  # (B, S, D)
+        pe = torch.cat((img_pe, cap_pe)[::order], dim=1)
         tokens = Tokens(pe, time, [n + length for length in captions.lengths])
         tokens = dataclasses.replace(tokens, own=_own_mask(tokens.counts, x))
-        del img, img_pe, captions, features  # what is joined now need not be kept apart as well
+        del img, img_pe, cap_pe, captions, features  # what is joined now need not be kept apart as well
         state = {"vec": time, "x": latents}
         if patch_tokens is not None:
-            state |= {"img_input": x[:, :n].clone(), "pe": pe[:, :n]}
+            state |= {"img_input": x[:, image].clone(), "pe": pe[:, image]}
         for index, block in enumerate(self.layers):
-            if index == config.n_layers - 1 and patch_tokens is None:  # of the last only the image's tokens are used
+            # of the last only the image's tokens are used
+            if index == config.n_layers - 1 and patch_tokens is None and not captions_first:
                 tokens = dataclasses.replace(tokens, queries=n_image)
             x = self._run(block, x, tokens, attention, time.dtype)
             if after_block is not None:
                 after_block("layers", index)
             if patch_tokens is not None:
-                state.update(img=x[:, :n], txt=x[:, n:])
+                state.update(img=x[:, image], txt=x[:, text])
                 patch_tokens("layers", index, state)
 
-        x = self.final_layer(x[:, :n_image], time)  # (B, h/2 * w/2, 64)
+        x = self.final_layer(x[:, before : before + n_image], time)  # (B, h/2 * w/2, 64)
         return unpatchify(x, height, width, config.patch_size)
 
     def refine_captions(
