@@ -32,6 +32,11 @@ def _dtype_input() -> io.Combo.Input:
     )
 
 
+def _problem(model: str | None, component: str, download: bool | None, repository: str | None) -> str | bool:
+    """For ComfyUI, which asks before anything runs: what is missing, or True. An input that is linked is None."""
+    return folders.problem(model, component, repository, download) or True
+
+
 def _download_inputs() -> list[io.Input]:
     return [
         io.Boolean.Input(
@@ -117,6 +122,10 @@ class ZImageTransformerLoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, model=None, download=False, repository=""):
+        return _problem(model, "transformer", download, repository)
+
+    @classmethod
     def fingerprint_inputs(
         cls, model, weight_dtype, download=False, repository="", compile=False, cache_converted=False, network=""
     ):
@@ -158,6 +167,10 @@ class ZImageTextEncoderLoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, model=None, download=False, repository=""):
+        return _problem(model, "text_encoder", download, repository)
+
+    @classmethod
     def fingerprint_inputs(cls, model, weight_dtype, download=False, repository="", cache_converted=False, network=""):
         return folders.fingerprint(model, "text_encoder", repository)
 
@@ -183,6 +196,10 @@ class ZImageVAELoader(io.ComfyNode):
                 io.Vae.Output(tooltip="The VAE, for Z-Image VAE Decode, Z-Image VAE Encode or the stock VAE nodes.")
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, model=None, download=False, repository=""):
+        return _problem(model, "vae", download, repository)
 
     @classmethod
     def fingerprint_inputs(cls, model, download=False, repository=""):

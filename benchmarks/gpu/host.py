@@ -77,9 +77,7 @@ def _users(pack: Any, prompt: Any, latent: dict[str, Any], steps: int) -> dict[s
     nodes = importlib.import_module("nodes")
 
     def load_ours() -> Any:
-        path = f"diffusion_models/{FILE}"
-        names = pack.bridge.folders.model_choices("transformer")
-        return pack.loaders.ZImageTransformerLoader.execute(path if path in names else FILE, "default").args[0]
+        return pack.loaders.ZImageTransformerLoader.execute(FILE, "default").args[0]
 
     def sample_ours(model: Any, seed: int) -> torch.Tensor:
         settings = (prompt, latent, seed, steps, 0.0, 0.0, 1.0, 1.0)

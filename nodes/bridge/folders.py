@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,12 +16,13 @@ from comfy.cli_args import args
 
 from ...zimage_core.errors import CheckpointError
 from ...zimage_core.hub.download import KNOWN, Repository, is_complete
-from ...zimage_core.weights.snapshot import one_of_each_set, parts_of, snapshot_folder
+from ...zimage_core.weights.snapshot import one_of_each_set, open_component, parts_of, snapshot_folder
 from ...zimage_core.weights.specs import SPECS
 from . import download as bridge_download
 
 logger = logging.getLogger(__name__)
 
+DOWNLOAD = " (download)"  # ends an entry that is not on disk
 NANO = "Z-Image-Nano (built in)"
 NANO_FOLDER = Path(__file__).parents[2] / "nano" / "snapshot"
 NANO_LORA = "Z-Image-Nano moon (built in)"
@@ -46,32 +48,61 @@ for _kind, _own in GGUF_KINDS.items():
 
 
 def model_choices(component: str) -> list[str]:
-    """The built-in model, snapshots under ComfyUI's folders, those that can be downloaded, then single files."""
-    snapshots = {*_snapshots(), *(Repository(name).folder_name for name in KNOWN)}
-    return [NANO, *sorted(snapshots, key=str.casefold), *sorted(_files(component), key=str.casefold)]
+    """The user's own Z-Image models, the built-in one, other files, then what can be downloaded.
+
+    The first is the default of a new node.
+    """
+    snapshots, files = _snapshots(), _files(component)
+    paths = {**snapshots, **{name: folder_paths.get_full_path(*place) for name, place in files.items()}}
+    own = {name for name, path in paths.items() if _is_ours(path, component)}
+    remote = {Repository(name).folder_name for name in KNOWN} - snapshots.keys()
+    return [
+        *sorted(own, key=str.casefold),
+        NANO,
+        *sorted(paths.keys() - own, key=str.casefold),
+        *(name + DOWNLOAD for name in sorted(remote, key=str.casefold)),
+    ]
 
 
 def model_path(choice: str, component: str, repository: str = "", download: bool = False) -> Path:
-    """The folder or file behind an entry of `model_choices`, or of a repository of the hub (Org/Name@revision)."""
+    """The folder or file behind an entry of `model_choices`, or of a repository of the hub (Org/Name@revision).
+
+    Entries of earlier versions count as well: files with the folder before them, and without the mark of a download.
+    """
     repository = bridge_download.typed(repository)
-    if choice == NANO and not repository.strip():
+    choice = choice.removesuffix(DOWNLOAD)
+    if choice == NANO and not repository:
         return NANO_FOLDER
-    path = _snapshots().get(choice) if not repository.strip() else None
+    path = _snapshots().get(choice) if not repository else None
     wanted = bridge_download.repository_of(choice, repository)
     if wanted is not None and (path is None or not is_complete(path, [component])):
         path, fetched = bridge_download.snapshot(wanted, component, allowed=download)
         if fetched:
             _downloaded[path, component] = _stamps(path, component)
-    if path is None and (file := _files(component).get(choice)) is not None:
+    if path is None and (file := _file(choice, component)) is not None:
         path = Path(folder_paths.get_full_path_or_raise(*file))
     if path is None:
-        searched = ", ".join(str(root) for root in _roots())
+        kinds = FILE_KINDS[component]
+        name, folders = choice.removeprefix(f"{kinds[0]}/"), " or ".join(f"models/{kind}" for kind in kinds)
         raise FileNotFoundError(
-            f"There is no model {choice!r}. Put the whole Z-Image snapshot (model_index.json, transformer/, "
-            f"text_encoder/, tokenizer/, vae/, scheduler/) into {searched}, or a single file into models/"
-            f"{' or models/'.join(FILE_KINDS[component])}, and press R to refresh the list."
+            f"There is no model {name!r}: it is not in {folders}, nor is it a snapshot in "
+            f"{' or '.join(f'models/{kind}' for kind in FOLDER_KINDS)}. Put it there and press R, or choose an entry "
+            f"that ends in{DOWNLOAD} and switch `download` on."
         )
     return path
+
+
+def problem(choice: str | None, component: str, repository: str | None, download: bool | None) -> str | None:
+    """Why `model_path` would fail, told before anything runs; None where it will not, or inputs aren't known yet."""
+    if choice is None or repository is None:  # linked
+        return None
+    try:
+        wanted = bridge_download.repository_of(choice.removesuffix(DOWNLOAD), bridge_download.typed(repository))
+        if wanted is None or download is False:
+            model_path(choice, component, repository)
+    except (CheckpointError, OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def fingerprint(choice: str, component: str, repository: str = "") -> list[tuple[str, int, int]]:
@@ -135,14 +166,44 @@ def _roots() -> list[Path]:
 
 
 def _files(component: str) -> dict[str, tuple[str, str]]:
-    """Name, as the combo shows it ("folder/file"), to (ComfyUI's folder kind, the file's name in it)."""
-    found: dict[str, tuple[str, str]] = {}
-    for kind in FILE_KINDS[component]:
-        found |= {f"{kind}/{name}": (kind, name) for name in _names(kind)}
-        if kind in GGUF_KINDS:
-            own = GGUF_KINDS[kind]
-            found |= {f"{kind}/{name}": (own, name) for name in _names(own, (".gguf",))}
-    return found
+    """Name, as the combo shows it, to (ComfyUI's folder kind, the file's name in it).
+
+    It is the file's, as stock loaders have it, with the kind of folder before it where several folders have one.
+    """
+    places = [(kind, kind, name) for kind in FILE_KINDS[component] for name in _names(kind)]
+    places += [
+        (kind, own, name)
+        for kind, own in GGUF_KINDS.items()
+        if kind in FILE_KINDS[component]
+        for name in _names(own, (".gguf",))
+    ]
+    counts = Counter(name for *_, name in places)
+    return {name if counts[name] == 1 else f"{shown}/{name}": (kind, name) for shown, kind, name in places}
+
+
+def _file(choice: str, component: str) -> tuple[str, str] | None:
+    """What `_files` has for a name, with or without the kind of folder before it."""
+    files = _files(component)
+    kind, _, name = choice.partition("/")
+    return files.get(choice) or (files.get(name) if kind in FILE_KINDS[component] else None)
+
+
+def _is_ours(path: str | Path | None, component: str) -> bool:
+    """Whether a file or snapshot holds this part of Z-Image. Its headers are read once, and again after a change."""
+    if path is None:
+        return False
+    parts = (Path(path), Path(path) / component)
+    key, state = (str(path), component), [_stamp(part) for part in parts if os.path.exists(part)]
+    if key not in _known or _known[key][0] != state:
+        try:
+            open_component(path, component)
+            _known[key] = (state, True)
+        except (CheckpointError, OSError):
+            _known[key] = (state, False)
+    return _known[key][1]
+
+
+_known: dict[tuple[str, str], tuple[list[tuple[str, int, int]], bool]] = {}
 
 
 def _names(kind: str, suffixes: tuple[str, ...] = FILE_SUFFIXES) -> list[str]:

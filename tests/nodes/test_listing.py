@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from ..helpers import NANO
 
@@ -127,7 +128,7 @@ def test_files_where_the_host_gives_up(pack, models, caplog):
             folder_paths.get_filename_list("loras")
         for _ in range(2):
             choices = schemas(pack)
-    assert choices[3][0] == "good.safetensors" and "diffusion_models/good.safetensors" in choices[0]
+    assert choices[3][0] == "good.safetensors" and "good.safetensors" in choices[0]
     assert told(caplog, "blind", "Permission denied")
 
 
@@ -137,3 +138,38 @@ def test_what_was_loaded_keeps_its_fingerprint(pack, models):
     before = pack.bridge.folders.fingerprint("Mine", "vae")
     (models / "zimage" / "Mine" / "vae" / "note").symlink_to("z" * 300)
     assert pack.bridge.folders.fingerprint("Mine", "vae") == before and before
+
+
+def test_entries_are_file_names_and_the_users_own_models_come_first(pack, models):
+    """Then the built-in one, other files, and last what is to be downloaded; a folder tells equal names apart."""
+    folders = pack.bridge.folders
+    (weights,) = (NANO / "transformer").glob("*.safetensors")
+    config = {"zimage.transformer.config": (NANO / "transformer" / "config.json").read_text()}
+    for place in ("diffusion_models/mine", "diffusion_models/twice", "checkpoints/twice"):
+        save_file(load_file(weights), models / f"{place}.safetensors", config)
+    (models / "diffusion_models" / "another.safetensors").touch()
+    (models / "zimage" / "Empty" / "transformer").mkdir(parents=True)
+    shutil.copytree(NANO, models / "zimage" / "Snapshot")
+    own = ["checkpoints/twice.safetensors", "diffusion_models/twice.safetensors", "mine.safetensors", "Snapshot"]
+    choices = folders.model_choices("transformer")
+    assert choices[:7] == [*own, folders.NANO, "another.safetensors", "Empty"]
+    assert choices[7:] and all(choice.endswith(" (download)") for choice in choices[7:])
+    assert pack.loaders.ZImageTransformerLoader.define_schema().inputs[0].default is None  # so that the first one is
+
+    save_file(load_file(weights), models / "diffusion_models" / "another.safetensors", config)
+    assert "another.safetensors" in folders.model_choices("transformer")[:5]
+
+
+@pytest.mark.parametrize(("component", "folder"), [("transformer", "diffusion_models"), ("vae", "vae")])
+def test_what_is_missing_is_told_before_anything_runs(pack, models, component, folder):
+    loader = {"transformer": "ZImageTransformerLoader", "vae": "ZImageVAELoader"}[component]
+    check = getattr(pack.loaders, loader).validate_inputs
+    for name in ("absent.safetensors", f"{folder}/absent.safetensors"):
+        told = check(name)
+        assert "no model 'absent.safetensors'" in told and f"models/{folder}" in told and "`download`" in told
+    remote = next(name for name in pack.bridge.folders.model_choices(component) if name.endswith(" (download)"))
+    for name in (remote, remote.removesuffix(" (download)")):  # as saved by 0.1.0
+        assert "download" in check(name) and "GB" in check(name)
+        assert check(name, download=True) is check(name, download=None) is True
+    assert check(None) is check("absent.safetensors", repository=None) is True  # linked: not known yet
+    assert "expected" in check(pack.bridge.folders.NANO, repository="no such form")

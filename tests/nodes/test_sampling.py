@@ -286,7 +286,7 @@ def test_extra_model_paths_are_offered(pack, tmp_path):
     finally:
         for kind, paths in before.items():
             folder_paths.folder_names_and_paths[kind][0][:] = paths
-    with pytest.raises(FileNotFoundError, match="no model 'Alpha'.*zimage.*models/diffusion_models.*press R"):
+    with pytest.raises(FileNotFoundError, match="no model 'Alpha'.*models/diffusion_models.*zimage.*press R"):
         pack.bridge.folders.model_path("Alpha", "transformer")
 
 
@@ -309,11 +309,14 @@ def test_single_files_are_offered_by_the_loader_made_for_them(pack, tmp_path):
             (tmp_path / kind / "old.ckpt").touch()
             folder_paths.add_model_folder_path(kind, str(tmp_path / kind))
         for part, (loader, kind, settings) in nodes.items():
-            choice = f"{kind}/nano.safetensors"
+            choice, nano = "nano.safetensors", pack.bridge.folders.NANO
             choices = pack.bridge.folders.model_choices(part)
-            assert choice in choices and not any(other.endswith(".ckpt") for other in choices)
+            assert choices[:2] == [choice, nano] and not any(other.endswith(".ckpt") for other in choices)
+            of_0_1 = f"{kind}/{choice}"
+            assert loader.validate_inputs(of_0_1) is loader.validate_inputs(choice) is True
+            assert loader.fingerprint_inputs(of_0_1, **settings) == loader.fingerprint_inputs(choice, **settings)
             assert loader.fingerprint_inputs(choice, **settings)[0][0] == str(tmp_path / kind / "nano.safetensors")
-            ours, theirs = (_weights(loader.execute(name, **settings).args[0]) for name in (choice, choices[0]))
+            ours, theirs = (_weights(loader.execute(name, **settings).args[0]) for name in (of_0_1, nano))
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     finally:
