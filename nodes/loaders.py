@@ -32,9 +32,20 @@ def _dtype_input() -> io.Combo.Input:
     )
 
 
+class _Told(str):
+    """A sentence that is printed once: ComfyUI prints what `validate_inputs` returns for each input that it takes."""
+
+    told = False
+
+    def __str__(self) -> str:
+        text, self.told = "as above" if self.told else str.__str__(self), True
+        return text
+
+
 def _problem(model: str | None, component: str, download: bool | None, repository: str | None) -> str | bool:
     """For ComfyUI, which asks before anything runs: what is missing, or True. An input that is linked is None."""
-    return folders.problem(model, component, repository, download) or True
+    problem = folders.problem(model, component, repository, download)
+    return True if problem is None else _Told(problem)
 
 
 def _download_inputs() -> list[io.Input]:

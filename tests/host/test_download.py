@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import workflow
-from host import Client, ExecutionFailed, Server
+from host import Client, ExecutionFailed, PromptRejected, Server
 
 from ..helpers import NANO
 from ..hub import Hub
@@ -42,11 +42,11 @@ def test_nothing_is_fetched_unasked_and_the_error_says_how(served):
     turbo = workflow.load("zimage_turbo_txt2img")
     with server.connect() as client:
         words = r"Tongyi-MAI/Z-Image-Turbo \(about [\d.]+ GB\) is not here. Switch `download` on in this node"
-        with pytest.raises(ExecutionFailed, match=words):
+        with pytest.raises(PromptRejected, match=words):
             client.run(turbo)
-        with pytest.raises(ExecutionFailed, match="Org/Nano is not here. Switch `download` on"):
+        with pytest.raises(PromptRejected, match="Org/Nano is not here. Switch `download` on"):
             client.run(prompt("Org/Nano"))
-        with pytest.raises(ExecutionFailed, match="'nonsense' is no repository of the hub, expected Org/Name"):
+        with pytest.raises(PromptRejected, match="'nonsense' is no repository of the hub, expected Org/Name"):
             client.run(prompt("nonsense", True))
     assert hub.asked == []
 

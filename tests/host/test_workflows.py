@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import provision
 import pytest
 import torch
 import workflow
-from host import Client, ExecutionFailed, PromptRejected, Server
+from host import Client, PromptRejected, Server
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import pil_to_tensor
@@ -78,23 +79,27 @@ def test_nano_workflow_runs(name: str, each_client: Client):
 
 @pytest.mark.parametrize("name", ["zimage_base_txt2img", "zimage_turbo_txt2img"])
 def test_workflow_of_a_model_to_be_downloaded(name: str, each_client: Client):
-    """The host takes it; the first loader says what is missing, how large it is and how to get it."""
+    """Before anything runs, all loaders say what is missing, how large it is and how to get it; each once."""
     prompt = workflow.load(name)
     model = prompt[workflow.only(prompt, "ZImageTransformerLoader")]["inputs"]["model"]
-    with pytest.raises(
-        ExecutionFailed, match=rf"{model.replace('--', '/')} \(about .* GB\) is not here. Switch `download`"
-    ):
-        each_client.run(prompt)
+    with pytest.raises(PromptRejected) as refused:
+        each_client.queue(prompt)
+    told = re.findall(
+        rf"the (.*) of {model.replace('--', '/')} \(about .* GB\) is not here. Switch `download`", str(refused.value)
+    )
+    assert sorted(told) == ["text encoder", "transformer", "vae"]
 
 
 @pytest.mark.parametrize("name", ["zimage_turbo_gguf", "zimage_turbo_single_files"])
 def test_workflow_of_single_files(name: str, each_host: Server, each_client: Client):
-    """Without the files the host names the first that is missing; with small files of these names there it runs."""
+    """Without the files all are named with their folders, each once; with small files of these names there it runs."""
     prompt = workflow.load(name)
     choices = {kind: prompt[workflow.only(prompt, loader)]["inputs"]["model"] for kind, loader in LOADERS.items()}
-    with pytest.raises(PromptRejected, match=choices["transformer"]):
+    with pytest.raises(PromptRejected) as refused:
         each_client.queue(prompt)
-    files = {kind: each_host.base / "models" / choice for kind, choice in choices.items()}
+    for kind, choice in choices.items():
+        assert str(refused.value).count(f"There is no model {choice!r}: it is not in models/{FOLDERS[kind]}") == 1
+    files = {kind: each_host.base / "models" / FOLDERS[kind] / choice for kind, choice in choices.items()}
     try:
         for kind, file in files.items():
             _write_small(kind, file)
@@ -107,6 +112,7 @@ def test_workflow_of_single_files(name: str, each_host: Server, each_client: Cli
             file.unlink(missing_ok=True)
 
 
+FOLDERS = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
 LOADERS = {
     "transformer": "ZImageTransformerLoader",
     "text_encoder": "ZImageTextEncoderLoader",
