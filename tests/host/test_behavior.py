@@ -103,7 +103,7 @@ def test_choices_are_the_built_in_model_then_snapshots_of_both_folders(each_clie
     try:
         spec = each_client.object_info("ZImageVAELoader")["ZImageVAELoader"]["input"]["required"]["model"]
         options = spec[0] if isinstance(spec[0], list) else spec[1]["options"]
-        known = ["Tongyi-MAI--Z-Image", "Tongyi-MAI--Z-Image-Turbo"]  # to be downloaded
+        known = [f"Tongyi-MAI--{name} (download)" for name in ("Z-Image", "Z-Image-Turbo")]
         assert options == [BUILT_IN, "a-model", "B-Model", "Org/Model", *known]
     finally:
         for folder in [*made, models / "zimage" / "Org", models / "zimage" / "not a snapshot"]:
