@@ -121,8 +121,8 @@ NOTES = {
     "zimage_nano_txt2img": (
         "Press Run",
         "**Z-Image Nano** ships with the pack: press *Run*.\n\n"
-        "It knows 12 colours, 8 shapes (circle, square, triangle, diamond, star, cross, ring, heart), positions, "
-        "sizes, *two* or *three* of a thing, and coloured backgrounds. It was trained at 128x128: other sizes come out "
+        "It knows 12 colors, 8 shapes (circle, square, triangle, diamond, star, cross, ring, heart), positions, "
+        "sizes, *two* or *three* of a thing, and colored backgrounds. It was trained at 128x128: other sizes come out "
         "worse the further they are from it.",
     ),
     "zimage_nano_img2img": (
