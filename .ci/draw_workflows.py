@@ -1,4 +1,4 @@
-"""Draws workflows/*.json and their thumbnails from workflows/api/*_api.json, in the real ComfyUI frontend.
+"""Draws workflows/*.json, their cards and the README's graph from workflows/api/*_api.json, in the real frontend.
 
     .venv/bin/python .ci/draw_workflows.py
 
@@ -15,48 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import browser
+import layouts
 import provision
 import workflow
-from host import Server
-from PIL import Image
+from host import Client, Server
+from PIL import Image, ImageOps
 
-NOTES = {
-    "zimage_nano_txt2img": (
-        "**Z-Image Nano** ships with the pack: press *Run*.\n\n"
-        "It knows 12 colours, 8 shapes (circle, square, triangle, diamond, star, cross, ring, heart), positions, "
-        "sizes, `two` or `three` of a thing, and coloured backgrounds."
-    ),
-    "zimage_nano_img2img": (
-        "The second prompt changes the first image. **denoise** says how much: near 0.4 keeps the image, "
-        "0.8 follows the new prompt, 1 forgets the image."
-    ),
-    "zimage_turbo_txt2img": (
-        "Switch **download** on in the three loaders (33 GB), or put the snapshot of **Tongyi-MAI/Z-Image-Turbo** into "
-        "`models/zimage/Tongyi-MAI--Z-Image-Turbo`.\n\n"
-        "8 steps, guidance 0 (CFG 1 in a KSampler). Sizes divisible by 16, around 1024x1024."
-    ),
-    "zimage_base_txt2img": (
-        "Switch **download** on in the three loaders (33 GB), or put the snapshot of **Tongyi-MAI/Z-Image** into "
-        "`models/zimage/Tongyi-MAI--Z-Image`.\n\n"
-        "28 to 50 steps, guidance 3 to 5 (CFG 4 to 6 in a KSampler), with a negative prompt."
-    ),
-    "zimage_nano_lora": (
-        "A LoRA teaches **Z-Image Nano** the moon. Set strength to 0 to see what it does without.\n\n"
-        "The report says what was matched; with several LoRA it also says how much they overlap."
-    ),
-    "zimage_turbo_single_files": (
-        "The files of ComfyUI's own packaging: `z_image_turbo_bf16.safetensors` in `models/diffusion_models`, "
-        "`qwen_3_4b.safetensors` in `models/text_encoders`, `ae.safetensors` in `models/vae`. fp8, nvfp4, int8 and "
-        "all-in-one files go the same way."
-    ),
-    "zimage_turbo_gguf": (
-        "GGUF files stay quantized in memory. The transformer goes into `models/diffusion_models`, the Qwen3-4B into "
-        "`models/text_encoders`; the VAE is `ae.safetensors` in `models/vae`."
-    ),
+HELLO = "zimage_nano_txt2img"
+SCREENSHOT = provision.ROOT / "docs" / "images" / "graph.jpg"
+FOLDERS = {
+    "ZImageTransformerLoader": "diffusion_models",
+    "ZImageTextEncoderLoader": "text_encoders",
+    "ZImageVAELoader": "vae",
+    "ZImageLoraLoader": "loras",
 }
-GAP = 60  # pixels between columns, and between nodes of one column
 BUILD = """
-const [prompt, note, gap] = argument;
+const [prompt, layout] = argument;
 graph.clear();
 const nodes = {};
 for (const [id, content] of Object.entries(prompt)) {
@@ -67,50 +41,45 @@ for (const [id, content] of Object.entries(prompt)) {
   nodes[id] = node;
   for (const widget of node.widgets ?? []) {
     const value = content.inputs[widget.name];
-    if (widget.name === "control_after_generate") widget.value = "fixed";
+    if (widget.name === "control_after_generate") widget.value = "randomize";
     else if (value !== undefined && !Array.isArray(value)) widget.value = value;
   }
+}
+const note = nodes.note = LiteGraph.createNode("MarkdownNote");
+graph.add(note);
+note.title = layout.note.title;
+note.widgets[0].value = layout.note.text;
+for (const [id, { pos, size, models, color, bgcolor }] of Object.entries(layout.nodes)) {
+  nodes[id].setSize(size);
+  nodes[id].pos = pos;
+  if (models) nodes[id].properties.models = models;
+  if (color) Object.assign(nodes[id], { color, bgcolor });
 }
 for (const [id, content] of Object.entries(prompt))
   for (const [name, value] of Object.entries(content.inputs))
     if (Array.isArray(value)) nodes[value[0]].connect(value[1], nodes[id], name);
-// columns by the longest way from a node without inputs; nodes from id 10 on are a second stage, in a row below
-const ids = Object.keys(prompt);
-const rows = [ids.filter((id) => Number(id) < 10), ids.filter((id) => Number(id) >= 10)];
-let top = 80;
-for (const row of rows) {
-  const depth = {};
-  const depthOf = (id) => depth[id] ??= 1 + Math.max(-1, ...Object.values(prompt[id].inputs)
-    .filter((value) => Array.isArray(value) && row.includes(value[0])).map(([source]) => depthOf(source)));
-  const columns = [];
-  for (const id of row) (columns[depthOf(id)] ??= []).push(nodes[id]);
-  let x = top === 80 ? 60 : 60 + 360;  // the second stage leaves room for the note
-  let bottom = top;
-  for (const column of columns) {
-    let y = top;
-    for (const node of column) {
-      node.setSize([Math.max(node.size[0], 300), node.size[1]]);
-      node.pos = [x, y];
-      y += node.size[1] + gap;
-    }
-    bottom = Math.max(bottom, y);
-    x += Math.max(...column.map((node) => node.size[0])) + gap;
-  }
-  if (top === 80) nodes.bottom = columns[0].at(-1);
-  top = bottom;
+for (const [, target, name, points] of layout.ways) {
+  const link = graph.getLink(nodes[target].inputs.find((input) => input.name === name).link);
+  let before = link;  // a new reroute comes before what it is given
+  for (const point of [...points].reverse()) before = graph.createReroute(point, before);
 }
-const remark = LiteGraph.createNode("MarkdownNote");
-graph.add(remark);
-remark.widgets[0].value = note;
-remark.setSize([320, 200]);
-remark.pos = [60, nodes.bottom.pos[1] + nodes.bottom.size[1] + gap];
+for (const [title, bounds] of layout.groups) {
+  const group = new LiteGraph.LGraphGroup(title);
+  group.pos = bounds.slice(0, 2);
+  group.size = bounds.slice(2);
+  graph.add(group);
+}
 graph.last_node_id = Math.max(...graph.nodes.map((node) => node.id));
-return JSON.parse(JSON.stringify(graph.serialize()));  // without what is undefined
+const saved = JSON.parse(JSON.stringify(graph.serialize()));  // without what is undefined
+saved.id = layout.id;
+saved.extra.ds = layout.view;
+saved.extra.linearData = layout.app;
+return saved;
 """
 FIT = """
 await app.loadGraphData(argument);
 const nodes = app.graph.nodes;
-const left = Math.min(...nodes.map((n) => n.pos[0])) - 30, top = Math.min(...nodes.map((n) => n.pos[1])) - 60;
+const left = Math.min(...nodes.map((n) => n.pos[0])) - 30, top = Math.min(...nodes.map((n) => n.pos[1])) - 84;
 const right = Math.max(...nodes.map((n) => n.pos[0] + n.size[0])) + 30;
 const bottom = Math.max(...nodes.map((n) => n.pos[1] + n.size[1])) + 30;
 const scale = Math.min(1300 / (right - left), 800 / (bottom - top));
@@ -130,21 +99,24 @@ def main() -> None:
     with Server(provision.newest(), packs={"comfyui-zimage": provision.ROOT}) as server:
         for prompt in prompts.values():
             for node in prompt.values():  # so that every combo knows every name
-                name = node["inputs"].get("model")
-                if isinstance(name, str) and "/" in name:
-                    file = server.base / "models" / name
+                name = node["inputs"].get("lora", node["inputs"].get("model"))
+                if isinstance(name, str) and Path(name).suffix in (".safetensors", ".gguf"):
+                    file = server.base / "models" / FOLDERS[node["class_type"]] / name
                     file.parent.mkdir(parents=True, exist_ok=True)
                     file.touch()
         settings = {"Comfy.VueNodes.Enabled": False}
         with browser.start() as chromium, browser.open_page(chromium, server, settings, (1420, 1000)) as page:
             for name, prompt in prompts.items():
-                graph = browser.run(page, BUILD, [prompt, NOTES[name], GAP])
+                graph = browser.run(page, BUILD, [prompt, layouts.layout(name, prompt)])
                 x, y, width, height = browser.run(page, FIT, graph)
                 _compare(name, prompt, browser.run(page, "return (await app.graphToPrompt()).output"))
                 target = provision.ROOT / "workflows" / f"{name}.json"
                 target.write_text(json.dumps(graph, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-                box = {"x": x, "y": y, "width": width, "height": height}
-                _thumbnail(page.screenshot(clip=box), target.with_suffix(".jpg"))
+                if name == HELLO:
+                    box = {"x": x, "y": y, "width": width, "height": height}
+                    _save(page.screenshot(clip=box), SCREENSHOT, (1200, 1200))
+                with server.connect() as client:
+                    _save(_picture(client, name, prompt), target.with_suffix(".jpg"), (512, 512))
                 print(f"{name}: {len(graph['nodes'])} nodes, {len(graph['links'])} wires")
 
 
@@ -156,11 +128,18 @@ def _compare(name: str, prompt: dict[str, Any], exported: dict[str, Any]) -> Non
         raise SystemExit(f"{name}: nodes {sorted(exported)} come back instead of {sorted(prompt)}")
 
 
-def _thumbnail(screenshot: bytes, path: Path) -> None:
-    with Image.open(io.BytesIO(screenshot)) as image:
-        image = image.convert("RGB")
-        image.thumbnail((768, 512))
-        image.save(path, quality=85, optimize=True)
+def _picture(client: Client, name: str, prompt: dict[str, Any]) -> bytes:
+    """The last image of a workflow of the nano model; for others, one that the nano model draws."""
+    if name in layouts.CARDS:
+        prompt = workflow.load(HELLO)
+        workflow.set_text(prompt, layouts.CARDS[name])
+    return client.images(client.run(prompt))[-1]
+
+
+def _save(image: bytes, path: Path, size: tuple[int, int]) -> None:
+    """As JPEG: a small image enlarged, a large one made smaller, both in proportion."""
+    with Image.open(io.BytesIO(image)) as opened:
+        ImageOps.contain(opened.convert("RGB"), size).save(path, quality=85, optimize=True)
 
 
 if __name__ == "__main__":

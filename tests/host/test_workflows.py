@@ -29,18 +29,22 @@ FRONTEND_ONLY = {"MarkdownNote"}  # nodes that the frontend knows and the server
 
 def test_each_graph_has_its_api_prompt_and_thumbnail():
     assert NAMES == [
+        "zimage_base_int8",
+        "zimage_base_single_files",
         "zimage_base_txt2img",
         "zimage_nano_img2img",
         "zimage_nano_lora",
         "zimage_nano_txt2img",
         "zimage_turbo_gguf",
+        "zimage_turbo_int8",
+        "zimage_turbo_lora",
         "zimage_turbo_single_files",
         "zimage_turbo_txt2img",
     ]
     for path in GRAPHS:
         assert (ROOT / "workflows" / "api" / f"{path.stem}_api.json").is_file()
         with Image.open(path.with_suffix(".jpg")) as thumbnail:
-            assert thumbnail.width >= 256
+            assert thumbnail.width == thumbnail.height >= 256
 
 
 @pytest.mark.parametrize("path", GRAPHS, ids=NAMES)

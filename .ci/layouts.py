@@ -1,0 +1,241 @@
+"""What draw_workflows.py adds to a prompt to make a graph of it: places, groups, wires' ways, notes, links to files.
+
+Nodes 2.0 draws widgets higher than LiteGraph does, and a line more where a model is missing. Every node is saved at the
+larger height, so that both renderers draw the same.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+TITLE = 30  # pixels of a node's title, above its position
+GAP = 40  # between columns
+# left edge and width of each column: loaders, prompts, sampler, image
+COLUMNS = {"A": (0, 380), "B": (420, 280), "C": (740, 380), "D": (1160, 320)}
+# node type -> height without title that no renderer exceeds, a missing model included
+HEIGHTS = {
+    "ZImageTransformerLoader": 230,
+    "ZImageTextEncoderLoader": 206,
+    "ZImageVAELoader": 178,
+    "ZImageTextEncode": 156,
+    "EmptySD3LatentImage": 120,
+    "ZImageSampler": 312,
+    "ZImageVAEDecode": 108,
+    "ZImageVAEEncode": 108,
+    "ZImageLoraLoader": 210,
+    "SaveImage": 290,
+    "PreviewAny": 100,
+    "MarkdownNote": 120,
+}
+NEGATIVE = {"color": "#322", "bgcolor": "#533"}  # LiteGraph's red
+
+# node id -> (column, top[, height]); "note" is the note
+PLAIN = {
+    "1": ("A", 0),
+    "2": ("A", 290),
+    "3": ("C", 400),
+    "4": ("B", 110, 350),
+    "6": ("B", 524),
+    "7": ("C", 0),
+    "8": ("D", 0),
+    "9": ("D", 220, 390),
+    "note": ("A", 560, 220),
+}
+WITH_NEGATIVE = PLAIN | {"4": ("B", 110), "5": ("B", 324)}
+LORA = PLAIN | {
+    "4": ("B", 0),
+    "5": ("B", 292),
+    "10": ("C", 690, 260),
+    "note": ("A", 560, 300),
+}
+IMAGE = WITH_NEGATIVE | {
+    "9": ("D", 220, 270),
+    "10": ("B", 730),
+    "11": ("B", 900),
+    "12": ("C", 730),
+    "13": ("D", 730),
+    "14": ("D", 900),
+    "note": ("A", 560, 220),
+}
+WIDER = {"10": 740}  # the LoRA report, in two columns
+
+# (source, target, input) -> points that the wire passes, so that it runs beneath no node
+IMAGE_IN_ITS_COLUMN = {("8", "9", "images"): [(1500, 149), (1140, 149)]}
+WAYS_LORA = IMAGE_IN_ITS_COLUMN | {
+    ("4", "5", "clip"): [(720, 236), (400, 236)],
+    ("4", "10", "source"): [(720, 280), (720, 650)],
+}
+WAYS_IMAGE = IMAGE_IN_ITS_COLUMN | {
+    ("13", "14", "images"): [(1500, 854), (1140, 854)],
+    ("1", "12", "model"): [(400, 60), (400, 654), (720, 656)],
+    ("2", "11", "clip"): [(400, 340), (400, 860)],
+    ("5", "12", "negative"): [(720, 400), (720, 680)],
+    ("3", "10", "vae"): [(1136, 665), (404, 667)],
+    ("8", "10", "pixels"): [(1500, 100), (1500, 676), (408, 678)],
+    ("3", "13", "vae"): [(1140, 460), (1140, 690)],
+}
+GROUPS = [("Models", ["1", "2"]), ("Prompt and size", ["4", "5", "6"]), ("Sampling", ["3", "7"]), ("Image", ["8", "9"])]
+GROUPS_LORA = [
+    ("Models", ["1", "2"]),
+    ("LoRA, prompt and size", ["4", "5", "6"]),
+    ("Sampling", ["3", "7"]),
+    ("Image", ["8", "9"]),
+    ("What the LoRA matches", ["10"]),
+]
+GROUPS_IMAGE = [
+    ("Models", ["1", "2"]),
+    ("First prompt and size", ["4", "5", "6"]),
+    ("First image", ["3", "7"]),
+    ("Result", ["8", "9"]),
+    ("Second prompt", ["10", "11"]),
+    ("Change the image", ["12"]),
+    ("Result", ["13", "14"]),
+]
+
+TURBO = "https://huggingface.co/Comfy-Org/z_image_turbo/resolve/main/split_files"
+BASE = "https://huggingface.co/Comfy-Org/z_image/resolve/main/split_files"
+PIXEL_ART = "https://huggingface.co/tarn59/pixel_art_style_lora_z_image_turbo/resolve/main"
+# file that ComfyUI's own templates load -> (address, folder under models/, GB where known)
+FILES = {
+    "z_image_turbo_bf16.safetensors": (TURBO, "diffusion_models", "12.3 GB"),
+    "z_image_bf16.safetensors": (BASE, "diffusion_models", "12.3 GB"),
+    "z_image_turbo_int8_convrot.safetensors": (TURBO, "diffusion_models", ""),
+    "z_image_int8_convrot.safetensors": (BASE, "diffusion_models", ""),
+    "qwen_3_4b.safetensors": (TURBO, "text_encoders", "8.0 GB"),
+    "qwen_3_4b_fp8_mixed.safetensors": (TURBO, "text_encoders", ""),
+    "ae.safetensors": (TURBO, "vae", "0.3 GB"),
+    "pixel_art_style_z_image_turbo.safetensors": (PIXEL_ART, "loras", ""),
+}
+
+TURBO_ADVICE = "8 steps, guidance 0 (CFG 1 in a KSampler). Sizes divisible by 16, around 1024x1024."
+BASE_ADVICE = "28 to 50 steps, guidance 3 to 5 (CFG 4 to 6 in a KSampler), with a negative prompt."
+SNAPSHOT = (
+    "Switch **download** on in the three loaders (33 GB), or put the snapshot of **Tongyi-MAI/{0}** into "
+    "models/zimage/Tongyi-MAI--{0}.\n\n{1}"
+)
+STANDARD = "ComfyUI's own three files:\n\n{files}\n\n{advice}"
+SMALL = "Smaller files, about 13 GB in all instead of 20.7 GB:\n\n{files}\n\n{advice}"
+# API prompt -> (title of the note, text of the note)
+NOTES = {
+    "zimage_nano_txt2img": (
+        "Press Run",
+        "**Z-Image Nano** ships with the pack: press *Run*.\n\n"
+        "It knows 12 colors, 8 shapes (circle, square, triangle, diamond, star, cross, ring, heart), positions, "
+        "sizes, *two* or *three* of a thing, and colored backgrounds. It was trained at 128x128: other sizes come out "
+        "worse the further they are from it.",
+    ),
+    "zimage_nano_img2img": (
+        "How much changes",
+        "The second prompt changes the first image. **denoise** says how much: near 0.4 keeps the image, "
+        "0.8 follows the new prompt, 1 forgets the image.",
+    ),
+    "zimage_nano_lora": (
+        "With and without",
+        "A LoRA teaches **Z-Image Nano** the moon. Set strength to 0 to see what it does without.\n\n"
+        "The report says what was matched; with several LoRA it also says how much they overlap.",
+    ),
+    "zimage_turbo_txt2img": ("Get the snapshot", SNAPSHOT.format("Z-Image-Turbo", TURBO_ADVICE)),
+    "zimage_base_txt2img": ("Get the snapshot", SNAPSHOT.format("Z-Image", BASE_ADVICE)),
+    "zimage_turbo_single_files": ("Get the files", STANDARD.replace("{advice}", TURBO_ADVICE)),
+    "zimage_base_single_files": ("Get the files", STANDARD.replace("{advice}", BASE_ADVICE)),
+    "zimage_turbo_int8": ("Get the files", SMALL.replace("{advice}", TURBO_ADVICE)),
+    "zimage_base_int8": ("Get the files", SMALL.replace("{advice}", BASE_ADVICE)),
+    "zimage_turbo_lora": (
+        "Choose your LoRA",
+        "Put any LoRA for Z-Image Turbo into models/loras, press R, and choose it in **Load Z-Image LoRA**. The report "
+        "says what was matched. This one draws pixel art:\n\n{files}",
+    ),
+    "zimage_turbo_gguf": (
+        "Get the files",
+        "GGUF files stay quantized in memory. The transformer goes into models/diffusion_models, the Qwen3-4B into "
+        "models/text_encoders.\n\n{files}\n\n" + TURBO_ADVICE,
+    ),
+}
+
+# API prompt -> what the nano model draws for its card; those of the nano model show their own image
+CARDS = {
+    "zimage_turbo_txt2img": "a red star on a white background",
+    "zimage_turbo_single_files": "a yellow star on a blue background",
+    "zimage_turbo_int8": "a green star on a yellow background",
+    "zimage_turbo_gguf": "a white star on a red background",
+    "zimage_turbo_lora": "a yellow heart on a blue background",
+    "zimage_base_txt2img": "a red ring on a white background",
+    "zimage_base_single_files": "a yellow ring on a blue background",
+    "zimage_base_int8": "a green ring on a yellow background",
+}
+
+
+def layout(name: str, prompt: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the page needs to draw this prompt: `nodes`, `ways`, `groups`, `note`, `id`."""
+    if any(node["class_type"] == "ZImageLoraLoader" for node in prompt.values()):
+        places, ways, groups = LORA, WAYS_LORA, GROUPS_LORA
+    elif any(node["class_type"] == "ZImageVAEEncode" for node in prompt.values()):
+        places, ways, groups = IMAGE, WAYS_IMAGE, GROUPS_IMAGE
+    else:
+        places, ways, groups = (WITH_NEGATIVE if "5" in prompt else PLAIN), IMAGE_IN_ITS_COLUMN, GROUPS
+    types = {node: content["class_type"] for node, content in prompt.items()} | {"note": "MarkdownNote"}
+    nodes = {node: _node(node, types[node], *places[node]) for node in types}
+    for node, content in prompt.items():
+        if "negative" in content["_meta"]["title"].lower():
+            nodes[node] |= NEGATIVE
+        if (model := _model(content)) is not None:
+            nodes[node]["models"] = [model]
+    title, text = NOTES[name]
+    return {
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"comfyui-zimage/workflows/{name}")),
+        "nodes": nodes,
+        "ways": [[*wire, points] for wire, points in ways.items()],
+        "groups": [[title, _around([nodes[node] for node in inner if node in nodes])] for title, inner in groups],
+        "note": {"title": title, "text": text.replace("{files}", _links(prompt))},
+        "view": _view(list(nodes.values())),
+        "app": _app(prompt),
+    }
+
+
+def _node(node: str, kind: str, column: str, top: int, height: int = 0) -> dict[str, Any]:
+    left, width = COLUMNS[column]
+    wide = WIDER.get(node, width) if kind == "PreviewAny" else width
+    return {"pos": [left, top], "size": [wide, max(height, HEIGHTS[kind])]}
+
+
+def _app(prompt: dict[str, Any]) -> dict[str, Any]:
+    """What App mode shows: prompts, size and seed, and the images."""
+    shown = {"ZImageTextEncode": ["text"], "EmptySD3LatentImage": ["width", "height"], "ZImageSampler": ["seed"]}
+    inputs = [[node, name] for node, content in prompt.items() for name in shown.get(content["class_type"], [])]
+    return {"inputs": inputs, "outputs": [node for node in prompt if prompt[node]["class_type"] == "SaveImage"]}
+
+
+def _around(nodes: list[dict[str, Any]]) -> list[float]:
+    """[left, top, width, height] of the group of these nodes."""
+    left = min(node["pos"][0] for node in nodes) - 10
+    top = min(node["pos"][1] for node in nodes) - TITLE - 42
+    right = max(node["pos"][0] + node["size"][0] for node in nodes) + 10
+    bottom = max(node["pos"][1] + node["size"][1] for node in nodes) + 10
+    return [left, top, right - left, bottom - top]
+
+
+def _view(nodes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Where a window of 1366x768 looks: at everything, but near enough to read."""
+    left, top, width, height = _around(nodes)
+    scale = round(max(0.6, min(0.9, 1260 / width, 640 / height)), 3)
+    return {"scale": scale, "offset": [90 / scale - left, 110 / scale - top]}
+
+
+def _model(content: dict[str, Any]) -> dict[str, str] | None:
+    name = content["inputs"].get("lora", content["inputs"].get("model"))
+    if not isinstance(name, str) or name not in FILES:
+        return None
+    address, folder, _ = FILES[name]
+    path = f"{folder}/{name}" if "split_files" in address else name
+    return {"name": name, "url": f"{address}/{path}", "directory": folder}
+
+
+def _links(prompt: dict[str, Any]) -> str:
+    lines = []
+    for content in prompt.values():
+        if (model := _model(content)) is not None:
+            size = FILES[model["name"]][2]
+            about = f"{size}, " if size else ""
+            lines.append(f"- [{model['name']}]({model['url']}): {about}into models/{model['directory']}")
+    return "\n".join(lines)
