@@ -115,7 +115,7 @@ SNAPSHOT = (
     "models/zimage/Tongyi-MAI--{0}.\n\n{1}"
 )
 STANDARD = "ComfyUI's own three files:\n\n{files}\n\n{advice}"
-SMALL = "Smaller files, about 13 GB in all instead of 20.7 GB:\n\n{files}\n\n{advice}"
+SMALL = "Smaller files than those in bfloat16:\n\n{files}\n\n{advice}"
 # API prompt -> (title of the note, text of the note)
 NOTES = {
     "zimage_nano_txt2img": (
