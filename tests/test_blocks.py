@@ -260,8 +260,9 @@ def as_on_a_gpu(model, *arguments) -> torch.Tensor:
         return model(*arguments)
 
 
-@pytest.mark.parametrize("case", FEW_CASES)
-@pytest.mark.parametrize("way", [in_rows, pytest.param(as_on_a_gpu, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("way", [in_rows, as_on_a_gpu])
 def test_compiled_equals_the_block_in_float32(compiled, monkeypatch, case, way):
     latents, t, cap_feats = given(case)
     ours = way(compiled, latents, t, cap_feats)
@@ -269,6 +270,7 @@ def test_compiled_equals_the_block_in_float32(compiled, monkeypatch, case, way):
     assert relative(ours, as_module(compiled, latents, t, cap_feats)) <= 1e-6
 
 
+@pytest.mark.slow
 def test_small_ones_are_compiled_as_a_whole(compiled, monkeypatch, calls):
     monkeypatch.setattr(cpu_rows, "SMALL", SMALL)
     latents, t, cap_feats = given("batch")

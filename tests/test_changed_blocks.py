@@ -90,7 +90,7 @@ def _no_global_hooks():
         pytest.param(
             path,
             change,
-            marks=() if path == "rows" or (path, change) == ("compiled", replace_module) else pytest.mark.slow,
+            marks=() if path == "rows" else pytest.mark.slow,
         )
         for path in ("rows", "small rows", "compiled rows", "compiled")
         for change in WAYS

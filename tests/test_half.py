@@ -93,6 +93,9 @@ def peak(model: ZImageTransformer) -> float:
     return max(found)
 
 
+COMPILED = pytest.param({"compiled": True}, marks=pytest.mark.slow)
+
+
 def saturating(monkeypatch) -> None:
     """Blocks run as they do when somebody has changed them: what float16 can't hold is cut off."""
     monkeypatch.setattr(transformer, "is_as_built", lambda _block: False)
@@ -100,7 +103,7 @@ def saturating(monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", INFLATED)
 @pytest.mark.parametrize(
-    "settings", [{}, {"sums_fit_half": True}, {"compiled": True}], ids=["float32 sums", "float16 sums", "compiled"]
+    "settings", [{}, {"sums_fit_half": True}, COMPILED], ids=["float32 sums", "float16 sums", "compiled"]
 )
 def test_overflow_changes_nothing(model, name, settings):
     change, least = INFLATED[name]
@@ -118,7 +121,7 @@ def test_cutting_off_does(model, name, monkeypatch):
     assert relative(*reversed(evaluated(exact))) > 0.05
 
 
-@pytest.mark.parametrize("settings", [{}, {"sums_fit_half": True}, {"compiled": True}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"sums_fit_half": True}, COMPILED], ids=str)
 @pytest.mark.parametrize("case", ["one", "batch", "mixed lengths"])
 def test_where_nothing_overflows_it_is_no_further_from_float32(model, monkeypatch, case, settings):
     exact = copy.deepcopy(model).requires_grad_(False)

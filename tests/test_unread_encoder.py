@@ -206,7 +206,7 @@ def test_networks_that_were_made_elsewhere_are_not_cached(model, tmp_path):
 def test_damage_that_headers_show_is_told_when_the_pipeline_is_opened(model):
     whole = encoder_file(model).read_bytes()
     encoder_file(model).write_bytes(whole[:-1])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: truncated"):
+    with pytest.raises(CheckpointError, match=r"truncated.*model\.safetensors"):
         ZImagePipeline.from_pretrained(model)
     encoder_file(model).write_bytes(whole)
     config = model / "text_encoder" / "config.json"
@@ -218,7 +218,7 @@ def test_damage_that_headers_show_is_told_when_the_pipeline_is_opened(model):
 def test_a_file_that_changes_before_it_is_read_is_refused(model):
     pipe = ZImagePipeline.from_pretrained(model)
     changed_content(model)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: the file has changed since it was opened"):
+    with pytest.raises(CheckpointError, match=r"the file has changed since it was opened.*model\.safetensors"):
         pipe.generate(PROMPT, **SMALL)
 
 

@@ -353,8 +353,8 @@ def test_a_vae_without_the_retry_and_with_bad_input(pack, vae, told):
         pack.vae.ZImageVAEDecode.execute(vae, {"samples": samples}, safe_retry=False)
     with pytest.raises(ValueError, match="encoding .* in float16, .* in float32 may help, but safe_retry is off"):
         pack.vae.ZImageVAEEncode.execute(vae, torch.ones(1, 32, 32, 3), safe_retry=False)
-    with pytest.raises(ValueError, match="The latents that came in hold values that are not finite"):
+    with pytest.raises(ValueError, match="The latents in `samples` hold values that are not finite"):
         pack.vae.ZImageVAEDecode.execute(vae, {"samples": samples * float("nan")})
-    with pytest.raises(ValueError, match="The images that came in hold values that are not finite"):
+    with pytest.raises(ValueError, match="The images in .* hold values that are not finite"):
         pack.vae.ZImageVAEEncode.execute(vae, torch.full((1, 32, 32, 3), float("nan")))
     assert not told()

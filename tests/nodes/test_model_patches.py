@@ -48,7 +48,7 @@ PLACES = ["attention", "feed_forward", "attention_norm1", "attention_norm2", "ff
 PLACES += ["attention.qkv", "attention.out", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_object_patches_inside_blocks_do_what_they_do_natively(comfy, patcher, native, inputs, compiled, monkeypatch):
     comfy.model_management.load_models_gpu([patcher, native])
     monkeypatch.setattr(patcher.model.diffusion_model, "compiled", compiled)

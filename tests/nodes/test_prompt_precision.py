@@ -98,7 +98,7 @@ def test_features_are_rounded_once_as_the_transformer_would(pack, comfy, user, m
 
 def test_features_beyond_float16_are_handed_out_whole(pack, user, model, monkeypatch):
     clip = pack.bridge.clip.load_clip(model, torch.float32)
-    last = clip.cond_stage_model.encoder.model.layers[-1].mlp.down_proj
+    last = clip.cond_stage_model.encoder.model.layers[-2].mlp.down_proj
     last.weight = torch.nn.Parameter(last.weight * 1e7, requires_grad=False)
     monkeypatch.setattr(pack.bridge.prompts, "kept_dtype", lambda: torch.float16)
     features = encode(pack, clip)

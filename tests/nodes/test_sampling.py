@@ -193,7 +193,7 @@ def test_negative_is_asked_for_only_where_it_counts(pack):
         ({"steps": 0}, "steps is 0, expected at least 1"),  # the widget forbids it, a wire doesn't
         ({"denoise": 0.0}, r"denoise is 0.0, expected more than 0 and at most 1"),
         ({"denoise": 1.5}, r"denoise is 1.5, expected more than 0 and at most 1"),
-        ({"positive": []}, "`positive` holds no prompt. Connect a ZImageTextEncode"),
+        ({"positive": []}, "`positive` holds no prompt. Connect a Z-Image Text Encode"),
         ({"guidance_scale": 2.0, "negative": []}, "`negative` holds no prompt"),
         ({"guidance_scale": 2.0, "negative": None}, "nothing is connected to `negative`"),
         ({"latent_image": {"samples": torch.ones(1, 16, 1, 16, 16)}}, r"not an image's \(shape \[1, 16, 1, 16, 16\]"),
