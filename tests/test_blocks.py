@@ -29,9 +29,6 @@ CASES = {
 }
 
 
-FEW_CASES = [pytest.param(case, marks=() if case == "mixed lengths" else pytest.mark.slow) for case in CASES]
-
-
 @pytest.fixture(scope="module")
 def model() -> ZImageTransformer:
     config = TransformerConfig(**{**PUBLISHED_TRANSFORMER, **WIDTHS, "in_channels": 16, "patch_size": 2})
