@@ -276,8 +276,10 @@ def test_small_ones_are_compiled_as_a_whole(compiled, monkeypatch, calls):
     assert calls == [] and relative(ours, as_module(compiled, latents, t, cap_feats)) <= 1e-6
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_all_layers_sizes_and_prompts(compiled):
-    in_rows(compiled, *given("one"))  # whatever had to be compiled so far
+    for case in ("one", "mixed lengths"):  # items alone and in a batch: whatever has to be compiled
+        in_rows(compiled, *given(case))
     before = _graphs()
     for case in ("one", "several row blocks", "mixed lengths"):
         in_rows(compiled, *given(case))

@@ -131,7 +131,7 @@ def test_where_nothing_overflows_it_is_no_further_from_float32(model, monkeypatc
     assert relative(ours, reference) <= 1.05 * relative(before, reference)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_sum_beyond_float16_is_carried_in_float32(model, compiled):
     """Gains that make what a block adds larger than float16 holds; a probe of the weights tells."""
     exact = copy.deepcopy(model).requires_grad_(False)
