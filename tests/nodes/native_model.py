@@ -15,7 +15,7 @@ def like(comfy: Any, patcher: Any, dtype: torch.dtype = torch.float32) -> Any:
     """A ModelPatcher of it, with the weights of ours."""
     ours = patcher.model.diffusion_model
     config = ours.config
-    values = {
+    values = {  # written out, as a reference of its own: not the pack's
         "image_model": "lumina2",
         "patch_size": config.patch_size,
         "in_channels": config.in_channels,
