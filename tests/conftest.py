@@ -36,9 +36,12 @@ def root() -> Path:
     return ROOT
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """A running Chromium, or a skip where there is none; not in continuous integration, where that is an error."""
+    """A running Chromium, or a skip where there is none; not in continuous integration, where that is an error.
+
+    It leaves with the file that asked for it: until then playwright's event loop runs, and asyncio.run refuses to.
+    """
     import browser
 
     if browser.program() is None and not os.environ.get("CI"):
