@@ -17,7 +17,7 @@ from torch import Tensor
 from zimage_core.model.vae import AutoencoderKL
 
 from . import scenes
-from .optim import save_atomically
+from .optim import autocast, save_atomically
 from .train_vae import CONFIG
 
 MAIN = (scenes.SIZE, scenes.SIZE)
@@ -51,7 +51,7 @@ def encode(vae: AutoencoderKL, drawn: list[scenes.Scene], device: torch.device) 
     image = scenes.draw(drawn).to(device)
     if device.type == "cpu":
         image = image.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(device.type, torch.bfloat16):
+    with autocast(device.type):
         raw = vae.encode(image)
     return vae.scale(raw.float()).half().cpu()
 

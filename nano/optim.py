@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from zimage_core.backends.matmul import multiplies
+
 
 class Ranks:
     """The processes that train together: one thread each on the CPU, or one process on a GPU.
@@ -121,6 +123,11 @@ def rate(done: float, step: int, *, warm_steps: int = 60, hold: float = 0.3, flo
     """Share of the peak learning rate when `done` (0..1) of the run is over: warm-up, constant, cosine to `floor`."""
     fall = 1.0 if done < hold else 0.5 * (1 + math.cos(math.pi * min(1.0, (done - hold) / (1 - hold))))
     return min(1.0, (step + 1) / warm_steps) * (floor + (1 - floor) * fall)
+
+
+def autocast(device: str) -> torch.autocast:
+    """To bfloat16, on a GPU and on processors that multiply it; on others it is several times as slow."""
+    return torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or multiplies(torch.bfloat16))
 
 
 def save_atomically(state: object, path: str | os.PathLike[str]) -> None:

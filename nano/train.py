@@ -25,7 +25,7 @@ from zimage_core.model.transformer import ZImageTransformer
 from zimage_core.sampling.schedule import shifted
 
 from . import captions, latents, scenes, train_text
-from .optim import Average, Muon, Ranks, rate, save_atomically
+from .optim import Average, Muon, Ranks, autocast, rate, save_atomically
 
 CONFIG = TransformerConfig(
     dim=192,
@@ -299,7 +299,7 @@ def _loss(
     noisy = level * noise + (1 - level) * clean
     target = clean - noise
     ids, lengths = train_text.token_batch(tokenizer, texts)
-    with torch.autocast(device.type, torch.bfloat16):
+    with autocast(device.type):
         velocity, read, outlined = learner(noisy, 1 - sigma, ids.to(device), lengths)
     error = (velocity - target).square().mean(1)  # (B, h, w)
     weights = object_weights(clean)

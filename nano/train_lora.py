@@ -22,7 +22,7 @@ from zimage_core.model.tokenizer import Tokenizer
 from zimage_core.pipeline import ZImagePipeline
 
 from . import captions, evaluate, latents, scenes, train_text
-from .optim import rate, save_atomically
+from .optim import autocast, rate, save_atomically
 from .train import noise_levels, object_weights, plain_attention
 
 SHAPE = "moon"
@@ -156,7 +156,7 @@ def _loss(adapted: Adapted, tokenizer: Tokenizer, clean: Tensor, texts: list[str
     level = sigma.view(-1, 1, 1, 1)
     noise = torch.randn_like(clean)
     ids, lengths = train_text.token_batch(tokenizer, texts)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast("cpu"):
         velocity = adapted(level * noise + (1 - level) * clean, 1 - sigma, ids, lengths)
     error = (velocity.float() - (clean - noise)).square().mean(1)  # (B, h, w)
     weights = object_weights(clean)

@@ -22,7 +22,7 @@ from zimage_core.model.text_encoder import TextEncoder
 from zimage_core.model.tokenizer import Tokenizer
 
 from . import captions, scenes
-from .optim import Ranks, rate, save_atomically
+from .optim import Ranks, autocast, rate, save_atomically
 
 CONFIG = TextEncoderConfig(
     vocab_size=640,  # make_tokenizer.VOCABULARY
@@ -126,7 +126,7 @@ def _judge(
 ) -> tuple[Tensor, float]:
     ids, lengths = token_batch(tokenizer, [captions.describe(scene, rng) for scene in drawn])
     device = next(heads.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16):
+    with autocast(device.type):
         features = encoder(ids.to(device)).float()  # (B, L, hidden)
     last = features[torch.arange(len(drawn)), torch.tensor(lengths) - 1]
     scores = heads(F.rms_norm(last, last.shape[-1:])).split([len(o) for o in QUESTIONS.values()], dim=1)

@@ -23,7 +23,7 @@ from zimage_core.config import VAEConfig
 from zimage_core.model.vae import AttentionBlock, AutoencoderKL, ResnetBlock
 
 from . import scenes
-from .optim import Average, Muon, Ranks, psnr, rate, save_atomically
+from .optim import Average, Muon, Ranks, autocast, psnr, rate, save_atomically
 
 CONFIG = VAEConfig(
     in_channels=3,
@@ -212,7 +212,7 @@ def train(minutes: float, out: Path, seed: int = 0) -> None:
             image = pictures(rng, batch, size).to(ranks.device)
             if ranks.device.type == "cpu":
                 image = image.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(ranks.device.type, torch.bfloat16):
+            with autocast(ranks.device.type):
                 made = model(image)
             loss = reconstruction_loss(made["decoded"], image, edges=size > 32)
             loss = loss + stage.weight_kl * made["kl"] + WEIGHT_PREVIEW * made["preview"]

@@ -16,20 +16,12 @@ MOST = 2**24  # of any size: products of three of them are still numbers of byte
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
-    """S3-DiT, from `transformer/config.json` (the numbers in comments are Z-Image Turbo's and Base's)."""
+class BlockConfig:
+    """What transformer and control networks share: the blocks (the numbers in comments are those of Turbo and Base)."""
 
     dim: int  # 3840, width of the residual stream
-    n_layers: int  # 30 joint blocks
-    n_refiner_layers: int  # 2 noise refiner blocks, and 2 context refiner blocks
     n_heads: int  # 30 heads of 128
     norm_eps: float  # 1e-5, for every RMSNorm, the q/k norms included
-    cap_feat_dim: int  # 2560, width of the text encoder
-    rope_theta: float  # 256.0
-    t_scale: float  # 1000.0, the model time 0..1 is multiplied by this before its sinusoids
-    axes_dims: tuple[int, int, int]  # (32, 48, 48): share of a head for (sequence, row, column)
-    in_channels: int  # 16 latent channels
-    patch_size: int  # 2: a token is 2x2 latent cells, 16x16 pixels
 
     @property
     def head_dim(self) -> int:
@@ -44,6 +36,20 @@ class TransformerConfig:
     def adaln_dim(self) -> int:
         """Width of the timestep embedding that modulates the blocks: at most 256 (reference `ADALN_EMBED_DIM`)."""
         return min(self.dim, 256)
+
+
+@dataclass(frozen=True)
+class TransformerConfig(BlockConfig):
+    """S3-DiT, from `transformer/config.json` (the numbers in comments are Z-Image Turbo's and Base's)."""
+
+    n_layers: int  # 30 joint blocks
+    n_refiner_layers: int  # 2 noise refiner blocks, and 2 context refiner blocks
+    cap_feat_dim: int  # 2560, width of the text encoder
+    rope_theta: float  # 256.0
+    t_scale: float  # 1000.0, the model time 0..1 is multiplied by this before its sinusoids
+    axes_dims: tuple[int, int, int]  # (32, 48, 48): share of a head for (sequence, row, column)
+    in_channels: int  # 16 latent channels
+    patch_size: int  # 2: a token is 2x2 latent cells, 16x16 pixels
 
     @property
     def patch_dim(self) -> int:
@@ -77,6 +83,57 @@ class TransformerConfig:
                 source,
             )
         return config
+
+
+@dataclass(frozen=True)
+class ControlConfig(BlockConfig):
+    """A Fun-Controlnet-Union network, which borrows embedders and pad tokens of the transformer that it steers."""
+
+    in_channels: int  # 16 of the control image's latents; 33 with the mask of an inpaint image and its latents
+    places: tuple[int, ...]  # layers of the transformer that get hints: every 5th (1.0), 2nd (2.0, 2.1) or 10th (lite)
+    n_refiner_layers: int  # 2 blocks over the image alone, before those
+    refined: str  # by what: "blocks" (1.0), "hints" (2.1: they give hints as well) or "layers" (2.0: the joint ones)
+    patch_size: int = 2
+
+    @property
+    def patch_dim(self) -> int:
+        return self.patch_size**2 * self.in_channels
+
+    @property
+    def n_layers(self) -> int:
+        """Blocks over image and caption, one for each place."""
+        return len(self.places)
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether it takes an image with a mask beside the control image."""
+        return self.in_channels > 16
+
+    @property
+    def version(self) -> str:
+        """How its makers call it."""
+        if self.refined == "blocks":
+            return "Union 1.0"
+        return "Union 2.0" if self.refined == "layers" else "Union 2.1" if self.n_layers > 3 else "Union 2.1 lite"
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str) -> ControlConfig:
+        """diffusers' config.json of a ZImageControlNetModel."""
+        _expect(raw, source, "_class_name", ("ZImageControlNetModel",))
+        _expect(raw, source, "all_patch_size", ([2],))
+        _expect({"qk_norm": True, **raw}, source, "qk_norm", (True,))
+        refined = {None: "blocks", "control_noise_refiner": "hints", "control_layers": "layers"}
+        by = raw.get("add_control_noise_refiner")
+        _expect({"add_control_noise_refiner": by}, source, "add_control_noise_refiner", tuple(refined))
+        return cls(
+            dim=_number(raw, source, "dim"),
+            n_heads=_number(raw, source, "n_heads"),
+            norm_eps=_number(raw, source, "norm_eps", float),
+            in_channels=_number(raw, source, "control_in_dim"),
+            places=_places(raw, source),
+            n_refiner_layers=_number(raw, source, "n_refiner_layers"),
+            refined=refined[by],
+        )
 
 
 @dataclass(frozen=True)
@@ -207,6 +264,15 @@ def _value(raw: Mapping[str, Any], source: str, key: str) -> Any:
     if key not in raw:
         raise CheckpointError(f"{key!r} is missing; the file is incomplete or belongs to another model", source)
     return raw[key]
+
+
+def _places(raw: Mapping[str, Any], source: str) -> tuple[int, ...]:
+    key = "control_layers_places"
+    places = _value(raw, source, key)
+    whole = isinstance(places, (list, tuple)) and all(type(place) is int for place in places)
+    if not whole or not places or places[0] != 0 or sorted(set(places)) != list(places):
+        raise CheckpointError(f"{key} is {places!r}, expected a list of ascending whole numbers from 0", source)
+    return tuple(places)
 
 
 def _expect(raw: Mapping[str, Any], source: str, key: str, allowed: tuple[Any, ...]) -> None:

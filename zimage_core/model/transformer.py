@@ -33,6 +33,7 @@ from ..backends.operations import PLAIN, Gain, LeanOperations, Operations, Token
 from ..config import TransformerConfig
 from .attention import Attention, attention
 from .block import Block, is_as_built, is_changed
+from .control import Control, Steering
 from .patchify import padded, patchify, unpatchify
 from .rope import caption_positions, image_positions, rotations
 
@@ -125,6 +126,8 @@ class ZImageTransformer(nn.Module):
         patch_tokens: PatchTokens | None = None,
         rope_options: Mapping[str, float] | None = None,
         captions_first: bool = False,
+        controls: Sequence[Control] = (),
+        images: Sequence[int] | None = None,
     ) -> Tensor:
         """One evaluation of the model.
 
@@ -140,11 +143,14 @@ class ZImageTransformer(nn.Module):
         rope_options: see `rope.image_positions`.
         captions_first: before the image in the joint sequence, for an `attention` that goes by the places of tokens;
             the captions are then to be of one length.
+        controls: control networks at work in this step.
+        images: which of the step's images each item is, where it is one with several captions; None: each its own.
 
         Returns the velocity towards the image, [B, 16, h, w].
         """
         if len(features) != len(latents):
             raise ValueError(f"{len(latents)} latents but {len(features)} captions")
+        images = range(len(latents)) if images is None else images
         if not isinstance(features, (Tensor, Captions)):
             features = self.refine_captions(features, latents.dtype, attention=attention)
         run = partial(
@@ -154,23 +160,27 @@ class ZImageTransformer(nn.Module):
             patch_tokens=patch_tokens,
             rope_options=rope_options,
             captions_first=captions_first,
+            controls=controls,
         )
         large = latents[0, 0].numel() >= APART * self.config.patch_size**2
         if large and isinstance(features, Captions) and len(features.lengths) > 1:
-            return torch.cat(list(map(run, latents.split(1), t.split(1), features.apart())))
-        return run(latents, t, features)
+            items = zip(latents.split(1), t.split(1), features.apart(), images, strict=True)
+            return torch.cat([run(part, time, caption, [image]) for part, time, caption, image in items])
+        return run(latents, t, features, images)
 
     def _evaluate(
         self,
         latents: Tensor,
         t: Tensor,
         features: Tensor | Captions,
+        images: Sequence[int],
         *,
         attention: Attention,
         after_block: AfterBlock | None,
         patch_tokens: PatchTokens | None,
         rope_options: Mapping[str, float] | None,
         captions_first: bool,
+        controls: Sequence[Control],
     ) -> Tensor:
         config = self.config
         height, width = latents.shape[-2:]
@@ -179,16 +189,23 @@ class ZImageTransformer(nn.Module):
         else:  # here, so that nobody else holds them any more when they are joined with the image
             captions = self.refine_captions(features, latents.dtype, attention=attention)
         time = self.t_embedder(t, latents.dtype)  # (B, 256)
-        img, n_image = self._embed_image(latents)  # (B, N, D)
-        img = self._widened(img)
+        n_image = height * width // config.patch_size**2
+        img = self._embed_image(self.x_embedder, latents, bool(controls))  # (B, N, D)
         n = img.shape[1]
         img_pe = self._image_rotations(captions, height, width, n, rope_options)  # (1 or B, N, 1, head_dim/2, 2, 2)
 
+        run = partial(self._run, attention=attention, dtype=time.dtype)
+        steering = Steering(controls, run, lambda embedder, x: self._embed_image(embedder, x.to(latents), True))
+        tokens = Tokens(img_pe, time, [n])
+        if controls:
+            # pads stay in place where the image's tokens move with the caption's length: without, it doesn't matter
+            lengths = captions.lengths if n > n_image else [0]
+            steering.refine(img, tokens, [(image, lengths[i % len(lengths)]) for i, image in enumerate(images)])
         state = {"vec": time, "x": latents}
         if patch_tokens is not None:
             state |= {"img_input": img.clone(), "pe": img_pe, "txt": captions.tokens.clone()}
         for index, block in enumerate(self.noise_refiner):
-            img = self._run(block, img, Tokens(img_pe, time, [n]), attention, time.dtype)
+            img = steering.after_refiner(index, run(block, img, tokens))
             if after_block is not None:
                 after_block("noise_refiner", index)
             if patch_tokens is not None:
@@ -202,10 +219,11 @@ class ZImageTransformer(nn.Module):
         before = captions.tokens.shape[1] if captions_first else 0
         image, text = slice(before, before + n), slice(0, before) if captions_first else slice(n, None)
         cap_pe = captions.rotations.expand(len(img_pe), *captions.rotations.shape[1:])
-        x = torch.cat((img, captions.tokens)[::order], dim=1)  # (B, S, D)
+        x = torch.cat((img, captions.tokens.to(img))[::order], dim=1)  # (B, S, D)
         pe = torch.cat((img_pe, cap_pe)[::order], dim=1)
         tokens = Tokens(pe, time, [n + length for length in captions.lengths])
-        tokens = dataclasses.replace(tokens, own=_own_mask(tokens.counts, x))
+        tokens = every = dataclasses.replace(tokens, own=_own_mask(tokens.counts, x))
+        steering.join(x, captions.tokens, order)
         del img, img_pe, cap_pe, captions, features  # what is joined now need not be kept apart as well
         state = {"vec": time, "x": latents}
         if patch_tokens is not None:
@@ -214,7 +232,7 @@ class ZImageTransformer(nn.Module):
             # of the last only the image's tokens are used
             if index == config.n_layers - 1 and patch_tokens is None and not captions_first:
                 tokens = dataclasses.replace(tokens, queries=n_image)
-            x = self._run(block, x, tokens, attention, time.dtype)
+            x = steering.after_layer(index, run(block, x, tokens), every)
             if after_block is not None:
                 after_block("layers", index)
             if patch_tokens is not None:
@@ -236,19 +254,20 @@ class ZImageTransformer(nn.Module):
             cap = self._run(block, cap, Tokens(pe, None, lengths, own), attention, dtype)
         return Captions(cap, lengths, pe)
 
-    def _widened(self, tokens: Tensor) -> Tensor:
-        """Tokens in the dtype in which all blocks' results are added to them."""
-        return tokens.float() if tokens.dtype == torch.float16 and not self.sums_fit_half else tokens
+    def _widened(self, tokens: Tensor, steered: bool = False) -> Tensor:
+        """Tokens in the dtype in which all blocks' results are added to them, and hints where it is steered."""
+        fit = self.sums_fit_half and not steered
+        return tokens.float() if tokens.dtype == torch.float16 and not fit else tokens
 
-    def _embed_image(self, latents: Tensor) -> tuple[Tensor, int]:
-        x = self.x_embedder(patchify(latents, self.config.patch_size))  # (B, h/2 * w/2, D)
-        n_image = x.shape[1]
-        pads = padded(n_image) - n_image
+    def _embed_image(self, embedder: nn.Module, latents: Tensor, steered: bool) -> Tensor:
+        """Latents as padded tokens [B, N, D]."""
+        x = embedder(patchify(latents, self.config.patch_size))  # (B, h/2 * w/2, D)
+        pads = padded(x.shape[1]) - x.shape[1]
         if torch.compiler.is_compiling() or pads:  # asked there, it would be compiled once for each answer
             # a root parameter: hosts that move leaf modules leave it behind, so it is moved here
             token = self.x_pad_token.to(x)
             x = torch.cat((x, token.expand(len(x), pads, -1)), dim=1)
-        return x, n_image
+        return self._widened(x, steered)
 
     def _embed_caption(self, features: Tensor | Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[int]]:
         """Captions [B, L, D] and their padded lengths."""

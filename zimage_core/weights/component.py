@@ -69,8 +69,13 @@ class Component:
         prefix, keys = _recognized(kind, files, source)
         if prefix is None:
             raise identify.refusal(kind, files.shapes(), source, "choose it in the loader made for it")
-        own = {key.removeprefix(prefix): shape for key, shape in quantized.Weights(files, keys).shapes().items()}
-        return cls(kind, SPECS[kind].config_of(own, files.metadata, source), files, keys, prefix)
+        weights = quantized.Weights(files, keys)
+        own = {key.removeprefix(prefix): shape for key, shape in weights.shapes().items()}
+
+        def read(key: str) -> Tensor:
+            return weights.read(prefix + key, own[key], torch.float32)
+
+        return cls(kind, SPECS[kind].config_of(own, files.metadata, source, read), files, keys, prefix)
 
     @classmethod
     def of_snapshot(cls, kind: str, files: TensorFiles, config: Any) -> Component:

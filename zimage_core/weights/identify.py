@@ -17,8 +17,6 @@ FOREIGN = (
     ("a LoRA", (".lokr_w",), "it belongs into a LoRA loader, after the model loader"),
     ("a LoRA", (".hada_w",), "it belongs into a LoRA loader, after the model loader"),
     ("a LoRA", (".oft_",), "it belongs into a LoRA loader, after the model loader"),
-    ("a Z-Image ControlNet", ("control_all_x_embedder",), "load it with ModelPatchLoader, as a model patch"),
-    ("a Z-Image ControlNet", ("control_layers.0.after_proj",), "load it with ModelPatchLoader, as a model patch"),
     ("a ControlNet", ("input_hint_block",), _OTHER),
     ("a ControlNet", ("controlnet_blocks.0",), _OTHER),
     ("quantized by nunchaku (SVDQuant)", (".qweight", ".wscales"), _QUANTIZED),

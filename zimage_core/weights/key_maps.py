@@ -92,6 +92,24 @@ TRANSFORMER = KeyMap(
 )
 
 
+def control(refined: str) -> KeyMap:
+    """A control network in the published layout; where `ControlConfig.refined` is "layers", some blocks never run."""
+    parts = {"to_out.0.*": "out.*", "norm_q.weight": "q_norm.weight", "norm_k.weight": "k_norm.weight"}
+    return KeyMap(
+        rename={
+            "control_all_x_embedder.2-1.*": "x_embedder.*",
+            **{f"control_*.attention.{theirs}": f"*.attention.{ours}" for theirs, ours in parts.items()},
+            "control_*": "*",
+        },
+        concat={"*.attention.qkv.weight": tuple(f"control_*.attention.to_{part}.weight" for part in "qkv")},
+        drop=(*BORROWED, *(("control_noise_refiner.*",) if refined == "layers" else ())),
+    )
+
+
+# of a transformer, which diffusers saves with a control network that is in use
+BORROWED = ("all_*", "cap_*", "t_embedder.*", "noise_refiner.*", "context_refiner.*", "layers.*", "x_pad_token")
+
+
 def text_encoder(layers: int | None, whole: bool = False) -> KeyMap:
     """text_encoder/ of a Qwen3 with this many layers. The head is not used, nor, unless it is whole, the last layer
     (None: no layer) and the final norm.

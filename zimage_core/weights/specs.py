@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import TextEncoderConfig, TransformerConfig, VAEConfig
+from torch import Tensor
+
+from ..config import ControlConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from ..errors import CheckpointError
+from ..model.control import ControlNetwork
 from ..model.text_encoder import TextEncoder
 from ..model.transformer import ZImageTransformer
 from ..model.vae import AutoencoderKL
@@ -16,6 +19,7 @@ from . import key_maps
 from .key_maps import KeyMap
 
 Shapes = Mapping[str, tuple[int, ...]]
+Read = Callable[[str], Tensor]  # the numbers of a parameter, by our name for it
 
 CONFIG_KEY = "zimage.{component}.config"  # metadata of a single file: the config.json of a model of other numbers
 # what a single file does not tell; the numbers of the published config.json of Turbo and Base alike
@@ -25,6 +29,8 @@ PUBLISHED_TRANSFORMER: dict[str, Any] = {
     "t_scale": 1000.0,
     "axes_dims": (32, 48, 48),
 }
+PUBLISHED_LAYERS = 30  # of the transformer
+PUBLISHED_CONTROL = (3, 6, 15)  # layers of control networks: 2.1 lite, 1.0, 2.0 and 2.1
 PUBLISHED_TEXT_ENCODER: dict[str, Any] = {
     "vocab_size": 151936,
     "hidden_size": 2560,
@@ -57,7 +63,7 @@ class ComponentSpec:
     # what may stand before every key: all-in-one checkpoints, ComfyUI's and LoRA trainers' habits
     prefixes: tuple[str, ...]
     anchors: tuple[str, ...]  # keys of which one is in every file of it, whatever its layout or precision
-    from_shapes: Callable[[Shapes, str], Any]  # its config, from shapes by our names
+    from_shapes: Callable[[Shapes, str, Read], Any]  # its config, from shapes by our names, or numbers
     reads: Mapping[str, str]  # what its loader reads of a snapshot: folder -> files in it
 
     def prefix(self, keys: Iterable[str]) -> str | None:
@@ -68,15 +74,16 @@ class ComponentSpec:
                 return candidate
         return None
 
-    def config_of(self, shapes: Shapes, metadata: Mapping[str, str], source: str) -> Any:
+    def config_of(self, shapes: Shapes, metadata: Mapping[str, str], source: str, read: Read) -> Any:
         """The numbers of a single file: from its metadata if they are there, else from its shapes.
 
-        shapes: by the file's own names, the prefix taken off.
+        shapes, read: by the file's own names, the prefix taken off.
         """
         stored = metadata.get(CONFIG_KEY.format(component=self.kind))
         if stored is None:
             sources = self.key_map_of(shapes).sources(shapes)
-            return self.from_shapes({name: shapes[keys[0]] for name, keys in sources.items()}, source)
+            by_our_names = {name: shapes[keys[0]] for name, keys in sources.items()}
+            return self.from_shapes(by_our_names, source, lambda name: read(sources[name][0]))
         try:
             raw = json.loads(stored)
         except (ValueError, RecursionError) as error:
@@ -89,7 +96,7 @@ class ComponentSpec:
 # Numbers of a single file, from its shapes
 
 
-def _transformer_config(shapes: Shapes, source: str) -> TransformerConfig:
+def _transformer_config(shapes: Shapes, source: str, _read: Read) -> TransformerConfig:
     """shapes: by our names, `key_maps.TRANSFORMER` applied. Raises CheckpointError for other members of the family."""
     dim, patch_dim = _shape(shapes, "x_embedder.weight", 2, source)
     (head_dim,) = _shape(shapes, "layers.0.attention.q_norm.weight", 1, source)
@@ -119,7 +126,35 @@ def _transformer_config(shapes: Shapes, source: str) -> TransformerConfig:
     )
 
 
-def _text_encoder_config(shapes: Shapes, source: str) -> TextEncoderConfig:
+def _control_config(shapes: Shapes, source: str, read: Read) -> ControlConfig:
+    """shapes, read: by our names."""
+    dim, patch_dim = _shape(shapes, "x_embedder.weight", 2, source)
+    (head_dim,) = _shape(shapes, "layers.0.attention.q_norm.weight", 1, source)
+    count, hint = _count(shapes, "layers."), "noise_refiner.0.after_proj.weight"
+    if patch_dim not in (4 * 16, 4 * 33) or count not in PUBLISHED_CONTROL or dim % head_dim:
+        raise CheckpointError(
+            f"a control network of width {dim} with {patch_dim / 4:g} input channels and {count} layers is none of the "
+            "published ones for Z-Image (16 or 33 channels, 3, 6 or 15 layers); use a Fun-Controlnet-Union file, or "
+            f"store its config.json in the file's metadata as {CONFIG_KEY.format(component='control')!r}",
+            source,
+        )
+    refiners = _count(shapes, "noise_refiner.")
+    if patch_dim == 4 * 16:
+        refined = "blocks"
+    else:  # 2.0 has these as well, never run nor trained
+        refined = "hints" if hint in shapes and read(hint).any() else "layers"
+    return ControlConfig(
+        dim=dim,
+        n_heads=dim // head_dim,
+        norm_eps=PUBLISHED_TRANSFORMER["norm_eps"],
+        in_channels=patch_dim // 4,
+        places=tuple(range(0, PUBLISHED_LAYERS, PUBLISHED_LAYERS // count)),
+        n_refiner_layers=refiners or 2,
+        refined=refined,
+    )
+
+
+def _text_encoder_config(shapes: Shapes, source: str, _read: Read) -> TextEncoderConfig:
     """shapes: by our names. Only Qwen3-4B is Z-Image's."""
     vocabulary, hidden = _shape(shapes, "model.embed_tokens.weight", 2, source)
     published = TextEncoderConfig(**PUBLISHED_TEXT_ENCODER)
@@ -134,7 +169,7 @@ def _text_encoder_config(shapes: Shapes, source: str) -> TextEncoderConfig:
     return published
 
 
-def _vae_config(shapes: Shapes, source: str) -> VAEConfig:
+def _vae_config(shapes: Shapes, source: str, _read: Read) -> VAEConfig:
     """shapes: by our names (those of `ae.safetensors`)."""
     _check_half(shapes, "decoder", source)
     top, latent_channels, *_ = _shape(shapes, "decoder.conv_in.weight", 4, source)
@@ -248,6 +283,18 @@ SPECS = {
             anchors=("decoder.conv_in.weight", "encoder.conv_in.weight"),
             from_shapes=_vae_config,
             reads={"vae": "*"},
+        ),
+        ComponentSpec(
+            kind="control",
+            noun="a Z-Image control network (Fun-Controlnet-Union)",
+            network=ControlNetwork,
+            config=ControlConfig,
+            key_map=lambda config: key_maps.control(config.refined),
+            key_map_of=lambda shapes: key_maps.control(""),
+            prefixes=("", "model.diffusion_model.", "diffusion_model.", "control_net.", "controlnet.", "transformer."),
+            anchors=("control_all_x_embedder.2-1.weight",),
+            from_shapes=_control_config,
+            reads={},
         ),
     )
 }
