@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from zimage_core.config import ControlConfig
-from zimage_core.model.control import Control, ControlNetwork, control_latents
+from zimage_core.model.control import ActiveControl, ControlNetwork, control_latents
 from zimage_core.model.transformer import ZImageTransformer
 from zimage_core.pipeline import ZImagePipeline
 
@@ -204,7 +204,7 @@ def _loss(pipe: ZImagePipeline, network: ControlNetwork, clean: Tensor, read: Te
             features = pipe.text_encoder(ids)
         caps = [item[:length] for item, length in zip(features, lengths, strict=True)]
         noisy = level * noise + (1 - level) * clean
-        controls = [Control(network, read, 1.0)]
+        controls = [ActiveControl(network, read, 1.0)]
         velocity = pipe.transformer(noisy, 1 - sigma, caps, attention=plain_attention, controls=controls)
     error = (velocity.float() - (clean - noise)).square().mean(1)  # (B, h, w)
     weights = object_weights(clean)

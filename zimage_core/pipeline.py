@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,22 +11,25 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from . import autoencoding, images
 from .config import SchedulerConfig
 from .diagnostics import finite
 from .diagnostics.finite import NotFinite, named
 from .errors import CheckpointError
 from .lora import apply as lora_apply
 from .lora import files as lora_files
-from .model import vae_bands
+from .model.control import ControlNetwork
 from .model.text_encoder import TextEncoder
 from .model.tokenizer import MAX_LENGTH, Tokenizer
 from .model.transformer import ZImageTransformer
 from .model.vae import AutoencoderKL
 from .prompts.cache import PromptCache, key_of, stamps
-from .sampling import loop
-from .sampling.schedule import sigmas
-from .weights.component import Component
+from .sampling import loop, request
+from .sampling.control import Control, working
+from .sampling.schedule import shift_of, sigmas
+from .sampling.start import Noise, Repaint, left_out, noised
 from .weights.snapshot import open_component, open_tokenizer, schedule_of
+from .weights.unread import UnreadEncoder
 
 Result = TypeVar("Result")
 
@@ -69,6 +71,7 @@ class ZImagePipeline:
         self.prompt_cache = prompt_cache
         self.safe_retry = safe_retry
         self._plain: dict[str, dict[str, Tensor]] = {}  # component -> the weights that LoRA changed, as they were
+        self._networks_of_control: dict[tuple[Any, ...], ControlNetwork] = {}  # stamps of a file -> what it holds
         self._loras: list[tuple[lora_files.Lora, float]] = []
         self._encoder_loras: list[Any] = []  # those that change the text encoder, as they count for `prompt_cache`
         self.text_encoder = text_encoder
@@ -170,8 +173,8 @@ class ZImagePipeline:
         prompt: str | Sequence[str],
         negative_prompt: str | Sequence[str] | None = None,
         *,
-        width: int = 1024,
-        height: int = 1024,
+        width: int | None = None,
+        height: int | None = None,
         steps: int = 8,
         guidance_scale: float = 0.0,
         cfg_normalization: bool | float = False,
@@ -179,6 +182,11 @@ class ZImagePipeline:
         seed: int | Sequence[int] = 0,
         batch_size: int = 1,
         max_prompt_tokens: int = MAX_LENGTH,
+        image: Tensor | None = None,
+        strength: float | None = None,
+        mask: Tensor | None = None,
+        posterior: Literal["mean", "sample"] = "mean",
+        control: Sequence[Control] = (),
         output: Literal["image", "latents"] = "image",
         callback: loop.Callback | None = None,
     ) -> Tensor:
@@ -186,30 +194,51 @@ class ZImagePipeline:
 
         prompt: one, or a list; each gives `batch_size` images in a row, B in all.
         negative_prompt: one for all or one per prompt; counts only with guidance. None is the empty prompt.
-        width, height: pixels, divisible by 16.
+        width, height: pixels, divisible by 16; by default 1024, or those of `image`, cut to such numbers.
         steps: model evaluations; 8 for Turbo, 28-50 for Base.
         guidance_scale: 0 is off (Turbo), 3-5 for Base; the CFG of ComfyUI is this + 1.
         cfg_normalization: k caps the norm of the guided velocity at k times the unguided one (True is 1, False off).
         cfg_truncation: guidance stops once 1 - sigma exceeds it; 1 never stops it.
         seed: an int seeds one generator for the whole batch, a list of B seeds each image on its own.
+        image: [1 or B, 3, H, W] in 0..1, to begin with; scaled and cut to width and height, never stretched.
+        strength: of the steps, which share is run: near 0 the image hardly changes, 1 begins with noise. By default
+            0.6, with a mask 1.
+        mask: [1 or B, 1, H, W], of the same size as `image`, 1 where it is repainted; pixels with 0 stay bit for bit
+            (if no size is given that has to cut or scale it). Between, see `sampling.start.Repaint`.
+        posterior: "sample" draws the image's latents as diffusers does, before the noise; "mean" is the same always.
+        control: networks that steer by images; several add up. See `sampling.control.Control`.
         callback: (steps done, steps, latents, estimated image latents) after each step; False cancels by raising
             `loop.Cancelled`. It starts over where sampling has to (see `safe_retry` of `__init__`).
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        _check(prompts, width, height, batch_size, output)
-        negatives = _spread(negative_prompt, len(prompts))
+        width, height = request.size(width, height, image)
+        request.check(prompts, width, height, batch_size, output)
+        negatives = request.spread(negative_prompt, len(prompts))
         batch = len(prompts) * batch_size
+        source = request.Source.of(image, mask, strength, batch, height, width)
+        begin = 0 if source is None else left_out(steps, source.strength)
+        networks = [self._control_network(one, batch) for one in control]
 
         cell = self.vae.config.downscale
-        latents = noise(seed, (batch, self.transformer.config.in_channels, height // cell, width // cell))
+        levels = sigmas(steps, self.scheduler, self._tokens(height, width))[begin:]
+        draws = Noise(seed, batch)
+        clean = None if source is None else self._clean(source.image, draws, posterior)
+        latents = draws.draw((self.transformer.config.in_channels, height // cell, width // cell))
+        keep = None
+        if clean is not None and source is not None:
+            if source.mask is not None:
+                keep = Repaint(clean, latents.to(clean), images.covered(source.mask, cell).to(clean), levels)
+            latents = noised(clean, latents.to(clean), levels[0])
+        shift = shift_of(self.scheduler, self._tokens(height, width))
+        works = [
+            working(one, network, self.encode, cell, (height, width), shift)
+            for one, network in zip(control, networks, strict=True)
+        ]
 
-        features = _repeat(self.encode_prompts(prompts, max_prompt_tokens), batch_size)  # B x [L_i, 2560]
+        features = request.repeat(self.encode_prompts(prompts, max_prompt_tokens), batch_size)  # B x [L_i, 2560]
         negative_features: list[Tensor] = []
         if guidance_scale > 0:
-            negative_features = _repeat(self.encode_prompts(negatives, max_prompt_tokens), batch_size)
-
-        patch = cell * self.transformer.config.patch_size
-        levels = sigmas(steps, self.scheduler, (height // patch) * (width // patch))
+            negative_features = request.repeat(self.encode_prompts(negatives, max_prompt_tokens), batch_size)
 
         def sample(dtype: torch.dtype) -> Tensor:
             watched = finite.Steps(steps)
@@ -231,6 +260,8 @@ class ZImagePipeline:
                 cfg_truncation=cfg_truncation,
                 dtype=dtype,
                 refine=partial(self.transformer.refine_captions, dtype=dtype),
+                controls=lambda sigma: [active for work in works for active in work.at(sigma)],
+                keep=keep,
                 callback=after_step,
             )  # [B, 16, h, w] float32
             watched.check()
@@ -238,7 +269,37 @@ class ZImagePipeline:
 
         safe = finite.safer(self.dtype, self.device)
         sampled = self._finite(sample, self.dtype, safe, transformer=self.transformer)
-        return sampled if output == "latents" else self.decode(sampled)
+        if output == "latents":
+            return sampled
+        made = self.decode(sampled)
+        if source is None or source.mask is None:
+            return made
+        return images.composed(made, source.image.to(made), source.mask.to(made))
+
+    def _tokens(self, height: int, width: int) -> int:
+        """Of an image of so many pixels."""
+        side = self.vae.config.downscale * self.transformer.config.patch_size
+        return (height // side) * (width // side)
+
+    def _clean(self, image: Tensor, draws: Noise, posterior: str) -> Tensor:
+        """Latents of the image to begin with, [1 or B, 16, h, w] float32."""
+        if posterior not in ("mean", "sample"):
+            raise ValueError(f'posterior is {posterior!r}, expected "mean" or "sample"')
+        mean, logvar = autoencoding.encode_moments(self.vae, image.to(self.device), self._finite)
+        if posterior == "sample":
+            mean = mean + (0.5 * logvar).exp() * draws.draw(mean.shape[1:], len(mean)).to(mean)
+        return self.vae.scale(mean)
+
+    def _control_network(self, control: Control, batch: int) -> ControlNetwork:
+        """That of the file, read once. Raises ValueError where it doesn't suit the transformer or the images."""
+        key = tuple(stamps([control.path]))
+        network = self._networks_of_control.get(key)
+        if network is None:
+            network = open_component(control.path, "control").build(device=self.device, dtype=self.dtype)
+            network.check(self.transformer.config)
+        control.check(network.config, batch)
+        self._networks_of_control[key] = network
+        return network
 
     def _finite(
         self,
@@ -313,86 +374,13 @@ class ZImagePipeline:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, 16, h, w] to images [B, 3, H, W] float32 in 0..1."""
+        return autoencoding.decode(self.vae, latents, self._finite)
 
-        def decode(dtype: torch.dtype) -> Tensor:
-            vae = self.vae if dtype == own else copy.deepcopy(self.vae).to(dtype)
-            raw = vae.unscale(latents).to(dtype)
-            images = torch.cat([_decode_one(vae, item) for item in raw.split(1)])  # one by one bounds the memory
-            if not images.isfinite().all():
-                if not latents.isfinite().all():
-                    raise ValueError(f"the latents to decode hold {finite.WHAT}: they are at fault, not the VAE")
-                raise NotFinite("decoding (VAE)")
-            return (images.float() / 2 + 0.5).clamp(0, 1)
-
-        own = next(self.vae.parameters()).dtype
-        return self._finite(decode, own, torch.float32 if own.itemsize < torch.float32.itemsize else None, vae=self.vae)
-
-
-def _decode_one(vae: AutoencoderKL, raw: Tensor) -> Tensor:
-    height, width = (side * vae.config.downscale for side in raw.shape[-2:])
-    in_bands = vae_bands.advised(vae, height, width, raw)
-    return vae_bands.decode(vae, raw) if in_bands else vae.decode(raw)
-
-
-class UnreadEncoder:
-    """A text encoder whose weights are read when it is built, though its files are checked before: it may never be."""
-
-    def __init__(self, component: Component, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
-        """dtype: of the weights, None the file's. Raises CheckpointError, naming the file, if it can't be built."""
-        self.shapes = component.shapes
-        self.identity = {"config": repr(component.config), "files": stamps(component.files.paths)}
-        self._component = component
-        self._device = device
-        self._dtype = dtype
-        # scales of a quantized weight can only be checked by reading it
-        if not any(not part.is_gguf for name in self.shapes for part in component.packed(name)):
-            component.build(device="meta", dtype=dtype)  # on this device no value is read
-
-    def build(self) -> TextEncoder:
-        """Raises CheckpointError if the files are no longer those that were opened."""
-        if stamps(self._component.files.paths) != self.identity["files"]:
-            raise CheckpointError(
-                "the file has changed since it was opened; open the pipeline again", self._component.source
-            )
-        return self._component.build(device=self._device, dtype=self._dtype)
+    @torch.inference_mode()
+    def encode(self, image: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in 0..1 to scaled latents [B, 16, H/8, W/8] float32, the posterior's mean."""
+        return self.vae.scale(autoencoding.encode_moments(self.vae, image.to(self.device), self._finite)[0])
 
 
 def _tokenizer_place(text_encoder: Path, path: str | Path | None) -> str | Path:
     return path if path is not None and os.path.isfile(text_encoder) and os.path.isdir(path) else text_encoder
-
-
-def noise(seed: int | Sequence[int], shape: tuple[int, int, int, int]) -> Tensor:
-    """Gaussian noise drawn on the CPU, so that a seed means the same on every device; float32.
-
-    One seed draws the whole batch from one generator, as diffusers and ComfyUI do; a list draws each item from its own.
-    """
-    if isinstance(seed, int):
-        return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
-    if len(seed) != shape[0]:
-        raise ValueError(f"{len(seed)} seeds for {shape[0]} images; give one seed, or one for each image")
-    return torch.stack([torch.randn(shape[1:], generator=torch.Generator("cpu").manual_seed(s)) for s in seed])
-
-
-def _check(prompts: list[str], width: int, height: int, batch_size: int, output: Any) -> None:
-    if not prompts:
-        raise ValueError("no prompt given; an empty string is a valid prompt")
-    for name, value in (("width", width), ("height", height)):
-        if value < 16 or value % 16:
-            nearest = max(16, round(value / 16) * 16)
-            raise ValueError(f"{name} is {value}, but must be divisible by 16; the nearest is {nearest}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
-    if output not in ("image", "latents"):
-        raise ValueError(f'output is {output!r}, expected "image" or "latents"')
-
-
-def _spread(negative_prompt: str | Sequence[str] | None, count: int) -> list[str]:
-    if negative_prompt is None or isinstance(negative_prompt, str):
-        return [negative_prompt or ""] * count
-    if len(negative_prompt) != count:
-        raise ValueError(f"{len(negative_prompt)} negative prompts for {count} prompts; give one, or one for each")
-    return list(negative_prompt)
-
-
-def _repeat(items: list[Tensor], times: int) -> list[Tensor]:
-    return [item for item in items for _ in range(times)]

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zimage_core.config import ControlConfig
-from zimage_core.model.control import Control, control_latents
+from zimage_core.model.control import ActiveControl, control_latents
 from zimage_core.weights.snapshot import Snapshot, open_component
 
 from ..control_reference import Numbers, steered
@@ -108,7 +108,9 @@ def test_equals_the_formulas(models, case):
     inputs = _inputs(models, case)
     transformer, network = models.ours()
     network.check(transformer.config)
-    ours = transformer(inputs.latents, inputs.t, inputs.captions, controls=[Control(network, inputs.control, STRENGTH)])
+    ours = transformer(
+        inputs.latents, inputs.t, inputs.captions, controls=[ActiveControl(network, inputs.control, STRENGTH)]
+    )
     reference = torch.stack([models.reference(inputs, item) for item in range(len(ours))])
     plain = transformer(inputs.latents, inputs.t, inputs.captions)
     assert relative(ours, reference) <= 1e-5
@@ -125,14 +127,14 @@ def test_both_halves_of_guidance_share_what_no_prompt_changes(models):
     first = network.noise_refiner[0] if len(network.noise_refiner) else network.layers[0]
     ways = []
     for images in (None, [0, 0, 0]):
-        control = Control(network, inputs.control[:1], STRENGTH)
+        control = ActiveControl(network, inputs.control[:1], STRENGTH)
         ways.append(transformer(latents, t, inputs.captions, controls=[control], images=images))
     assert relative(ways[1], ways[0]) <= 1e-6
     hook = first.register_forward_pre_hook(lambda _block, args: seen.append(len(args[0])))
-    control = Control(network, inputs.control[:1], STRENGTH)
+    control = ActiveControl(network, inputs.control[:1], STRENGTH)
     size = inputs.latents.shape[-2:]
     even = torch.nn.functional.pad(latents, (0, 16 - size[1], 0, 16 - size[0]))  # without pads
-    control = Control(network, torch.zeros(1, inputs.control.shape[1], 16, 16), STRENGTH)
+    control = ActiveControl(network, torch.zeros(1, inputs.control.shape[1], 16, 16), STRENGTH)
     for item in range(3):  # each caption by itself, as where memory is short
         transformer(even[:1], t[:1], [inputs.captions[item]], controls=[control], images=[0])
     hook.remove()
@@ -146,7 +148,7 @@ def test_controls_add_up_and_none_is_none(models):
     transformer, network = models.ours()
 
     def run(*strengths: float) -> Tensor:
-        controls = [Control(network, inputs.control, strength) for strength in strengths]
+        controls = [ActiveControl(network, inputs.control, strength) for strength in strengths]
         return transformer(inputs.latents, inputs.t, inputs.captions, controls=controls)
 
     plain = transformer(inputs.latents, inputs.t, inputs.captions)
@@ -187,7 +189,9 @@ def test_diffusers_is_right_but_for_the_hints_of_the_refiner(models):
     """How far from the published networks: nothing in 1.0, in 2.x more than a tenth of what the control does."""
     inputs = _inputs(models, "no pads")
     transformer, network = models.ours()
-    ours = transformer(inputs.latents, inputs.t, inputs.captions, controls=[Control(network, inputs.control, STRENGTH)])
+    ours = transformer(
+        inputs.latents, inputs.t, inputs.captions, controls=[ActiveControl(network, inputs.control, STRENGTH)]
+    )
     assert relative(_of_diffusers(models, inputs, hints_in_refiner=True), ours) <= 1e-5
     plain = transformer(inputs.latents, inputs.t, inputs.captions)
     off = (_of_diffusers(models, inputs, hints_in_refiner=False) - ours).norm() / (ours - plain).norm()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import ZImageImg2ImgPipeline, ZImageInpaintPipeline
 from diffusers import ZImagePipeline as ReferencePipeline
 
 from zimage_core.pipeline import ZImagePipeline
@@ -50,6 +51,43 @@ def test_image_with_several_per_prompt(pipelines):
     theirs = _reference(reference, {"num_images_per_prompt": 2}, "pt", width=64, height=64)
     assert mine.shape == (4, 3, 64, 64)
     assert (mine - theirs).abs().max() <= 1e-3
+
+
+FULL = pytest.mark.slow  # what text to image covers but for its first step
+
+
+@pytest.mark.parametrize("strength, guidance", [(0.3, 3.0), (0.6, 0.0), pytest.param(1.0, 3.0, marks=FULL)])
+def test_image_to_image(pipelines, strength, guidance):
+    ours, reference = pipelines
+    pipe, image = _with_images(ZImageImg2ImgPipeline, reference), _image()
+    settings = {"strength": strength, "guidance_scale": guidance}
+    mine = ours.generate(PROMPTS, image=image, posterior="sample", seed=11, output="latents", **settings)
+    theirs = _reference(pipe, {"image": image * 2 - 1, **settings}, "latent", width=96, height=64)
+    assert relative(mine, theirs) <= 1e-4
+
+
+@pytest.mark.parametrize("strength", [0.6, pytest.param(1.0, marks=FULL)])
+def test_inpainting(pipelines, strength):
+    """A mask on the grid of the latents: else diffusers takes a pixel of each of their cells, we the most of it."""
+    ours, reference = pipelines
+    pipe, image = _with_images(ZImageInpaintPipeline, reference), _image()
+    mask = torch.zeros(1, 1, 64, 96)
+    mask[..., 16:48, 24:72] = 1
+    settings = {"strength": strength, "guidance_scale": 2.0}
+    mine = ours.generate(PROMPTS, image=image, mask=mask, posterior="sample", seed=11, output="latents", **settings)
+    given = {"image": image * 2 - 1, "mask_image": mask, **settings}
+    theirs = _reference(pipe, given, "latent", width=96, height=64)
+    assert relative(mine, theirs) <= 1e-4
+
+
+def _image() -> torch.Tensor:
+    return torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(2))
+
+
+def _with_images(kind, reference):
+    pipe = kind(**reference.components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ class Refined:
 
 
 @dataclass(frozen=True)
-class Control:
+class ActiveControl:
     """A control network at work in one step.
 
     `refined` is shared by the evaluations of a step, those with and without the prompt, and fills itself.
@@ -128,7 +128,7 @@ def control_latents(image: Tensor | None, keep: Tensor | None, masked: Tensor | 
 class Steering:
     """The hints of all controls in one evaluation of a transformer. Methods are called in the order they stand in."""
 
-    def __init__(self, controls: Sequence[Control], run: Run, embed: Embed):
+    def __init__(self, controls: Sequence[ActiveControl], run: Run, embed: Embed):
         self.controls = controls
         self.run = run
         self.embed = embed
@@ -149,7 +149,7 @@ class Steering:
             hints = zip(*(part.hints for part in parts), strict=True)
             self.refined.append(Refined(_joined([part.tokens for part in parts]), [_joined(hint) for hint in hints]))
 
-    def _refine(self, control: Control, img: Tensor, latents: Tensor, tokens: Tokens) -> list[Refined]:
+    def _refine(self, control: ActiveControl, img: Tensor, latents: Tensor, tokens: Tokens) -> list[Refined]:
         network, refined = control.network, control.network.config.refined
         hints: list[Tensor] = []
         c = self.embed(network.x_embedder, latents)

@@ -33,7 +33,7 @@ from ..backends.operations import PLAIN, Gain, LeanOperations, Operations, Token
 from ..config import TransformerConfig
 from .attention import Attention, attention
 from .block import Block, is_as_built, is_changed
-from .control import Control, Steering
+from .control import ActiveControl, Steering
 from .patchify import padded, patchify, unpatchify
 from .rope import caption_positions, image_positions, rotations
 
@@ -126,7 +126,7 @@ class ZImageTransformer(nn.Module):
         patch_tokens: PatchTokens | None = None,
         rope_options: Mapping[str, float] | None = None,
         captions_first: bool = False,
-        controls: Sequence[Control] = (),
+        controls: Sequence[ActiveControl] = (),
         images: Sequence[int] | None = None,
     ) -> Tensor:
         """One evaluation of the model.
@@ -180,7 +180,7 @@ class ZImageTransformer(nn.Module):
         patch_tokens: PatchTokens | None,
         rope_options: Mapping[str, float] | None,
         captions_first: bool,
-        controls: Sequence[Control],
+        controls: Sequence[ActiveControl],
     ) -> Tensor:
         config = self.config
         height, width = latents.shape[-2:]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .schedule import euler_step
 
-# (latents [B, 16, h, w], t [B], captions) -> velocity towards the image [B, 16, h, w]
-Model = Callable[[Tensor, Tensor, Any], Tensor]
+# (latents [B, 16, h, w], t [B], captions, and what steers) -> velocity towards the image [B, 16, h, w]
+Model = Callable[..., Tensor]
 # (steps done, steps, latents, estimate of the image's latents); returning False stops the run
 Callback = Callable[[int, int, Tensor, Tensor], "bool | None"]
 
@@ -69,13 +69,17 @@ def denoise(
     cfg_truncation: float = 1.0,
     dtype: torch.dtype = torch.float32,
     refine: Callable[[Sequence[Tensor]], Any] = list,
+    controls: Callable[[float], Sequence[Any]] | None = None,
+    keep: Callable[[Tensor, int], Tensor] | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Takes latents [B, 16, h, w] float32 from noise level sigmas[0] to sigmas[-1] by Euler steps.
 
     features, negative_features: B of [L_i, D]. refine: what of the model's work on captions can be done before the
     first step; the model gets its result. The model computes in `dtype`; latents, guidance and steps stay float32. With
-    guidance, positive and negative captions run in one batch. Raises `Cancelled` when the callback returns False.
+    guidance, positive and negative captions run in one batch. controls: those that steer at a noise level; the model
+    gets them, and which image each item is. keep: (latents, steps done) -> latents, after each step. Raises `Cancelled`
+    when the callback returns False.
     """
     if guidance_scale > 0 and negative_features is None:
         raise ValueError("guidance needs negative captions; those of an empty prompt serve where there is none")
@@ -88,13 +92,18 @@ def denoise(
         guided = guides_at(sigma, guidance_scale, cfg_truncation)
         if guided not in refined:
             refined[guided] = refine([*features, *(negative_features or ())] if guided else features)
+        copies = 2 if guided else 1
+        steering = {}
+        if controls is not None and (active := controls(sigma)):
+            steering = {"controls": active, "images": [*range(batch)] * copies}
+        inputs = latents.to(dtype).repeat(copies, 1, 1, 1)
+        v = velocity(model(inputs, t.repeat(copies), refined[guided], **steering))  # (copies * B, 16, h, w)
         if guided:
-            out = velocity(model(latents.to(dtype).repeat(2, 1, 1, 1), t.repeat(2), refined[True]))  # (2B, 16, h, w)
-            v = guided_velocity(out[:batch], out[batch:], guidance_scale, cfg_normalization)
-        else:
-            v = velocity(model(latents.to(dtype), t, refined[False]))  # (B, 16, h, w)
+            v = guided_velocity(v[:batch], v[batch:], guidance_scale, cfg_normalization)
         estimate = denoised(latents, v, sigma)
         latents = euler_step(latents, v, levels[step], levels[step + 1])
+        if keep is not None:
+            latents = keep(latents, step + 1)
         if callback is not None and callback(step + 1, steps, latents, estimate) is False:
             raise Cancelled(f"stopped after step {step + 1} of {steps}")
     return latents

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..config import SchedulerConfig
+
+Level = TypeVar("Level", float, Tensor)
 
 
 def sigmas(steps: int, config: SchedulerConfig, image_seq_len: int) -> Tensor:
@@ -21,14 +24,16 @@ def sigmas(steps: int, config: SchedulerConfig, image_seq_len: int) -> Tensor:
     if steps < 1:
         raise ValueError(f"steps is {steps}, expected at least 1")
     even = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64)
-    if config.use_dynamic_shifting:
-        shift = math.exp(dynamic_shift(image_seq_len, config))
-    else:
-        shift = config.shift
-    return torch.cat((shifted(even, shift), torch.zeros(1, dtype=torch.float64))).float()
+    bent = shifted(even, shift_of(config, image_seq_len))
+    return torch.cat((bent, torch.zeros(1, dtype=torch.float64))).float()
 
 
-def shifted(u: Tensor, shift: float) -> Tensor:
+def shift_of(config: SchedulerConfig, image_seq_len: int) -> float:
+    """By how much the noise levels of an image of so many tokens are bent towards noise."""
+    return math.exp(dynamic_shift(image_seq_len, config)) if config.use_dynamic_shifting else config.shift
+
+
+def shifted(u: Level, shift: float) -> Level:
     """shift * u / (1 + (shift - 1) * u): SD3's resolution shift (arXiv:2403.03206, eq. 23)."""
     return shift * u / (1 + (shift - 1) * u)
 
