@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import logging
 import os
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from .helpers import ROOT
+from .helpers import NANO, ROOT
 
 # Before torch is imported: tiny tensors on many threads spend their time on waking threads. Processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -48,6 +49,25 @@ def chromium() -> Iterator[Any]:
         pytest.skip(browser.MISSING)
     with browser.start() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def control_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A control network for the nano model that steers at random: it was not trained."""
+    import torch
+    from safetensors.torch import save_file
+
+    from nano import train_control
+    from zimage_core.weights.snapshot import Snapshot
+
+    torch.manual_seed(0)
+    network = train_control.build(Snapshot(NANO).transformer(dtype=torch.float32))
+    for block in (network.noise_refiner[0], network.layers[0]):
+        torch.nn.init.normal_(block.after_proj.weight, std=0.05)
+    path = tmp_path_factory.mktemp("control") / "control.safetensors"
+    config = json.dumps(train_control.published(network.config))
+    save_file(train_control.file_of(network), path, metadata={"zimage.control.config": config})
+    return path
 
 
 @pytest.fixture

@@ -61,6 +61,57 @@ def test_loras_and_parts_from_elsewhere(tmp_path, capsys):
     assert images[0].tobytes() == images[2].tobytes() != images[1].tobytes()
 
 
+def test_images_masks_and_control(tmp_path, capsys, control_file):
+    begun, mask, lines = (tmp_path / name for name in ("begun.png", "mask.png", "lines.png"))
+    Image.new("RGB", (100, 72), "white").save(begun)
+    Image.new("L", (100, 72), 0).save(mask)
+    Image.new("RGBA", (64, 64), (255, 255, 255, 0)).save(lines)
+    common = ["--seed", "1", "-s", "4", "--cpu"]
+    image = ["--image", str(begun), "--strength", "0.5"]
+    control = ["--control", str(control_file), "--control-image", str(lines), "--control-strength", "0.7"]
+    for number, (options, told) in enumerate(
+        (
+            (image, ("strength 0.5", "96x64", "2/2")),
+            ([*image[:2], "--mask", str(mask)], ("strength 1", f"Mask      {mask}", "4/4")),
+            ([*control, "--width", "64", "--height", "64"], (f"Control   {control_file}, strength 0.7, of {lines}",)),
+            ([*image[:2], "--mask", str(mask), *control[:2]], (f"Control   {control_file}, strength 0.8",)),
+        )
+    ):
+        out = tmp_path / f"{number}.png"
+        assert main(["generate", "a red circle", *common, *options, "-o", str(out)]) == 0
+        said = capsys.readouterr()
+        assert all(word in said.out + said.err for word in told), said
+    kept = Image.open(tmp_path / "1.png")
+    assert kept.size == (96, 64) and kept.getcolors() == [(96 * 64, (255, 255, 255))]  # nothing was to be repainted
+    assert "Denoising strength: 0.5" in Image.open(tmp_path / "0.png").text["parameters"]
+    assert "Control: control.safetensors:0.7" in Image.open(tmp_path / "2.png").text["parameters"]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--mask", "IMG"], "mask is for an image, and none is given"),
+        (["--image", "TEXT"], "text.png is no image that can be read"),
+        (["--image", "none.png"], "none.png"),
+        (
+            ["--control", "TEXT", "--control-image", "IMG", "--control-image", "IMG"],
+            "2 --control-image for 1 --control",
+        ),
+        (["--image", "IMG", "--strength", "0"], "strength is 0.0, expected more than 0"),
+        (["--control", "TEXT", "--control-image", "IMG"], "text.png"),
+    ],
+)
+def test_wrong_images_are_told_in_one_line(tmp_path, capsys, options, words):
+    Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
+    (tmp_path / "text.png").write_text("no image")
+    paths = {"IMG": str(tmp_path / "image.png"), "TEXT": str(tmp_path / "text.png")}
+    out = tmp_path / "out.png"
+    options = [paths.get(option, option) for option in options]
+    assert main(["generate", "a circle", "-s", "2", "--width", "64", "--height", "64", "-o", str(out), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.strip().splitlines()[-1].startswith("error: ") and words in error and not out.exists()
+
+
 def test_names_that_are_not_utf8(tmp_path, capsys):
     model, out = tmp_path / os.fsdecode(b"mod\xe8le"), tmp_path / os.fsdecode(b"image\xe9.png")
     shutil.copytree(ROOT / "nano" / "snapshot", model)

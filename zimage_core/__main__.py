@@ -13,26 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from . import image_files
 from .errors import CheckpointError
 from .hub import download
 from .hub.download import Progress, Repository
 from .model.tokenizer import without_halves
 from .pipeline import ZImagePipeline
 from .prompts.cache import PromptCache
+from .sampling import request
+from .sampling.control import STRENGTH, Control
 from .weights.snapshot import open_component
 
 NANO = Path(__file__).resolve().parent.parent / "nano" / "snapshot"  # ships beside this package in a checkout
-FORMATS = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".webp": "WEBP",
-    ".bmp": "BMP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,11 +46,15 @@ def main(argv: list[str] | None = None) -> int:
 def generate(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     output = args.output or Path(f"zimage-{datetime.now():%Y%m%d-%H%M%S}.png")
-    _check_output(output)  # before the weights are read: nobody waits for an image that can't be saved
+    image_files.check_output(output)  # before the weights are read: nobody waits for an image that can't be saved
     folder = _model_folder(args)
     parts = {"transformer": args.transformer, "text_encoder": args.text_encoder, "vae": args.vae}
-    size = open_component(args.vae or folder, "vae").config.sample_size
-    width, height = args.width or size, args.height or size
+    size = None if args.image else open_component(args.vae or folder, "vae").config.sample_size
+    image = None if args.image is None else image_files.read(args.image)
+    mask = None if args.mask is None else image_files.read(args.mask, 1)
+    control = _controls(args)
+    width, height = (given or size for given in (args.width, args.height))
+    width, height = request.size(width, height, image)
     seed = random.randrange(2**32) if args.seed is None else args.seed
     device = torch.device("cpu") if args.cpu else _best_device()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -70,6 +67,12 @@ def generate(args: argparse.Namespace) -> int:
         if place is not None:
             print(f"  {kind.replace('_', ' ')}: {place}")
     print(f"Settings  {width}x{height}, {args.steps} steps, guidance {args.guidance_scale:g}, seed {seed}, {device}")
+    if args.image:
+        print(f"Image     {args.image}, strength {request.strength_of(args.strength, mask):g}")
+    if args.mask:
+        print(f"Mask      {args.mask}")
+    for one, shown in zip(control, args.control_image or [None] * len(control), strict=True):
+        print(f"Control   {one.path}, strength {one.strength:g}" + (f", of {shown}" if shown else ""))
     if args.negative_prompt and args.guidance_scale <= 0:
         print("Note      the negative prompt has no effect without guidance (--guidance-scale above 0)")
 
@@ -87,10 +90,11 @@ def generate(args: argparse.Namespace) -> int:
         print("\n  ".join([f"LoRA      strength {strength:g}", *file.report().splitlines()]))
     with _bar(total=args.steps, desc="Sampling", unit="step") as bar:
 
-        def advance(step: int, *_: object) -> None:
+        def advance(step: int, steps: int, *_: object) -> None:
+            bar.total = steps  # fewer where it begins with an image
             bar.update(step - bar.n)  # backwards, where sampling starts over
 
-        image = pipe.generate(
+        made = pipe.generate(
             args.prompt,
             args.negative_prompt,
             width=width,
@@ -98,42 +102,15 @@ def generate(args: argparse.Namespace) -> int:
             steps=args.steps,
             guidance_scale=args.guidance_scale,
             seed=seed,
+            image=image,
+            strength=args.strength,
+            mask=mask,
+            control=control,
             callback=advance,
         )  # [1, 3, H, W]
-    save(image[0], output, _parameters(args, width, height, seed, folder))
+    image_files.save(made[0], output, _parameters(args, width, height, seed, folder))
     print(f"Saved     {output} ({time.perf_counter() - started:.1f} s)")
     return 0
-
-
-def save(image: Tensor, path: Path, parameters: str) -> None:
-    """Writes an image [3, H, W] in 0..1 in the format of the extension, whole or not at all.
-
-    PNG carries `parameters` as text, in the form that other programs show.
-    """
-    from PIL import Image, PngImagePlugin
-
-    kind = _check_output(path)
-    pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()  # (H, W, 3)
-    options: dict[str, Any] = {}
-    if kind == "PNG":
-        options["pnginfo"] = PngImagePlugin.PngInfo()
-        options["pnginfo"].add_itxt("parameters", parameters.encode(errors="backslashreplace").decode())
-    elif kind in ("JPEG", "WEBP"):
-        options["quality"] = 95
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        Image.fromarray(pixels).save(partial, format=kind, **options)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _check_output(path: Path) -> str:
-    kind = FORMATS.get(path.suffix.lower())
-    if kind is None:
-        raise ValueError(f"{path}: unknown image format {path.suffix!r}; use one of {', '.join(FORMATS)}")
-    return kind
 
 
 def _parameters(args: argparse.Namespace, width: int, height: int, seed: int, folder: Path) -> str:
@@ -144,8 +121,27 @@ def _parameters(args: argparse.Namespace, width: int, height: int, seed: int, fo
         f"Steps: {args.steps}, Sampler: Euler, CFG scale: {args.guidance_scale + 1:g}, "
         f"Seed: {seed}, Size: {width}x{height}, Model: {folder.name if folder != NANO else 'Z-Image-Nano'}"
         + "".join(f", LoRA: {path.name}:{strength:g}" for path, strength in args.lora)
+        + (f", Denoising strength: {request.strength_of(args.strength, args.mask):g}" if args.image else "")
+        + "".join(f", Control: {path.name}:{strength:g}" for path, strength in _with_strengths(args))
     )
     return "\n".join(lines)
+
+
+def _controls(args: argparse.Namespace) -> list[Control]:
+    """Raises ValueError unless each control network has its image."""
+    images: list[Path | None] = args.control_image or [None] * len(args.control)
+    if len(images) != len(args.control):
+        raise ValueError(f"{len(images)} --control-image for {len(args.control)} --control; give each its own")
+    return [
+        Control(path, None if image is None else image_files.read(image), strength)
+        for (path, strength), image in zip(_with_strengths(args), images, strict=True)
+    ]
+
+
+def _with_strengths(args: argparse.Namespace) -> list[tuple[Path, float]]:
+    """Each control file with its strength, the last one given for all that follow."""
+    strengths = [*args.control_strength, *(args.control_strength[-1:] or [STRENGTH]) * len(args.control)]
+    return list(zip(args.control, strengths, strict=False))
 
 
 def _model_folder(args: argparse.Namespace) -> Path:
@@ -248,6 +244,33 @@ def _parser() -> argparse.ArgumentParser:
         "--no-safe-retry",
         action="store_true",
         help="fail where values are not finite (a black image), instead of computing that stage again with more room",
+    )
+    add("--image", type=Path, metavar="IMG", help="image to begin with; its size is made if none is given")
+    add("--strength", type=float, metavar="S", help="share of the steps to run on --image: default 0.6, with --mask 1")
+    add("--mask", type=Path, metavar="IMG", help="white where --image is repainted, black where it stays as it is")
+    add(
+        "--control",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="Fun-Controlnet-Union file to steer with; repeatable",
+    )
+    add(
+        "--control-image",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="IMG",
+        help="what it follows (edges, depth, pose, ...), one for each --control; with --mask it may be left out",
+    )
+    add(
+        "--control-strength",
+        type=float,
+        action="append",
+        default=[],
+        metavar="S",
+        help=f"of the --control in the same place, {STRENGTH:g} if not given",
     )
     add("--cpu", action="store_true", help="use the processor even if there is a GPU")
     return parser

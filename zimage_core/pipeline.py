@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -217,7 +218,7 @@ class ZImagePipeline:
         batch = len(prompts) * batch_size
         source = request.Source.of(image, mask, strength, batch, height, width)
         begin = 0 if source is None else left_out(steps, source.strength)
-        networks = [self._control_network(one, batch) for one in control]
+        steering = [self._steering(one, source, batch) for one in control]
 
         cell = self.vae.config.downscale
         levels = sigmas(steps, self.scheduler, self._tokens(height, width))[begin:]
@@ -230,10 +231,7 @@ class ZImagePipeline:
                 keep = Repaint(clean, latents.to(clean), images.covered(source.mask, cell).to(clean), levels)
             latents = noised(clean, latents.to(clean), levels[0])
         shift = shift_of(self.scheduler, self._tokens(height, width))
-        works = [
-            working(one, network, self.encode, cell, (height, width), shift)
-            for one, network in zip(control, networks, strict=True)
-        ]
+        works = [working(one, network, self.encode, cell, (height, width), shift) for one, network in steering]
 
         features = request.repeat(self.encode_prompts(prompts, max_prompt_tokens), batch_size)  # B x [L_i, 2560]
         negative_features: list[Tensor] = []
@@ -290,16 +288,21 @@ class ZImagePipeline:
             mean = mean + (0.5 * logvar).exp() * draws.draw(mean.shape[1:], len(mean)).to(mean)
         return self.vae.scale(mean)
 
-    def _control_network(self, control: Control, batch: int) -> ControlNetwork:
-        """That of the file, read once. Raises ValueError where it doesn't suit the transformer or the images."""
+    def _steering(self, control: Control, source: request.Source | None, batch: int) -> tuple[Control, ControlNetwork]:
+        """With the image to repaint if the network takes it, and that network, read once.
+
+        Raises ValueError where it doesn't suit the transformer or the images.
+        """
         key = tuple(stamps([control.path]))
         network = self._networks_of_control.get(key)
         if network is None:
             network = open_component(control.path, "control").build(device=self.device, dtype=self.dtype)
             network.check(self.transformer.config)
+        if network.config.inpaints and control.mask is None and source is not None and source.mask is not None:
+            control = dataclasses.replace(control, mask=source.mask, inpaint_image=source.image)
         control.check(network.config, batch)
         self._networks_of_control[key] = network
-        return network
+        return control, network
 
     def _finite(
         self,

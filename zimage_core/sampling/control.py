@@ -24,7 +24,8 @@ class Control:
 
     path: a Fun-Controlnet-Union file. image: [1 or B, 3, H, W] in 0..1, the control map (edges, depth, pose, ...).
     strength: of its hints, 0 is none. start, end: shares of the way from noise to image between which it steers.
-    mask, inpaint_image: for networks of version 2, an image to repaint where the mask [1 or B, 1, H, W] is 1.
+    mask, inpaint_image: for networks of version 2, an image to repaint where the mask [1 or B, 1, H, W] is 1. By
+        default the image and mask of the run, if it has any.
     Raises ValueError, naming the value.
     """
 
@@ -41,8 +42,6 @@ class Control:
         if (self.mask is None) != (self.inpaint_image is None):
             given, missing = ("a mask", "an image to repaint") if self.mask is not None else ("an image", "a mask")
             raise ValueError(f"control has {given} without {missing}; give both inpaint_image and mask, or neither")
-        if self.image is None and self.mask is None:
-            raise ValueError("control has no image; give a control image, or inpaint_image and mask")
 
     def check(self, config: ControlConfig, count: int) -> None:
         """Whether this network takes it, for so many images."""

@@ -34,8 +34,12 @@ class Source:
                 sizes = [f"{x.shape[-1]}x{x.shape[-2]}" for x in (mask, image)]
                 raise ValueError(f"the mask is {sizes[0]} and the image {sizes[1]}; give them one size")
             mask = images.fitted(mask, height, width)
-        strength = (0.6 if mask is None else 1.0) if strength is None else strength
-        return cls(images.fitted(image, height, width), mask, strength)
+        return cls(images.fitted(image, height, width), mask, strength_of(strength, mask))
+
+
+def strength_of(strength: float | None, mask: Any) -> float:
+    """The one that is given, else 0.6, with a mask 1: diffusers' defaults."""
+    return (0.6 if mask is None else 1.0) if strength is None else strength
 
 
 def size(width: int | None, height: int | None, image: Tensor | None) -> tuple[int, int]:
