@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .conditioning import ZImageTextEncode
+from .control import ZImageControlNet
 from .loaders import ZImageTextEncoderLoader, ZImageTransformerLoader, ZImageVAELoader
 from .lora import ZImageLoraLoader
 from .sampling import ZImageSampler
@@ -18,6 +19,7 @@ class ZImageExtension(ComfyExtension):
             ZImageTextEncoderLoader,
             ZImageVAELoader,
             ZImageLoraLoader,
+            ZImageControlNet,
             ZImageTextEncode,
             ZImageSampler,
             ZImageVAEDecode,

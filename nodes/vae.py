@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from . import convert
+from .bridge import borders
 from .bridge import vae as bridge_vae
 from .names import ALIASES, CATEGORY
 
@@ -49,7 +50,7 @@ class ZImageVAEDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, samples, low_memory="auto", safe_retry=True) -> io.NodeOutput:
-        _check_vae(vae)
+        borders.checked_vae(vae)
         latents = convert.checked_latents(samples["samples"], vae.latent_channels)
         return io.NodeOutput(bridge_vae.decode(vae, latents, low_memory, safe_retry))
 
@@ -78,13 +79,5 @@ class ZImageVAEEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, pixels, safe_retry=True) -> io.NodeOutput:
-        _check_vae(vae)
+        borders.checked_vae(vae)
         return io.NodeOutput({"samples": bridge_vae.encode(vae, convert.checked_pixels(pixels), safe_retry)})
-
-
-def _check_vae(vae) -> None:
-    if vae is None:
-        raise ValueError(
-            "There is no VAE in `vae`: the loader before it found none (a checkpoint without one, perhaps). Connect a "
-            "Load Z-Image VAE node."
-        )

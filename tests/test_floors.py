@@ -28,7 +28,7 @@ FLOORS = [
     {"zimage_core/__main__"},
     {"nodes/bridge"},
     {"nodes/convert", "nodes/names"},
-    {"nodes/loaders", "nodes/lora", "nodes/conditioning", "nodes/sampling", "nodes/vae"},
+    {"nodes/loaders", "nodes/lora", "nodes/control", "nodes/conditioning", "nodes/sampling", "nodes/vae"},
     {"nodes/__init__"},
     {"__init__"},
 ]

@@ -7,6 +7,7 @@ from typing import Any
 
 LATENT = ("batch", 16, "height/8", "width/8")
 IMAGE = ("batch", "height", "width", 3)
+COLORS = "3 or 4"  # with transparency
 FEATURES = ("batch", "tokens", "width")
 
 
@@ -20,11 +21,15 @@ def checked(what: str, values: Any, expected: tuple[int | str, ...], advice: str
     else:
         shape = list(getattr(values, "shape", ()))
         pairs = zip(shape, expected, strict=False)
-        if len(shape) == len(expected) and all(a == b if isinstance(b, int) else a > 0 for a, b in pairs):
+        if len(shape) == len(expected) and all(_is(a, b) for a, b in pairs):
             return values
         found = f"the shape {shape}" if hasattr(values, "shape") else f"no tensor but a {type(values).__name__}"
     wanted = ", ".join(map(str, expected))
     raise ValueError(f"{what} has {found}, expected [{wanted}]{f'. {advice}' if advice else '.'}")
+
+
+def _is(size: int, expected: int | str) -> bool:
+    return size == expected if isinstance(expected, int) else size in (3, 4) if expected == COLORS else size > 0
 
 
 def checked_numbers(**inputs: float) -> None:
@@ -34,3 +39,12 @@ def checked_numbers(**inputs: float) -> None:
             raise ValueError(
                 f"`{name}` is {value}, expected a finite number. Set it in the node or where it comes from."
             )
+
+
+def checked_vae(vae: Any) -> None:
+    """Raises ValueError where a loader had none to give."""
+    if vae is None:
+        raise ValueError(
+            "There is no VAE in `vae`: the loader before it found none (a checkpoint without one, perhaps). Connect a "
+            "Load Z-Image VAE node."
+        )

@@ -27,6 +27,8 @@ NANO = "Z-Image-Nano (built in)"
 NANO_FOLDER = Path(__file__).parents[2] / "nano" / "snapshot"
 NANO_LORA = "Z-Image-Nano moon (built in)"
 NANO_LORA_FILE = NANO_FOLDER.parent / "zimage_nano_moon.safetensors"
+NANO_CONTROL = "Z-Image-Nano outlines (built in)"
+NANO_CONTROL_FILE = NANO_FOLDER.parent / "zimage_nano_control.safetensors"
 
 FOLDER_KINDS = ("zimage", "diffusers")  # sub-folders of models/, in the order in which equal names win
 MARKS = ("transformer", "text_encoder", "vae", "snapshots")  # one of these is in a snapshot, or in a cached one
@@ -35,6 +37,7 @@ FILE_KINDS = {
     "transformer": ("diffusion_models", "checkpoints"),
     "text_encoder": ("text_encoders", "checkpoints"),
     "vae": ("vae", "checkpoints"),
+    "control": ("model_patches", "controlnet"),
 }
 FILE_SUFFIXES = (".safetensors", ".sft")
 DEPTH = 2  # models/zimage/<name> and models/zimage/<author>/<name>
@@ -148,6 +151,31 @@ def lora_path(name: str) -> Path:
 def lora_fingerprint(name: str) -> tuple[str, int, int]:
     """(file, modification time in ns, size): a changed file is read again."""
     return _stamp(lora_path(name))
+
+
+def control_choices() -> list[str]:
+    """Control networks for Z-Image in ComfyUI's folders, the built-in one, then other files that lie there."""
+    files = _files("control")
+    own = {name for name, place in files.items() if _is_ours(folder_paths.get_full_path(*place), "control")}
+    return [*sorted(own, key=str.casefold), NANO_CONTROL, *sorted(files.keys() - own, key=str.casefold)]
+
+
+def control_path(name: str) -> Path:
+    """The file behind an entry of `control_choices`."""
+    if name == NANO_CONTROL:
+        return NANO_CONTROL_FILE
+    file = _file(name, "control")
+    if file is None:
+        raise FileNotFoundError(
+            f"There is no control network {name!r} in models/model_patches or models/controlnet. Put it there and "
+            "press R, or choose another."
+        )
+    return Path(folder_paths.get_full_path_or_raise(*file))
+
+
+def stamps_of(file: Path) -> tuple[tuple[str, int, int], ...]:
+    """(file, modification time in ns, size) of all that a weight file belongs to."""
+    return tuple(_stamp(part) for part in parts_of(file))
 
 
 def _stamp(file: Path) -> tuple[str, int, int]:

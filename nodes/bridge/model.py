@@ -29,7 +29,18 @@ from ...zimage_core.model.transformer import Captions, ZImageTransformer
 from ...zimage_core.sampling.loop import model_time, velocity
 from ...zimage_core.weights.component import Component
 from ...zimage_core.weights.snapshot import ModelSource, open_model
-from . import attention, borders, files, folders, layers, native_transformer, others, quantized, quantized_patcher
+from . import (
+    attention,
+    borders,
+    control,
+    files,
+    folders,
+    layers,
+    native_transformer,
+    others,
+    quantized,
+    quantized_patcher,
+)
 from .kernels import KernelHalfOperations, KernelOperations, gain
 from .others import NATIVE, OURS
 
@@ -88,6 +99,7 @@ class ZImageNextDiT(ZImageTransformer):
             rope_options=options.get("rope_options"),
             # as natively, for another node's function, which may go by the places of tokens
             captions_first=override is not None and not isinstance(override, attention.Choice),
+            **control.at_work(options, x),
         )
         return velocity(out)[:, :, :height, :width]
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-NODES = "convert loaders lora conditioning sampling vae".split()
-BRIDGE = "attention clip download files folders layers lora model others prompts quantized sampler vae".split()
+NODES = "control convert loaders lora conditioning sampling vae".split()
+BRIDGE = "attention clip control download files folders layers lora model others prompts quantized sampler vae".split()
 
 
 def load_pack(*flags: str, cpu: bool = True, **settings: Any) -> SimpleNamespace:

@@ -102,7 +102,7 @@ class ActiveControl:
 
     network: ControlNetwork
     latents: Tensor  # [1 or images, in_channels, h, w]: see `control_latents`
-    strength: float
+    strength: float | Tensor  # of all items, or [B, 1, 1] of each
     refined: dict[Any, Refined] = field(default_factory=dict)
 
 
@@ -169,7 +169,7 @@ class Steering:
         """Tokens that this block of the noise refiner puts out, with the hints."""
         for control, refined in zip(self.controls, self.refined, strict=True):
             if refined.hints:
-                img = torch.add(img, refined.hints[index], alpha=control.strength)
+                img = _added(img, refined.hints[index], control.strength)
         return img
 
     def join(self, x: Tensor, captions: Tensor, order: int) -> None:
@@ -187,8 +187,14 @@ class Steering:
             if index in places:
                 block: Any = control.network.layers[places.index(index)]
                 state = self.states[number] = self.run(block, self.states[number], tokens)
-                x = torch.add(x, block.after_proj(state[:, : x.shape[1]]), alpha=control.strength)
+                x = _added(x, block.after_proj(state[:, : x.shape[1]]), control.strength)
         return x
+
+
+def _added(x: Tensor, hint: Tensor, strength: float | Tensor) -> Tensor:
+    if isinstance(strength, Tensor):
+        return torch.addcmul(x, hint, strength.to(x))
+    return torch.add(x, hint, alpha=strength)
 
 
 def _picked(x: Tensor, items: Sequence[int]) -> Tensor:
