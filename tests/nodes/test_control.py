@@ -315,13 +315,9 @@ def test_stock_control_nodes_do_what_they_do_natively(pack, comfy, patcher, nati
         draw = torch.randn(weight.shape, generator=make)
         weight.data = 1 + 0.1 * draw if "norm" in name else draw * weight.shape[-1] ** -0.5
     for block in [*network.control_layers, *network.control_noise_refiner]:  # widths that ComfyUI derives from `dim`
-        block.feed_forward.w1, block.feed_forward.w3 = (
-            comfy.ops.manual_cast.Linear(config.dim, config.ffn_dim, bias=False, dtype=torch.float32) for _ in "13"
-        )
-        block.feed_forward.w2 = comfy.ops.manual_cast.Linear(
-            config.ffn_dim, config.dim, bias=False, dtype=torch.float32
-        )
-        block.adaLN_modulation[0] = comfy.ops.manual_cast.Linear(config.adaln_dim, 4 * config.dim, dtype=torch.float32)
+        block.feed_forward.w1, block.feed_forward.w3 = (linear(config.dim, config.ffn_dim) for _ in "13")
+        block.feed_forward.w2 = linear(config.ffn_dim, config.dim)
+        block.adaLN_modulation[0] = linear(config.adaln_dim, 4 * config.dim, bias=True)
     cpu = torch.device("cpu")
     model_patch = comfy.model_patcher.ModelPatcher(network.requires_grad_(False), cpu, cpu)
     image = drawn(height=inputs[0].shape[-2] * 8, width=inputs[0].shape[-1] * 8)
