@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .conditioning import ZImageTextEncode
 from .control import ZImageControlNet
+from .inpaint import ZImageInpaintFinish, ZImageInpaintPrepare
 from .loaders import ZImageTextEncoderLoader, ZImageTransformerLoader, ZImageVAELoader
 from .lora import ZImageLoraLoader
 from .sampling import ZImageSampler
@@ -24,4 +25,6 @@ class ZImageExtension(ComfyExtension):
             ZImageSampler,
             ZImageVAEDecode,
             ZImageVAEEncode,
+            ZImageInpaintPrepare,
+            ZImageInpaintFinish,
         ]

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"zimage_core/__init__", "zimage_core/errors"},
     {"zimage_core/config", "zimage_core/images", "zimage_core/image_files", "zimage_core/model/rope"},
-    {"zimage_core/backends"},
+    {"zimage_core/backends", "zimage_core/inpaint"},
     {"zimage_core/model"},
     {"zimage_core/diagnostics", "zimage_core/prompts"},
     {"zimage_core/weights"},
@@ -28,7 +28,7 @@ FLOORS = [
     {"zimage_core/__main__"},
     {"nodes/bridge"},
     {"nodes/convert", "nodes/names"},
-    {"nodes/loaders", "nodes/lora", "nodes/control", "nodes/conditioning", "nodes/sampling", "nodes/vae"},
+    {f"nodes/{file}" for file in ("loaders", "lora", "control", "inpaint", "conditioning", "sampling", "vae")},
     {"nodes/__init__"},
     {"__init__"},
 ]

@@ -41,6 +41,32 @@ def checked_numbers(**inputs: float) -> None:
             )
 
 
+def checked_image(name: str, image: Any) -> Any:
+    """[B, H, W, 3] of an IMAGE that may have transparency; raises ValueError for other shapes, NaN and infinity."""
+    image = checked(name, image, ("batch", "height", "width", COLORS))[..., :3]
+    return _finite(name, image)
+
+
+def checked_mask(mask: Any, image: Any, name: str) -> Any:
+    """A MASK [B, H, W] for the IMAGE of this name; raises ValueError where they don't fit."""
+    _finite("`mask`", checked("`mask`", mask, ("batch", "height", "width")))
+    if mask.shape[1:] != image.shape[1:3]:
+        sizes = [f"{x.shape[2]}x{x.shape[1]}" for x in (mask, image)]
+        raise ValueError(
+            f"`mask` is {sizes[0]} and {name} {sizes[1]}. Give them one size; Load Image makes a mask of 64x64 for an "
+            "image that has none, so paint one (Open in MaskEditor)."
+        )
+    if 1 not in (len(mask), len(image)) and len(mask) != len(image):
+        raise ValueError(f"`mask` is a batch of {len(mask)} for {len(image)} images. Give one, or one for each.")
+    return mask
+
+
+def _finite(name: str, values: Any) -> Any:
+    if not values.isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinity. Check the node that made it.")
+    return values
+
+
 def checked_vae(vae: Any) -> None:
     """Raises ValueError where a loader had none to give."""
     if vae is None:

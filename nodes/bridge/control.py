@@ -236,27 +236,12 @@ def add_control(
 def _check_images(image: Tensor | None, inpaint_image: Tensor | None, mask: Tensor | None) -> None:
     for name, given in (("`image`", image), ("`inpaint_image`", inpaint_image)):
         if given is not None:
-            borders.checked(name, given, ("batch", "height", "width", borders.COLORS))
-            _check_finite(name, given)
+            borders.checked_image(name, given)
     if (mask is None) != (inpaint_image is None):
         name, other = ("`mask`", "`inpaint_image`") if inpaint_image is None else ("`inpaint_image`", "`mask`")
         raise ValueError(f"{name} is connected and {other} is not. Connect both, or neither.")
     if mask is not None and inpaint_image is not None:
-        borders.checked("`mask`", mask, ("batch", "height", "width"))
-        _check_finite("`mask`", mask)
-        if mask.shape[1:] != inpaint_image.shape[1:3]:
-            sizes = [f"{x.shape[2]}x{x.shape[1]}" for x in (mask, inpaint_image)]
-            raise ValueError(
-                f"`mask` is {sizes[0]} and `inpaint_image` {sizes[1]}. Give them one size; Load Image makes a mask of "
-                "64x64 for an image that has none, so paint one (Open in MaskEditor)."
-            )
-        if len(mask) not in (1, len(inpaint_image)) and len(inpaint_image) != 1:
-            raise ValueError(f"`mask` is a batch of {len(mask)} for {len(inpaint_image)} images. Give one for each.")
-
-
-def _check_finite(name: str, values: Tensor) -> None:
-    if not values.isfinite().all():
-        raise ValueError(f"{name} holds NaN or infinity. Check the node that made it.")
+        borders.checked_mask(mask, inpaint_image, "`inpaint_image`")
 
 
 # The file that was used last, held so that another strength doesn't load it again

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-NODES = "control convert loaders lora conditioning sampling vae".split()
+NODES = "control convert inpaint loaders lora conditioning sampling vae".split()
 BRIDGE = "attention clip control download files folders layers lora model others prompts quantized sampler vae".split()
 
 
