@@ -34,6 +34,7 @@ PHASES: dict[str, tuple[str, dict[str, Any]]] = {
     "host, dynamic": ("host", {"dynamic": True}),
     "autoencoder and encoder": ("parts", {}),
     "exact": ("exact", {}),
+    "control": ("control", {}),
     "host, crowded": ("host", {"dynamic": False, "crowded": True}),
     "host, dynamic, crowded": ("host", {"dynamic": True, "crowded": True}),
 }
