@@ -23,6 +23,7 @@ COLOUR_LIMIT = 0.2  # RGB distance beyond which a colour is none of the palette
 SMALLEST = 40  # pixels of a 128x128 picture; smaller specks are no objects (the smallest drawn shape has over 300)
 OVERLAP = 0.72  # intersection over union with the best outline below which a shape is none
 OUTLINE = 32  # pixels, the side at which outlines are compared
+FOLLOWED = 0.08  # of width and height: how far an object may be from where a control image has it
 PLACE_TOLERANCE = 0.125  # of width and height: half the distance between neighbouring places
 APART = 0.25  # of width or height: how far two related objects must be from each other, and how level at most
 SMALL_BELOW, LARGE_ABOVE = 0.155, 0.28  # half the object's side as a share of the picture's shorter side
@@ -87,6 +88,20 @@ def mark(image: Tensor, scene: Scene) -> dict[str, bool]:
     marks |= {"one": _mark_one, "pair": _mark_pair, "count": _mark_count}[scene.kind](objects, scene)
     marks["all"] = all(marks.values())
     return marks
+
+
+def follows(image: Tensor, scene: Scene) -> bool:
+    """Whether as many objects are in the picture [3, H, W] as in the scene, of its shapes, where they are in it."""
+    _, left = read(image)
+    if len(left) != len(scene.items):
+        return False
+    for item in scene.items:
+        x, y = item.x / scene.width, item.y / scene.height
+        there = [seen for seen in left if abs(seen.x - x) < FOLLOWED and abs(seen.y - y) < FOLLOWED]
+        if not there or there[0].shape != item.shape:
+            return False
+        left.remove(there[0])
+    return True
 
 
 def _mark_one(objects: list[Seen], scene: Scene) -> dict[str, bool]:

@@ -161,8 +161,8 @@ class ZImageInpaintFinish(io.ComfyNode):
                 CROP.Input("crop", tooltip="Of Z-Image Inpaint Prepare."),
                 io.Boolean.Input(
                     "match_color",
-                    default=False,
-                    tooltip="Shift the part's colors to those around it, where they came out lighter or darker.",
+                    default=True,
+                    tooltip="Shift the part's colors so that it meets the image around it without a seam.",
                 ),
             ],
             outputs=[io.Image.Output(tooltip="The whole image.")],

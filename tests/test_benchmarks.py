@@ -41,7 +41,7 @@ def referee(*parts: str) -> str:
 
 
 def first_table(part: str) -> list[list[str]]:
-    printed = referee("step") if part == "step" else referee("compiling", "text", "vae", "starting")
+    printed = referee("step") if part == "step" else referee("control", "compiling", "text", "vae", "starting")
     output = printed.split(f"$ -m benchmarks.{part} ")[1].split("$ -m")[0]
     below = output[output.index("\n|---") :].splitlines()[2:]  # what follows the rule
     return [line.strip("| ").split(" | ") for line in takewhile(lambda line: line.startswith("| "), below)]
@@ -170,7 +170,7 @@ def gpu_run(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_gpu_phases_compare_everybody(gpu_run):
     found = report.load(gpu_run)
-    assert set(found) == {"machine", "nano", "step", "host", "autoencoder and encoder", "exact"}
+    assert set(found) == {"machine", "nano", "step", "host", "autoencoder and encoder", "exact", "control"}
     steps = found["step"]["tables"]["milliseconds"]
     assert [name.strip(">") for name in steps["columns"][1:]] == [
         "core",

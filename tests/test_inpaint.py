@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zimage_core import inpaint
@@ -101,13 +102,16 @@ def test_fillings():
     assert inpaint.filled(image, everything, "blurred").isfinite().all()
 
 
-def test_colors_are_matched_by_what_lies_around():
+def test_no_seam_where_colors_came_out_otherwise():
+    """A part that is darker all over, and one whose shade changes from left to right."""
     image = picture() * 0.5 + 0.2
-    part, _, crop = inpaint.prepare(image, masked(), crop=False)
-    darker = (part - 0.1) * 0.9
-    off = (inpaint.finish(darker, crop) - image).abs().max()
-    matched = (inpaint.finish(darker, crop, match_color=True) - image).abs().max()
-    assert off > 0.08 and matched < 0.02
+    part, hole, crop = inpaint.prepare(image, masked(), crop=False)
+    for shade in (torch.full((200,), -0.1), torch.linspace(-0.1, 0.1, 208)[4:204]):
+        off = part + F.pad(shade, (0, part.shape[-1] - 200))
+        seen = [(inpaint.finish(off, crop, match_color=way) - image).abs().max() for way in (False, True)]
+        assert seen[0] > 0.01 and seen[1] < 0.02
+    new = torch.where(hole > 0, 1 - part, part)  # what is new is as it came
+    assert torch.equal(inpaint.finish(new, crop), inpaint.finish(new, crop, match_color=False))
 
 
 def test_several_images_for_each_that_was_cut_out():

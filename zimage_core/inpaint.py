@@ -17,8 +17,6 @@ from torch import Tensor
 from .images import REPAINTED, composed
 
 MULTIPLE = 16  # pixels, of both sides of what is sampled
-RING = 16  # pixels around what is repainted, by which colors are matched
-STEEPEST = 1.25  # by which contrast may be changed for that, or its inverse
 FILLS = ("keep", "neutral", "blurred", "noise")
 
 
@@ -66,10 +64,10 @@ def prepare(
     return part, hole, Crop(canvas, _faded(repainted, feather), repainted, box, size)
 
 
-def finish(made: Tensor, crop: Crop, *, match_color: bool = False) -> Tensor:
+def finish(made: Tensor, crop: Crop, *, match_color: bool = True) -> Tensor:
     """The image with a cut-out [n * B, 3, h, w] put back: [n * B, 3, H, W]; what is not repainted is bit for bit.
 
-    match_color: mean and contrast of its colors follow the image's, as seen in a ring around what is repainted.
+    match_color: see `matched`.
     Raises ValueError where the cut-out is of another shape, or not as many.
     """
     top, left, height, width = crop.box
@@ -87,7 +85,7 @@ def finish(made: Tensor, crop: Crop, *, match_color: bool = False) -> Tensor:
     ]
     part, own, hole = (x[..., rows, columns] for x in (canvas, blend, repainted))
     if match_color:
-        inner = _matched(inner, part, hole)
+        inner = matched(inner, part, hole)
     mixed = torch.lerp(part, inner, own)
     out = canvas.clone()
     out[..., rows, columns] = composed(mixed, part, own)
@@ -174,36 +172,32 @@ def filled(image: Tensor, hole: Tensor, fill: str) -> Tensor:
         draws = torch.rand(image.shape, generator=torch.Generator("cpu").manual_seed(0))
         filling = draws.to(image)
     else:
-        filling = _spread(image, (hole < REPAINTED).to(image))
+        filling = _spread(image, (hole < REPAINTED).to(image), 0.5)
     return torch.where(hole > 0, filling, image)
 
 
-def _spread(image: Tensor, known: Tensor) -> Tensor:
-    """What is known, spread into what isn't: averages over 2x2 pixels, over 4x4, ..., the finest that know anything."""
+def matched(made: Tensor, image: Tensor, hole: Tensor) -> Tensor:
+    """`made` without a seam to the image: what the two differ by around the hole is spread into it and taken off.
+
+    made, image: [B, 3, H, W]; hole: [B, 1, H, W], above 0 where `made` is new. As in gradient-domain cloning (Poisson
+    image editing), what is new keeps its own changes from pixel to pixel and begins where the image ends.
+    """
+    known = (hole == 0).to(made)
+    return (made + _spread(image - made, known, 0.0)).clamp(0, 1)
+
+
+def _spread(image: Tensor, known: Tensor, otherwise: float) -> Tensor:
+    """What is known, spread into what isn't: averages over 2x2 pixels, over 4x4, ..., the finest that know anything.
+
+    otherwise: where nothing is known.
+    """
     if known.all() or min(image.shape[-2:]) < 2:
         weight = known.mean((2, 3), keepdim=True)
         average = (image * known).mean((2, 3), keepdim=True) / weight.clamp_min(1e-6)
-        rest = torch.where(weight > 0, average, torch.full_like(average, 0.5))
+        rest = torch.where(weight > 0, average, torch.full_like(average, otherwise))
         return torch.where(known > 0, image, rest)
     share = F.avg_pool2d(known, 2, ceil_mode=True)
     coarse = F.avg_pool2d(image * known, 2, ceil_mode=True) / share.clamp_min(1e-6)
-    wide = _spread(coarse, (share > 0).to(image))
+    wide = _spread(coarse, (share > 0).to(image), otherwise)
     smooth = F.interpolate(wide, image.shape[-2:], mode="bilinear", align_corners=False)
     return torch.where(known > 0, image, smooth)
-
-
-def _matched(made: Tensor, image: Tensor, hole: Tensor) -> Tensor:
-    """`made` with the mean and contrast of each color that the image has in a ring around the hole."""
-    ring = ((_grown(hole, RING) > 0) & (hole == 0)).to(made)
-    count = ring.sum((2, 3), keepdim=True)
-    if not (count > 0).all():
-        return made
-
-    def mean(x: Tensor) -> Tensor:
-        return (x * ring).sum((2, 3), keepdim=True) / count
-
-    def contrast(x: Tensor) -> Tensor:
-        return mean((x - mean(x)).square()).sqrt()
-
-    ratio = ((contrast(image) + 1e-3) / (contrast(made) + 1e-3)).clamp(1 / STEEPEST, STEEPEST)
-    return ((made - mean(made)) * ratio + mean(image)).clamp(0, 1)

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import autoencoding, images
+from . import autoencoding, images, inpaint
 from .config import SchedulerConfig
 from .diagnostics import finite
 from .diagnostics.finite import NotFinite, named
@@ -272,7 +272,8 @@ class ZImagePipeline:
         made = self.decode(sampled)
         if source is None or source.mask is None:
             return made
-        return images.composed(made, source.image.to(made), source.mask.to(made))
+        image, hole = source.image.to(made), source.mask.to(made)
+        return images.composed(inpaint.matched(made, image, hole), image, hole)
 
     def _tokens(self, height: int, width: int) -> int:
         """Of an image of so many pixels."""

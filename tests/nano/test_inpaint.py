@@ -1,4 +1,4 @@
-"""What the nano model makes of masks: the object gets the color that is asked for, and nothing else changes."""
+"""What the nano model makes of masks: the object gets the color that is asked for, an image goes on beside itself."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nano import captions, judge, scenes
+from zimage_core import inpaint
 from zimage_core.pipeline import ZImagePipeline
 
 from ..helpers import NANO
@@ -49,3 +50,20 @@ def test_an_object_gets_the_color_that_is_asked_for_and_all_else_stays(pipe, cou
         outside = (mask == 0).expand_as(made)
         assert torch.equal(made[outside], image[outside])
     assert right / count >= 0.95
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_an_image_goes_on_beside_itself(pipe, count):
+    """64 columns more: the old ones stay, the background goes on, and no column stands out where they meet."""
+    right = smooth = 0
+    for index in range(count):
+        scene, rng, image = drawn(index, "outpaint")
+        part, hole, crop = inpaint.prepare(image, torch.zeros(1, 1, 128, 128), extend=(0, 0, 64, 0), crop=False)
+        made = pipe.generate(captions.describe(scene, rng), image=part, mask=hole, seed=index, steps=8)
+        made = inpaint.finish(made, crop)
+        assert made.shape == (1, 3, 128, 192) and torch.equal(made[..., :128], image)
+        right += judge.read(made[0, ..., 128:])[0] == scene.background_name
+        steps = made.diff(dim=-1).abs().mean((0, 1, 2))  # from each column to the next
+        smooth += bool(steps[127] <= steps[:120].max())
+    assert right / count >= 0.95
+    assert smooth / count >= 0.95

@@ -1,0 +1,66 @@
+"""The nano model's control network: outlines say what is where, if the prompt leaves that open."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nano import judge, scenes, train_control
+from zimage_core.pipeline import ZImagePipeline
+from zimage_core.sampling.control import Control
+
+from ..helpers import NANO
+
+COUNTS = [40, pytest.param(300, marks=pytest.mark.slow)]
+FILE = train_control.OUT
+AT_ONCE = 20
+
+
+@pytest.fixture(scope="module")
+def pipe() -> ZImagePipeline:
+    return ZImagePipeline.from_pretrained(NANO)
+
+
+def drawn(count: int, name: str, **options: object) -> list[scenes.Scene]:
+    """Scenes that training never drew: its seeds have other names."""
+    return [scenes.sample(random.Random(f"{name} {index}"), **options) for index in range(count)]
+
+
+def made(pipe: ZImagePipeline, chosen: list[scenes.Scene], strength: float, **settings: object) -> Tensor:
+    """Images of prompts that name the background only, as the outlines have it."""
+    found = []
+    for at in range(0, len(chosen), AT_ONCE):
+        part = chosen[at : at + AT_ONCE]
+        control = [Control(FILE, train_control.outlines(part), strength)]
+        prompts = [f"a {scene.background_name} background" for scene in part]
+        size = {"width": 128, "height": 128, "steps": 8, "seed": list(range(at, at + len(part)))}
+        found.append(pipe.generate(prompts, control=control, **size, **settings))
+    return torch.cat(found)
+
+
+def test_the_file_is_small_and_open():
+    assert FILE.stat().st_size <= 3e6
+    assert Path(FILE).suffix == ".safetensors"
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_position_count_and_shape_follow_the_outlines(pipe, count):
+    chosen = drawn(count, "follow")
+    steered, free = (made(pipe, chosen, strength) for strength in (1.0, 0.0))
+    follow = [judge.follows(image, scene) for image, scene in zip(steered, chosen, strict=True)]
+    chance = [judge.follows(image, scene) for image, scene in zip(free, chosen, strict=True)]
+    background = [judge.read(image)[0] == scene.background_name for image, scene in zip(steered, chosen, strict=True)]
+    assert sum(follow) / count >= 0.95
+    assert sum(background) / count >= 0.95  # the prompt counts as before
+    assert sum(chance) / count <= 0.4
+
+
+def test_no_strength_is_no_control(pipe):
+    (scene,) = drawn(1, "follow")
+    settings = {"width": 128, "height": 128, "steps": 8, "seed": [0], "output": "latents"}
+    plain = pipe.generate([f"a {scene.background_name} background"], **settings)
+    assert torch.equal(made(pipe, [scene], 0.0, output="latents"), plain)
