@@ -7,6 +7,7 @@ import json
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,3 +178,48 @@ def test_what_is_counted():
         with pytest.raises(DataDependentOutputException):
             y[0, 0].item()
         assert work.waits
+
+
+def steered(model, dtype: torch.dtype, kind: str, patches, prompts: int = 1) -> fake_cuda.Work:
+    """The work of one step at 1024x1024 with a control network of version 2.1 on it."""
+    x = torch.empty(prompts, 16, 128, 128, device="cuda", dtype=dtype)
+    captions = torch.empty(prompts, TOKENS, SIZES["cap_feat_dim"], device="cuda", dtype=dtype)
+    options = {"optimized_attention_override": fake_cuda.attention, "cond_or_uncond": [*range(prompts)]}
+    options["patches"] = patches
+    with fake_cuda.Work() as work:
+        model(x, torch.empty(prompts, device="cuda"), captions, num_tokens=TOKENS, transformer_options=options)
+    assert not work.copies and not work.waits, kind
+    return work
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_control_launches_and_moves_no_more_than_the_hosts(pack, prompts, monkeypatch):
+    """And neither copies nor waits. Ours runs over the caption as well; the refiner's hints are for both prompts."""
+    stock = importlib.import_module("comfy_extras.nodes_model_patch").ZImageControlPatch
+    lumina = importlib.import_module("comfy.ldm.lumina.controlnet")
+    network_of_host = importlib.import_module("comfy.ldm.lumina.model")
+    # which the host's control network calls without the options that say so
+    monkeypatch.setattr(network_of_host, "optimized_attention_masked", partial(fake_cuda.attention, None))
+    operations, dtype = importlib.import_module("comfy.ops").manual_cast, torch.bfloat16
+    bridge = pack.bridge.control
+    with on_cuda():
+        make = {"device": "cuda", "dtype": dtype}
+        network = lumina.ZImage_Control(
+            n_control_layers=2, additional_in_dim=17, refiner_control=True, operations=operations, **make
+        )
+        network.n_control_layers = 15  # of which a transformer of four layers uses two
+        encoded = torch.empty(1, 33, 128, 128, **make)
+        theirs = stock.__new__(stock)
+        vars(theirs).update(model_patch=SimpleNamespace(model=network), strength=0.8, temp_data=None)
+        vars(theirs).update(encoded_image=encoded, encoded_image_size=(1024, 1024))
+        theirs.vae = SimpleNamespace(spacial_compression_encode=lambda: 8)
+        numbers = core("config").ControlConfig(3840, 30, 1e-5, 33, (0, 2), 2, "hints")
+        own = core("model.control").ControlNetwork(numbers, ops=operations, **make)
+        settings = bridge.Settings(None, 1.0, 0.0, "crop", True)
+        mine = bridge.ZImageControlPatch(SimpleNamespace(model=own), None, encoded, 0.8, settings=settings)
+        mine.encoded_image, mine.encoded_image_size, mine.shared = encoded, (1024, 1024), {}
+        found = steered(ours(pack, 4, dtype), dtype, "ours", {bridge.KIND: [mine]}, prompts)
+        both = {"noise_refiner": [theirs], "double_block": [theirs]}
+        expected = steered(native(pack, 4, dtype), dtype, "native", both, prompts)
+    assert found.launches.total() <= expected.launches.total()
+    assert found.traffic <= expected.traffic
