@@ -110,7 +110,7 @@ def main() -> None:
                 graph = browser.run(page, BUILD, [prompt, layouts.layout(name, prompt)])
                 x, y, width, height = browser.run(page, FIT, graph)
                 _compare(name, prompt, browser.run(page, "return (await app.graphToPrompt()).output"))
-                target = provision.ROOT / "workflows" / f"{name}.json"
+                target = provision.ROOT / "workflows" / f"{layouts.TITLES[name]}.json"
                 target.write_text(json.dumps(graph, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
                 if name == HELLO:
                     box = {"x": x, "y": y, "width": width, "height": height}
