@@ -71,6 +71,7 @@ WIDER = {"10": 700}  # the LoRA report, below two columns
 # (source, target, input) -> points that the wire passes, so that it runs beneath no node
 IMAGE_IN_ITS_COLUMN = {("8", "9", "images"): [(1500, 149), (1140, 149)]}
 WAYS = IMAGE_IN_ITS_COLUMN | {("1", "7", "model"): [(720, 14)]}
+WAYS_ENCODE = WAYS | {("3", "6", "vae"): [(1136, 204), (724, 204), (724, 477), (404, 477)]}
 WAYS_LORA = IMAGE_IN_ITS_COLUMN | {
     ("4", "5", "clip"): [(720, 236), (400, 236)],
     ("4", "10", "source"): [(720, 280), (720, 667), (-30, 667)],
@@ -196,11 +197,16 @@ CARDS = {
 
 
 def layout(name: str, prompt: dict[str, Any]) -> dict[str, Any]:
-    """Everything that the page needs to draw this prompt: `nodes`, `ways`, `groups`, `note`, `id`."""
+    """Everything that the page needs to draw this prompt: `nodes`, `ways`, `groups`, `note`, `id`.
+
+    Where parts of the prompt `name` were left out, nothing of them is drawn.
+    """
     if any(node["class_type"] == "ZImageLoraLoader" for node in prompt.values()):
         places, ways, groups = LORA, WAYS_LORA, GROUPS_LORA
-    elif any(node["class_type"] == "ZImageVAEEncode" for node in prompt.values()):
+    elif "14" in prompt:
         places, ways, groups = IMAGE, WAYS_IMAGE, GROUPS_IMAGE
+    elif prompt["6"]["class_type"] == "ZImageVAEEncode":
+        places, ways, groups = PLAIN, WAYS_ENCODE, GROUPS
     else:
         places, ways, groups = (WITH_NEGATIVE if "5" in prompt else PLAIN), WAYS, GROUPS
     types = {node: content["class_type"] for node, content in prompt.items()} | {"note": "MarkdownNote"}
@@ -214,8 +220,12 @@ def layout(name: str, prompt: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"comfyui-zimage/workflows/{name}")),
         "nodes": nodes,
-        "ways": [[*wire, points] for wire, points in ways.items()],
-        "groups": [[title, _around([nodes[node] for node in inner if node in nodes])] for title, inner in groups],
+        "ways": [[*wire, points] for wire, points in ways.items() if wire[1] in prompt],
+        "groups": [
+            [title, _around([nodes[node] for node in inner if node in nodes])]
+            for title, inner in groups
+            if nodes.keys() & set(inner)
+        ],
         "note": {"title": title, "text": text.replace("{files}", _links(prompt))},
         "view": _view(list(nodes.values())),
         "app": _app(prompt),
