@@ -44,6 +44,8 @@ for (const [id, content] of Object.entries(prompt)) {
     const value = content.inputs[widget.name];
     if (widget.name === "control_after_generate") widget.value = "randomize";
     else if (value !== undefined && !Array.isArray(value)) widget.value = value;
+    if (widget.name === "text")  // App mode shows two of them without the titles of their nodes
+      node.inputs.find((input) => input.name === "text").label = widget.label = node.title.toLowerCase();
   }
 }
 const note = nodes.note = LiteGraph.createNode("MarkdownNote");

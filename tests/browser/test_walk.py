@@ -39,6 +39,13 @@ def images(graph: dict[str, Any]) -> int:
     return sum(node["type"] == "SaveImage" for node in graph["nodes"])
 
 
+def assert_shows(png: bytes, prompt: str) -> None:
+    """That the nano model drew what the prompt says."""
+    background, objects = judge.read(pil_to_tensor(Image.open(io.BytesIO(png)).convert("RGB")) / 255)
+    assert f"{background} background" in prompt
+    assert objects and all(f"{seen.colour} {seen.shape}" in prompt for seen in objects), (objects, prompt)
+
+
 # The smallest graph of the nano model says hello.
 HELLO = min((name for name, graph in GRAPHS.items() if runs(graph)), key=lambda name: len(GRAPHS[name]["nodes"]))
 
@@ -65,9 +72,7 @@ def test_the_first_image(chromium: Any, server: Server, frontend: str):
         page.wait_for_timeout(1000)  # for the picture to be drawn into its node
         browser.screenshot(page, f"{frontend}/first-image")
         prompt = browser.run(page, "return JSON.stringify((await app.graphToPrompt()).output)")
-    background, objects = judge.read(pil_to_tensor(Image.open(io.BytesIO(png)).convert("RGB")) / 255)
-    assert f"{background} background" in prompt
-    assert objects and all(f"{seen.colour} {seen.shape}" in prompt for seen in objects), (objects, prompt)
+    assert_shows(png, prompt)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
