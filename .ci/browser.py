@@ -142,10 +142,10 @@ def run(page: Page, body: str, argument: Any = None) -> Any:
 
 
 def open_graph(page: Page, graph: dict[str, Any] | Path) -> None:
-    """Opens a workflow, fitted into the window, and waits until its nodes stand still."""
+    """Opens a workflow as its card does, fitted into the window, and waits until its nodes stand still."""
     run(
         page,
-        "await app.loadGraphData(argument)",
+        "await app.loadGraphData(argument, true, true, null, { openSource: 'template' })",
         json.loads(graph.read_text(encoding="utf-8")) if isinstance(graph, Path) else graph,
     )
     wait_until_still(page)
@@ -221,14 +221,19 @@ IMAGE = "Object.values(window.app.nodeOutputs ?? {}).flatMap((output) => output.
 def problems(page: Page, *words: str) -> str:
     """The text of the panel of errors, which the frontend offers when it knows of some, once it has these words.
 
-    Where they don't come within 20 s, the text without them is returned.
+    Where they don't come within 20 s, the text without them is returned. What the server said of an input is behind
+    an (i), which is pressed.
     """
     panel, tab = page.get_by_test_id("properties-panel"), page.get_by_test_id("panel-tab-errors")
     (tab if panel.is_visible() else page.get_by_test_id("error-overlay-see-errors")).click()
+    infos = panel.locator("button:has([class*='lucide--info'])")
     for _ in range(100):
         text = panel.inner_text()
         if all(word in text for word in words):
             break
+        for info in infos.all():
+            if info.get_attribute("aria-expanded") != "true":
+                info.click()
         page.wait_for_timeout(200)
     return text
 

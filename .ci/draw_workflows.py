@@ -1,10 +1,10 @@
-"""Draws workflows/*.json, their cards and the README's graph from workflows/api/*_api.json, in the real frontend.
+"""Draws workflows/*.json, their cards, subgraphs/*.json and the README's graph, in the real frontend.
 
     .venv/bin/python .ci/draw_workflows.py
 
-The API prompts are the source; run this after changing one. Each node is created, wired and serialised by the frontend
-itself, so the result is what a person who drags the same wires would save; it is queued back through the frontend's own
-export and must equal the API prompt.
+workflows/api/*_api.json are the source; run this after changing one. Each node is created, wired and serialized by the
+frontend itself, so the result is what a person who drags the same wires would save; what it exports of the result must
+equal the API prompt.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import blueprints
 import browser
 import layouts
 import provision
@@ -43,6 +44,8 @@ for (const [id, content] of Object.entries(prompt)) {
     const value = content.inputs[widget.name];
     if (widget.name === "control_after_generate") widget.value = "randomize";
     else if (value !== undefined && !Array.isArray(value)) widget.value = value;
+    if (widget.name === "text")  // App mode shows two of them without the titles of their nodes
+      node.inputs.find((input) => input.name === "text").label = widget.label = node.title.toLowerCase();
   }
 }
 const note = nodes.note = LiteGraph.createNode("MarkdownNote");
@@ -110,14 +113,23 @@ def main() -> None:
                 graph = browser.run(page, BUILD, [prompt, layouts.layout(name, prompt)])
                 x, y, width, height = browser.run(page, FIT, graph)
                 _compare(name, prompt, browser.run(page, "return (await app.graphToPrompt()).output"))
-                target = provision.ROOT / "workflows" / f"{name}.json"
-                target.write_text(json.dumps(graph, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                target = provision.ROOT / "workflows" / f"{layouts.TITLES[name]}.json"
+                _write(target, graph)
                 if name == HELLO:
                     box = {"x": x, "y": y, "width": width, "height": height}
                     _save(page.screenshot(clip=box), SCREENSHOT, (1200, 1200))
                 with server.connect() as client:
                     _save(_picture(client, name, prompt), target.with_suffix(".jpg"), (512, 512))
                 print(f"{name}: {len(graph['nodes'])} nodes, {len(graph['links'])} wires")
+            for name, (source, *_) in blueprints.BLUEPRINTS.items():
+                prompt = blueprints.prompt(name)
+                inner = browser.run(page, BUILD, [prompt, layouts.layout(source, prompt)])
+                blueprint = blueprints.blueprint(name, inner)
+                browser.open_graph(page, blueprint)
+                exported = browser.run(page, "return (await app.graphToPrompt()).output")
+                _compare(name, prompt, _without_the_outer_node(exported))
+                _write(provision.ROOT / "subgraphs" / f"{name}.json", blueprint)
+                print(f"{name}: {len(blueprint['nodes'][0]['inputs'])} inputs")
 
 
 def _compare(name: str, prompt: dict[str, Any], exported: dict[str, Any]) -> None:
@@ -126,6 +138,20 @@ def _compare(name: str, prompt: dict[str, Any], exported: dict[str, Any]) -> Non
             raise SystemExit(f"{name}: node {node} comes back as\n{exported[node]}\ninstead of\n{content}")
     if exported.keys() != prompt.keys():
         raise SystemExit(f"{name}: nodes {sorted(exported)} come back instead of {sorted(prompt)}")
+
+
+def _without_the_outer_node(exported: dict[str, Any]) -> dict[str, Any]:
+    """Nodes of a subgraph by their own ids: the page exports them as "outer:inner"."""
+    found = {node.split(":")[-1]: content for node, content in exported.items()}
+    for content in found.values():
+        for name, value in content["inputs"].items():
+            if isinstance(value, list):
+                content["inputs"][name] = [value[0].split(":")[-1], value[1]]
+    return found
+
+
+def _write(path: Path, graph: dict[str, Any]) -> None:
+    path.write_text(json.dumps(graph, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _picture(client: Client, name: str, prompt: dict[str, Any]) -> bytes:

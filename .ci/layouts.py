@@ -30,63 +30,78 @@ HEIGHTS = {
 }
 NEGATIVE = {"color": "#322", "bgcolor": "#533"}  # LiteGraph's red
 
-# node id -> (column, top[, height]); "note" is the note
+# node id -> (column, top[, height]); "note" is the note. Nothing is below a sampler: its preview makes it higher.
 PLAIN = {
     "1": ("A", 0),
     "2": ("A", 290),
-    "3": ("C", 400),
+    "3": ("C", 0),
     "4": ("B", 110, 350),
     "6": ("B", 524),
-    "7": ("C", 0),
+    "7": ("C", 260),
     "8": ("D", 0),
     "9": ("D", 220, 390),
-    "note": ("A", 560, 220),
+    "note": ("A", 580, 220),
 }
 WITH_NEGATIVE = PLAIN | {"4": ("B", 110), "5": ("B", 324)}
 LORA = PLAIN | {
     "4": ("B", 0),
     "5": ("B", 292),
-    "10": ("C", 690, 260),
-    "note": ("A", 560, 300),
+    "10": ("A", 728, 222),
+    "note": ("D", 728, 222),
 }
-IMAGE = WITH_NEGATIVE | {
-    "9": ("D", 220, 270),
-    "10": ("B", 730),
-    "11": ("B", 900),
-    "12": ("C", 730),
-    "13": ("D", 730),
-    "14": ("D", 900),
-    "note": ("A", 560, 220),
+IMAGE = {
+    "1": ("A", 0),
+    "2": ("A", 290),
+    "3": ("A", 566),
+    "4": ("B", 50),
+    "5": ("B", 240),
+    "6": ("B", 432),
+    "7": ("C", 0),
+    "8": ("D", 0),
+    "9": ("D", 150),
+    "10": ("B", 820),
+    "11": ("B", 630),
+    "12": ("C", 616),
+    "13": ("D", 488),
+    "14": ("D", 638),
+    "note": ("A", 790, 138),
 }
-WIDER = {"10": 740}  # the LoRA report, in two columns
+WIDER = {"10": 700}  # the LoRA report, below two columns
 
 # (source, target, input) -> points that the wire passes, so that it runs beneath no node
 IMAGE_IN_ITS_COLUMN = {("8", "9", "images"): [(1500, 149), (1140, 149)]}
+WAYS = IMAGE_IN_ITS_COLUMN | {("1", "7", "model"): [(720, 14)]}
+WAYS_ENCODE = WAYS | {("3", "6", "vae"): [(1136, 204), (724, 204), (724, 477), (404, 477)]}
 WAYS_LORA = IMAGE_IN_ITS_COLUMN | {
     ("4", "5", "clip"): [(720, 236), (400, 236)],
-    ("4", "10", "source"): [(720, 280), (720, 650)],
+    ("4", "10", "source"): [(720, 280), (720, 667), (-30, 667)],
 }
-WAYS_IMAGE = IMAGE_IN_ITS_COLUMN | {
-    ("13", "14", "images"): [(1500, 854), (1140, 854)],
-    ("1", "12", "model"): [(400, 60), (400, 654), (720, 656)],
-    ("2", "11", "clip"): [(400, 340), (400, 860)],
-    ("5", "12", "negative"): [(720, 400), (720, 680)],
-    ("3", "10", "vae"): [(1136, 665), (404, 667)],
-    ("8", "10", "pixels"): [(1500, 100), (1500, 676), (408, 678)],
-    ("3", "13", "vae"): [(1140, 460), (1140, 690)],
+WAYS_IMAGE = {
+    ("8", "9", "images"): [(1500, 114), (1140, 114)],
+    ("13", "14", "images"): [(1500, 602), (1140, 602)],
+    ("1", "12", "model"): [(404, 60), (404, 560), (720, 560)],
+    ("3", "8", "vae"): [(404, 569), (1136, 569)],
+    ("3", "13", "vae"): [(404, 569), (1136, 569)],
+    ("8", "10", "pixels"): [(1500, 114), (1500, 449), (1144, 449), (1144, 578), (404, 578)],
+    ("5", "12", "negative"): [(720, 400), (720, 660)],
 }
-GROUPS = [("Models", ["1", "2"]), ("Prompt and size", ["4", "5", "6"]), ("Sampling", ["3", "7"]), ("Image", ["8", "9"])]
+GROUPS = [
+    ("Models", ["1", "2"]),
+    ("Prompt and size", ["4", "5", "6"]),
+    ("VAE and sampling", ["3", "7"]),
+    ("Image", ["8", "9"]),
+]
 GROUPS_LORA = [
     ("Models", ["1", "2"]),
     ("LoRA, prompt and size", ["4", "5", "6"]),
-    ("Sampling", ["3", "7"]),
+    ("VAE and sampling", ["3", "7"]),
     ("Image", ["8", "9"]),
     ("What the LoRA matches", ["10"]),
 ]
 GROUPS_IMAGE = [
-    ("Models", ["1", "2"]),
+    ("Models", ["1", "2", "3"]),
     ("First prompt and size", ["4", "5", "6"]),
-    ("First image", ["3", "7"]),
+    ("First image", ["7"]),
     ("Result", ["8", "9"]),
     ("Second prompt", ["10", "11"]),
     ("Change the image", ["12"]),
@@ -106,6 +121,21 @@ FILES = {
     "qwen_3_4b_fp8_mixed.safetensors": (TURBO, "text_encoders", ""),
     "ae.safetensors": (TURBO, "vae", "0.3 GB"),
     "pixel_art_style_z_image_turbo.safetensors": (PIXEL_ART, "loras", ""),
+}
+
+# API prompt -> name of the workflow, which its card shows; hello comes first where names are sorted
+TITLES = {
+    "zimage_nano_txt2img": "Hello world (Z-Image Nano)",
+    "zimage_nano_img2img": "Image to image (Z-Image Nano)",
+    "zimage_nano_lora": "LoRA (Z-Image Nano)",
+    "zimage_turbo_single_files": "Z-Image Turbo",
+    "zimage_turbo_int8": "Z-Image Turbo (int8)",
+    "zimage_turbo_gguf": "Z-Image Turbo (GGUF)",
+    "zimage_turbo_lora": "Z-Image Turbo (LoRA)",
+    "zimage_turbo_txt2img": "Z-Image Turbo (snapshot)",
+    "zimage_base_single_files": "Z-Image Base",
+    "zimage_base_int8": "Z-Image Base (int8)",
+    "zimage_base_txt2img": "Z-Image Base (snapshot)",
 }
 
 TURBO_ADVICE = "8 steps, guidance 0 (CFG 1 in a KSampler). Sizes divisible by 16, around 1024x1024."
@@ -167,13 +197,18 @@ CARDS = {
 
 
 def layout(name: str, prompt: dict[str, Any]) -> dict[str, Any]:
-    """Everything that the page needs to draw this prompt: `nodes`, `ways`, `groups`, `note`, `id`."""
+    """Everything that the page needs to draw this prompt: `nodes`, `ways`, `groups`, `note`, `id`.
+
+    Where parts of the prompt `name` were left out, nothing of them is drawn.
+    """
     if any(node["class_type"] == "ZImageLoraLoader" for node in prompt.values()):
         places, ways, groups = LORA, WAYS_LORA, GROUPS_LORA
-    elif any(node["class_type"] == "ZImageVAEEncode" for node in prompt.values()):
+    elif "14" in prompt:
         places, ways, groups = IMAGE, WAYS_IMAGE, GROUPS_IMAGE
+    elif prompt["6"]["class_type"] == "ZImageVAEEncode":
+        places, ways, groups = PLAIN, WAYS_ENCODE, GROUPS
     else:
-        places, ways, groups = (WITH_NEGATIVE if "5" in prompt else PLAIN), IMAGE_IN_ITS_COLUMN, GROUPS
+        places, ways, groups = (WITH_NEGATIVE if "5" in prompt else PLAIN), WAYS, GROUPS
     types = {node: content["class_type"] for node, content in prompt.items()} | {"note": "MarkdownNote"}
     nodes = {node: _node(node, types[node], *places[node]) for node in types}
     for node, content in prompt.items():
@@ -185,8 +220,12 @@ def layout(name: str, prompt: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"comfyui-zimage/workflows/{name}")),
         "nodes": nodes,
-        "ways": [[*wire, points] for wire, points in ways.items()],
-        "groups": [[title, _around([nodes[node] for node in inner if node in nodes])] for title, inner in groups],
+        "ways": [[*wire, points] for wire, points in ways.items() if wire[1] in prompt],
+        "groups": [
+            [title, _around([nodes[node] for node in inner if node in nodes])]
+            for title, inner in groups
+            if nodes.keys() & set(inner)
+        ],
         "note": {"title": title, "text": text.replace("{files}", _links(prompt))},
         "view": _view(list(nodes.values())),
         "app": _app(prompt),

@@ -51,6 +51,7 @@ def test_the_archive_holds_what_users_need(archive):
         ("zimage_core", 40),
         ("nodes", 15),
         ("workflows", 10),
+        ("subgraphs", 4),
         ("docs", 10),
         ("web", 16),
         ("locales", 1),

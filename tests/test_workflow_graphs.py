@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import uuid
 from typing import Any
 
 import browser
 import layouts
 import pytest
+from PIL import Image
 
 from .helpers import ROOT
 
@@ -86,6 +88,16 @@ def test_looks(name: str):
             assert node["bgcolor"] == layouts.NEGATIVE["bgcolor"]
         if node["type"] == "ZImageSampler":
             assert "randomize" in node["widgets_values"]
+
+
+def test_names():
+    """Cards show the names of files, which Windows has to know, too; sorted by name, hello is first."""
+    assert set(GRAPHS) == set(layouts.TITLES.values()) and set(layouts.TITLES) == PROMPTS
+    assert sorted(GRAPHS, key=str.casefold)[0] == "Hello world (Z-Image Nano)"
+    for name in GRAPHS:
+        assert re.fullmatch(r"[\w() -]+", name, re.ASCII)
+        with Image.open(ROOT / "workflows" / f"{name}.jpg") as card:
+            assert card.width == card.height
 
 
 def test_ids_are_distinct():

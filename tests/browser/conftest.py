@@ -52,7 +52,7 @@ def look(request: pytest.FixtureRequest) -> Look:
     return request.param
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def page(chromium: Any, server: Server, look: Look) -> Iterator[Any]:
     with browser.open_page(chromium, server, look.settings) as page:
         yield page

@@ -156,7 +156,7 @@ def test_a_part_for_the_encoder_waits_for_a_clip(pack, parts, folder):
 
 
 def test_the_workflows_preview_has_room_for_the_whole_report(pack, parts):
-    graph = json.loads((ROOT / "workflows" / "zimage_nano_lora.json").read_text(encoding="utf-8"))
+    graph = json.loads((ROOT / "workflows" / "LoRA (Z-Image Nano).json").read_text(encoding="utf-8"))
     (width, height) = next(node["size"] for node in graph["nodes"] if node["type"] == "PreviewAny")
     report = pack.lora.ZImageLoraLoader.execute(parts.model, pack.bridge.folders.NANO_LORA, 1.0, parts.clip).args[2]
     letter, line, margin, other = 7, 18, 40, 110  # pixels, in the larger of the two renderers; other widgets and title
