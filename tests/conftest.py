@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from . import quick_worker
 from .helpers import ROOT
 
 # Before torch is imported: tiny tensors on many threads spend their time on waking threads. Processes share the cores.
@@ -41,6 +42,13 @@ def pytest_report_header() -> str:
 def root() -> Path:
     """The folder of the repository."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def quick_workers() -> Iterator[str]:
+    """Their address: see quick_worker.py."""
+    with quick_worker.ready() as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
