@@ -67,7 +67,8 @@ def run(connection: socket.socket) -> None:
     threading.Thread(target=lambda: connection.recv(1) or os._exit(1), daemon=True).start()
     pause = time.sleep
     time.sleep = lambda seconds: pause(seconds / 20)  # before the library tries again
-    arguments, environment = json.loads(message)
+    arguments, environment, folder = json.loads(message)
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [str(WORKER), *arguments]
@@ -81,7 +82,7 @@ def run(connection: socket.socket) -> None:
 def ask() -> int:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(os.environ[SOCKET])
-        message = json.dumps([sys.argv[1:], dict(os.environ)]).encode()
+        message = json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]).encode()
         socket.send_fds(connection, [message], [0, 1, 2])
         return 0 if connection.recv(1) else 1
 
