@@ -42,7 +42,7 @@ def serve(address: str) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)
         listening.listen()
-        import huggingface_hub.file_download  # noqa: F401
+        import huggingface_hub.file_download
         import huggingface_hub.hf_api  # noqa: F401
 
         for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:

@@ -240,7 +240,7 @@ def test_servers_that_share_a_folder(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     found = list(map(int, done.stdout.split()))
-    assert len(found) == 3 and 20 < min(found) and max(found) < 480  # there were hits, and evictions
+    assert len(found) == 3 and all(20 < known < 480 for known in found)  # there were hits, and evictions
     assert all(file.suffix == ".safetensors" for file in tmp_path.iterdir())
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 7 * 450
     assert len(entries(tmp_path)) >= 5

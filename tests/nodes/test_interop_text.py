@@ -113,7 +113,7 @@ def test_layers(clips, layer):
 
 @pytest.mark.parametrize(
     ("name", "mode", "length"),
-    [("TextGenerate", "on", 12), ("TextGenerate", "off", 12), ("TextGenerateLTX2Prompt", "on", 4)],  # of a long template
+    [("TextGenerate", "on", 12), ("TextGenerate", "off", 12), ("TextGenerateLTX2Prompt", "on", 4)],  # long template
 )
 def test_generated_text(clips, name, mode, length):
     sampled = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.1, "seed": 3}
