@@ -101,7 +101,7 @@ def test_attention_of_the_plain_one_stores_no_scores():
 
 
 def test_bfloat16_is_no_further_from_float32_than_plain(vae):
-    latents = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(1))
+    latents = torch.randn(2, 16, 10, 10, generator=torch.Generator().manual_seed(1))
     exact = copy.deepcopy(vae).bfloat16().float().decode(latents)
     half = copy.deepcopy(vae).bfloat16()
     ours = (vae_bands.decode(half, latents.bfloat16(), 20).float() - exact).norm()
