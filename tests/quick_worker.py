@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -29,12 +30,13 @@ def ready() -> Iterator[str]:
     """The address for `SOCKET` in the environment, while the process with the imports runs."""
     with tempfile.TemporaryDirectory() as folder:
         address = str(Path(folder) / "socket")
-        with subprocess.Popen([sys.executable, __file__, "serve", address], stdout=subprocess.PIPE) as process:
-            assert process.stdout and process.stdout.readline() == b"ready\n"
+        command = [sys.executable, __file__, "serve", address]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdin and process.stdout and process.stdout.readline() == b"ready\n"
             try:
                 yield address
             finally:
-                process.terminate()
+                process.stdin.close()
 
 
 def serve(address: str) -> None:
@@ -48,7 +50,8 @@ def serve(address: str) -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
             del sys.modules[name]
         print("ready", flush=True)
-        while True:
+        # standard input ends with the tests, even if they are killed
+        while sys.stdin not in select.select([listening, sys.stdin], [], [])[0]:
             connection, _ = listening.accept()
             if os.fork() == 0:
                 listening.close()
