@@ -1,6 +1,6 @@
 """Draws docs/images/mask_steps.svg: at which of 8 steps a latent pixel under a soft mask is free.
 
-    .venv/bin/python .ci/draw_mask_steps.py
+.venv/bin/python .ci/draw_mask_steps.py
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def main() -> None:
     side = STEPS * CELL
     width, height = LEFT + 2 * side + GAP + 20, 80 + len(MASKS) * CELL + 40
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="13">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
     ]
     for number, (title, free) in enumerate((("here: by steps", ours), ("DifferentialDiffusion: by noise", comfyui))):
