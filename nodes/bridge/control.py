@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,7 @@ def add_control(
         )
     asked.check(strength, start, end)
     _check_images(image, inpaint_image, mask)
-    network = load_network(folders.control_path(file))
+    network = load_network(folders.control_path(file), model.model.model_config.supported_inference_dtypes)
     asked.check_inputs(network.model.config, image is not None, mask is not None)
     network.model.check(transformer.config)
     first, last = (float(model.get_model_object("model_sampling").percent_to_sigma(share)) for share in (start, end))
@@ -248,22 +249,22 @@ def _check_images(image: Tensor | None, inpaint_image: Tensor | None, mask: Tens
 _last: dict[Any, comfy.model_patcher.ModelPatcher] = {}
 
 
-def load_network(path: Path) -> comfy.model_patcher.ModelPatcher:
-    """A ModelPatcher of a control network, whose tensors stay mapped."""
-    key = folders.stamps_of(path)
+def load_network(path: Path, dtypes: Sequence[torch.dtype]) -> comfy.model_patcher.ModelPatcher:
+    """A ModelPatcher of a control network, whose tensors stay mapped. dtypes: in which its MODEL may compute."""
+    key = (folders.stamps_of(path), *dtypes)
     if key not in _last:
-        network = _load(path)
+        network = _load(path, dtypes)
         _last.clear()
         _last[key] = network
     return _last[key]
 
 
-def _load(path: Path) -> comfy.model_patcher.ModelPatcher:
+def _load(path: Path, dtypes: Sequence[torch.dtype]) -> comfy.model_patcher.ModelPatcher:
     component = open_component(path, "control", map_file=files.map_file())
     device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
     packed = quantized.keeps(component)
     if packed:
-        compute = mm.unet_manual_cast(None, device) or torch.float32
+        compute = mm.unet_manual_cast(None, device, list(dtypes)) or torch.float32
         operations, built_on = quantized.operations(component, compute, device)
         weights = quantized.state_dict(component, None, compute)
     else:

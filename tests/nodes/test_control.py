@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 import shutil
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.sampling.control import Control
 
+from .. import quantizing
 from ..helpers import NANO, relative
 from . import test_model
 
@@ -244,6 +248,12 @@ def test_it_steers_tile_by_tile(steer, sample, parts):
     assert torch.equal(sample(steered, size=2 * SIZE), sample(steer(image=image, end=0.7), size=2 * SIZE))
 
 
+@pytest.mark.slow
+def test_compiled(pack, steer, sample):
+    model = pack.bridge.model.load_model(NANO, torch.float32, compiled=True)
+    assert relative(sample(steer(model), 2.0), sample(steer(), 2.0)) <= 1e-4
+
+
 def test_with_lora_and_half_of_it_elsewhere(pack, parts, steer, sample, comfy):
     """A LoRA on the MODEL, and weights of the network that stay behind when memory is short."""
     (styled, *_) = pack.lora.ZImageLoraLoader.execute(parts.model, pack.bridge.folders.NANO_LORA, 1.0).args
@@ -253,6 +263,28 @@ def test_with_lora_and_half_of_it_elsewhere(pack, parts, steer, sample, comfy):
     patch = steered.model_options["transformer_options"]["patches"]["zimage_control"][0]
     patch.model_patch.partially_unload(torch.device("cpu"), patch.model_patch.model_size() // 2)
     assert torch.equal(sample(steered), whole)
+
+
+@pytest.mark.parametrize("dialect", ["alone", "marked", "old"])
+def test_fp8_files(pack, file, steer, sample, tmp_path, dialect):
+    """Stored in 8 bits, with and without scales; what they mean is what steers."""
+    path = tmp_path / "patches" / file
+    with safe_open(path, "pt") as opened:
+        metadata = opened.metadata()
+    apart = {name.removeprefix("control_"): value for name, value in load_file(path).items()}
+    plain = {name: value for name, value in apart.items() if not re.search(r"\.to_[qkv]\.", name)}
+    for name in apart:  # stacked, as most tools that quantize have them
+        if ".to_q." in name:
+            rows = [apart[name.replace(".to_q.", f".to_{part}.")] for part in "qkv"]
+            plain[name.replace("to_q", "qkv")] = torch.cat(rows)
+    stored, meant = quantizing.quantize(plain, dialect, torch.float8_e4m3fn)
+    found = []
+    for tensors in (stored, {name: value.float() for name, value in meant.items()}):
+        named = {name if name == "scaled_fp8" else f"control_{name}": value for name, value in tensors.items()}
+        save_file(named, path, metadata=metadata)
+        found.append(sample(steer()))
+    assert torch.float8_e4m3fn in {value.dtype for value in stored.values()}
+    assert relative(found[0], found[1]) <= 1e-5
 
 
 def test_files_are_listed_by_name_ours_first(pack, file, tmp_path):

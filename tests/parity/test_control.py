@@ -250,3 +250,25 @@ def test_what_a_network_reads():
     assert torch.equal(control_latents(None, keep, masked, new), torch.cat((zeros, keep, masked), 1))
     with pytest.raises(ValueError, match="needs a control image"):
         control_latents(None, None, None, new)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.inference_mode()
+def test_sixteen_bits_are_near_float32(models, dtype):
+    """In float16 also where tokens and hints leave its range."""
+    inputs = _inputs(models, "mixed lengths")
+    transformer, network = models.ours()
+
+    def run(dtype: torch.dtype) -> Tensor:
+        control = ActiveControl(network.to(dtype), inputs.control, STRENGTH)
+        captions = [caption.to(dtype) for caption in inputs.captions]
+        return transformer.to(dtype)(inputs.latents.to(dtype), inputs.t, captions, controls=[control]).float()
+
+    exact = run(torch.float32)
+    assert relative(run(dtype), exact) <= (0.03 if dtype == torch.bfloat16 else 0.005)
+    if dtype == torch.float16:
+        transformer, network = models.ours()
+        transformer.sums_fit_half = True  # as far as its own blocks go
+        for layer in network.layers:
+            layer.after_proj.weight.mul_(3e4)
+        assert relative(run(dtype), run(torch.float32)) <= 0.01
