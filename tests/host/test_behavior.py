@@ -43,6 +43,17 @@ SCHEMAS = {
     ),
     "ZImageVAEDecode": (["vae", "samples"], ["low_memory", "safe_retry"], ["IMAGE"]),
     "ZImageVAEEncode": (["vae", "pixels"], ["safe_retry"], ["LATENT"]),
+    "ZImageControlNet": (
+        ["model", "vae", "control_net", "strength", "start", "end"],
+        ["image", "inpaint_image", "mask", "fit", "on_negative"],
+        ["MODEL"],
+    ),
+    "ZImageInpaintPrepare": (
+        ["vae", "image", "grow", "feather", "crop", "context", "megapixels", "fill"],
+        ["mask", "left", "top", "right", "bottom"],
+        ["LATENT", "ZIMAGE_CROP", "IMAGE", "MASK"],
+    ),
+    "ZImageInpaintFinish": (["image", "crop", "match_color"], [], ["IMAGE"]),
 }
 DEFAULTS = {
     "seed": 0,
