@@ -68,7 +68,7 @@ class References:
         ):
             for piece in pieces:
                 if piece is not None and width is not None and piece.shape[-1] != width:
-                    raise ValueError(f"{what} has a width of {piece.shape[-1]}, this model expects {width}")
+                    raise ValueError(f"{what}: a width of {piece.shape[-1]}, this model expects {width}")
         for name in ("before", "features"):
             if (count := len(getattr(self, name))) > len(self.latents):
                 raise ValueError(f"`{name}` is for {count} reference images, and there are {len(self.latents)}")
