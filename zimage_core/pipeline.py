@@ -212,7 +212,7 @@ class ZImagePipeline:
             (if no size is given that has to cut or scale it). Between, see `sampling.start.Repaint`.
         posterior: "sample" draws the image's latents as diffusers does, before the noise; "mean" is the same always.
         control: networks that steer by images; several add up. See `sampling.control.Control`.
-        references: images [1, 3, H, W] in 0..1 of any size that Z-Image Omni sees beside the prompt.
+        references: images [1, 3, H, W] in 0..1, of any size, that Z-Image Omni or Edit sees beside the prompt.
         callback: (steps done, steps, latents, estimated image latents) after each step; False cancels by raising
             `loop.Cancelled`. It starts over where sampling has to (see `safe_retry` of `__init__`).
         """
