@@ -347,3 +347,11 @@ def test_features_of_another_encoder(omni, clips, vae, comfy):
     ours, native = (encoded(clip, vae, encoder, 1) for clip in clips)
     assert "has 5 tokens for an image of 32x32, expected one for each 16x16 pixels. Connect" in refusal(omni[0], ours)
     refusal(omni[1], native)
+
+
+def test_in_the_native_network(pack, omni, clips, vae, vision):
+    """The loader's other network takes the siglip part as well; its norms have another eps."""
+    path, *_ = omni[0].cached_patcher_init[1]
+    native = pack.bridge.model.load_model(path, torch.float32, network="ComfyUI")
+    conditioning = encoded(clips[0], vae, vision, 2)
+    assert relative(velocity(native, conditioning, 1), velocity(omni[0], conditioning, 1)) <= 1e-3
