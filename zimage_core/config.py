@@ -50,6 +50,7 @@ class TransformerConfig(BlockConfig):
     axes_dims: tuple[int, int, int]  # (32, 48, 48): share of a head for (sequence, row, column)
     in_channels: int  # 16 latent channels
     patch_size: int  # 2: a token is 2x2 latent cells, 16x16 pixels
+    siglip_feat_dim: int | None = None  # of features of reference images, 1152 in Omni; None: it has no part for them
 
     @property
     def patch_dim(self) -> int:
@@ -74,6 +75,7 @@ class TransformerConfig(BlockConfig):
             axes_dims=_numbers(raw, source, "axes_dims", 3),
             in_channels=_number(raw, source, "in_channels"),
             patch_size=patch_sizes[0],
+            siglip_feat_dim=None if raw.get("siglip_feat_dim") is None else _number(raw, source, "siglip_feat_dim"),
         )
         if config.dim % config.n_heads:
             raise CheckpointError(f"dim {config.dim} is not divisible by n_heads {config.n_heads}", source)

@@ -21,11 +21,11 @@ from .lora import apply as lora_apply
 from .lora import files as lora_files
 from .model.control import ControlNetwork
 from .model.text_encoder import TextEncoder
-from .model.tokenizer import MAX_LENGTH, Tokenizer
+from .model.tokenizer import MAX_LENGTH, PROMPT_TEMPLATE, Tokenizer
 from .model.transformer import ZImageTransformer
 from .model.vae import AutoencoderKL
 from .prompts.cache import PromptCache, key_of, stamps
-from .sampling import loop, request
+from .sampling import loop, reference, request
 from .sampling.control import Control, working
 from .sampling.schedule import shift_of, sigmas
 from .sampling.start import Noise, Repaint, left_out, noised
@@ -71,6 +71,7 @@ class ZImagePipeline:
         self.dtype = dtype
         self.prompt_cache = prompt_cache
         self.safe_retry = safe_retry
+        self.sight: reference.Sight | None = None  # for reference images
         self._plain: dict[str, dict[str, Tensor]] = {}  # component -> the weights that LoRA changed, as they were
         self._networks_of_control: dict[tuple[Any, ...], ControlNetwork] = {}  # stamps of a file -> what it holds
         self._loras: list[tuple[lora_files.Lora, float]] = []
@@ -110,7 +111,7 @@ class ZImagePipeline:
             missed = " and ".join(sorted(missing))
             raise CheckpointError(f"no model given for {missed}; name a snapshot, or a file for each")
         parts = {kind: open_component(place, kind) for kind, place in places.items()}
-        return cls(
+        pipe = cls(
             open_tokenizer(tokenizer or _tokenizer_place(places["text_encoder"], path)),
             UnreadEncoder(parts["text_encoder"], device=device, dtype=dtype),
             parts["transformer"].build(device=device, dtype=dtype),
@@ -121,6 +122,8 @@ class ZImagePipeline:
             prompt_cache=prompt_cache,
             safe_retry=safe_retry,
         )
+        pipe.sight = reference.Sight.of(places["transformer"])
+        return pipe
 
     @property
     def text_encoder(self) -> TextEncoder:
@@ -188,6 +191,7 @@ class ZImagePipeline:
         mask: Tensor | None = None,
         posterior: Literal["mean", "sample"] = "mean",
         control: Sequence[Control] = (),
+        references: Sequence[Tensor] = (),
         output: Literal["image", "latents"] = "image",
         callback: loop.Callback | None = None,
     ) -> Tensor:
@@ -208,6 +212,7 @@ class ZImagePipeline:
             (if no size is given that has to cut or scale it). Between, see `sampling.start.Repaint`.
         posterior: "sample" draws the image's latents as diffusers does, before the noise; "mean" is the same always.
         control: networks that steer by images; several add up. See `sampling.control.Control`.
+        references: images [1, 3, H, W] in 0..1, of any size, that Z-Image Omni or Edit sees beside the prompt.
         callback: (steps done, steps, latents, estimated image latents) after each step; False cancels by raising
             `loop.Cancelled`. It starts over where sampling has to (see `safe_retry` of `__init__`).
         """
@@ -233,10 +238,12 @@ class ZImagePipeline:
         shift = shift_of(self.scheduler, self._tokens(height, width))
         works = [working(one, network, self.encode, cell, (height, width), shift) for one, network in steering]
 
-        features = request.repeat(self.encode_prompts(prompts, max_prompt_tokens), batch_size)  # B x [L_i, 2560]
+        encode = partial(self.encode_prompts, max_tokens=max_prompt_tokens, template=reference.template(references))
+        seen = reference.seen(references, self.sight, self.transformer, self.dtype, self.encode, self.encode_prompts)
+        features = request.repeat(encode(prompts), batch_size)  # B x [L_i, 2560]
         negative_features: list[Tensor] = []
         if guidance_scale > 0:
-            negative_features = request.repeat(self.encode_prompts(negatives, max_prompt_tokens), batch_size)
+            negative_features = request.repeat(encode(negatives), batch_size)
 
         def sample(dtype: torch.dtype) -> Tensor:
             watched = finite.Steps(steps)
@@ -257,7 +264,7 @@ class ZImagePipeline:
                 cfg_normalization=float(cfg_normalization),
                 cfg_truncation=cfg_truncation,
                 dtype=dtype,
-                refine=partial(self.transformer.refine_captions, dtype=dtype),
+                refine=reference.refining(self.transformer, seen, dtype),
                 controls=lambda sigma: [active for work in works for active in work.at(sigma)],
                 keep=keep,
                 callback=after_step,
@@ -327,12 +334,14 @@ class ZImagePipeline:
         )
 
     @torch.inference_mode()
-    def encode_prompts(self, prompts: Sequence[str], max_tokens: int = MAX_LENGTH) -> list[Tensor]:
+    def encode_prompts(
+        self, prompts: Sequence[str], max_tokens: int = MAX_LENGTH, template: str = PROMPT_TEMPLATE
+    ) -> list[Tensor]:
         """Caption features of each prompt, [L_i, 2560] in the pipeline's dtype; those that are known are not computed.
 
         Token ids stand for prompt, template, limit and tokenizer: the features depend on nothing else of these.
         """
-        prompts_ids = [tuple(self.tokenizer(prompt, max_tokens)) for prompt in prompts]
+        prompts_ids = [tuple(self.tokenizer(prompt, max_tokens, template)) for prompt in prompts]
         features = {ids: found for ids in prompts_ids if (found := self._known(ids)) is not None}
         if missing := [ids for ids in dict.fromkeys(prompts_ids) if ids not in features]:
             longest = max(map(len, missing))

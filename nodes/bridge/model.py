@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ...zimage_core.backends.operations import Gain
 from ...zimage_core.config import SchedulerConfig, TransformerConfig
+from ...zimage_core.model import reference
 from ...zimage_core.model.transformer import Captions, ZImageTransformer
 from ...zimage_core.sampling.loop import model_time, velocity
 from ...zimage_core.weights.component import Component
@@ -40,6 +41,7 @@ from . import (
     others,
     quantized,
     quantized_patcher,
+    references,
 )
 from .kernels import KernelHalfOperations, KernelOperations, gain
 from .others import NATIVE, OURS
@@ -80,7 +82,7 @@ class ZImageNextDiT(ZImageTransformer):
 
     def _velocity(self, x, timesteps, context, num_tokens=None, attention_mask=None, **kwargs):
         options = kwargs.get("transformer_options", {})
-        self._check(x, context, kwargs)
+        self._check(x, context)
         height, width = x.shape[-2:]
         patch = self.config.patch_size
         if height % patch or width % patch:
@@ -89,10 +91,14 @@ class ZImageNextDiT(ZImageTransformer):
         attend: Any = partial(_attention, options)
         override = options.get(attention.OVERRIDE)
         patches = _Patches(options, self.config)
+        if beside := references.of(self.config, len(x), kwargs):
+            captions: Any = reference.refine(self, context, beside, x.dtype, attention=attend)
+        else:
+            captions = self.run_captions.refined(self, x, context, options)
         out = super().forward(
             x,
             model_time(timesteps),
-            self.run_captions.refined(self, x, context, options),
+            captions,
             attention=attend,
             after_block=patches.after_block,
             patch_tokens=patches.patch_tokens if patches else None,
@@ -110,7 +116,7 @@ class ZImageNextDiT(ZImageTransformer):
         own = type(self.rope_embedder) is others.Rotations and self.rope_embedder.is_as_built(self.config)
         return own and super().refines_as_built()
 
-    def _check(self, x: Tensor, context: Tensor, conds: dict[str, Any]) -> None:
+    def _check(self, x: Tensor, context: Tensor) -> None:
         latent = ("batch", self.config.in_channels, "height/8", "width/8")
         borders.checked("The latent", x, latent, "Z-Image makes images: start from EmptySD3LatentImage.")
         borders.checked("The prompt", context, borders.FEATURES, "Encode it anew.")
@@ -119,8 +125,6 @@ class ZImageNextDiT(ZImageTransformer):
                 f"The prompt was encoded with a width of {context.shape[-1]}, this model expects "
                 f"{self.config.cap_feat_dim}. Load text encoder and transformer from the same Z-Image snapshot."
             )
-        if conds.get("ref_latents") or conds.get("siglip_feats"):
-            raise ValueError("This Z-Image model takes no reference images. Remove the node that attaches them.")
 
 
 def _attention(options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -229,6 +233,10 @@ class ZImageModel(comfy.model_base.Lumina2):
         )
         self.memory_usage_factor_conds = ("ref_latents",)  # read by the inherited extra_conds_shapes
         self.scheduler_config = scheduler
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        references.check_vision(kwargs)
+        return super().extra_conds(**kwargs)
 
 
 class ZImageModelConfig(comfy.supported_models.ZImage):

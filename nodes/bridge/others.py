@@ -36,6 +36,7 @@ def native_config(config: TransformerConfig) -> dict[str, Any]:
         "z_image_modulation": True,
         "time_scale": config.t_scale,
         "pad_tokens_multiple": SEQ_MULTIPLE,
+        **({} if config.siglip_feat_dim is None else {"siglip_feat_dim": config.siglip_feat_dim}),
     }
 
 
@@ -60,9 +61,9 @@ def describe_transformer(network: Any) -> None:
     network.axes_dims, network.axes_lens = list(config.axes_dims), AXES_LENS
     network.time_scale, network.pad_tokens_multiple = config.t_scale, SEQ_MULTIPLE
     network.rope_embedder = Rotations(config)
-    network.siglip_embedder = network.siglip_refiner = network.siglip_pad_token = None
     network.clip_text_pooled_proj = None
-    for block in (*network.noise_refiner, *network.context_refiner, *network.layers):
+    refiners = (*network.noise_refiner, *network.context_refiner, *(network.siglip_refiner or ()))
+    for block in (*refiners, *network.layers):
         block.dim, block.head_dim, block.modulation = config.dim, config.head_dim, hasattr(block, "adaLN_modulation")
         block.attention.head_dim, block.attention.qk_norm, block.attention.n_rep = config.head_dim, True, 1
         block.attention.n_local_heads = block.attention.n_local_kv_heads = config.n_heads

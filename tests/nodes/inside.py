@@ -11,7 +11,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = "control convert inpaint loaders lora conditioning sampling vae".split()
-BRIDGE = "attention clip control download files folders layers lora model others prompts quantized sampler vae".split()
+BRIDGE = "attention clip control download files folders layers lora model others prompts quantized".split()
+BRIDGE += "references sampler vae".split()
 
 
 def load_pack(*flags: str, cpu: bool = True, **settings: Any) -> SimpleNamespace:

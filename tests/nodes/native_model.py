@@ -34,6 +34,8 @@ def like(comfy: Any, patcher: Any, dtype: torch.dtype = torch.float32) -> Any:
         "time_scale": config.t_scale,
         "pad_tokens_multiple": 32,
     }
+    if config.siglip_feat_dim is not None:
+        values["siglip_feat_dim"] = config.siglip_feat_dim
     model_config = comfy.supported_models.ZImage(values)
     model_config.set_inference_dtype(dtype, None)
     model = model_config.get_model({}, "")
@@ -45,7 +47,7 @@ def like(comfy: Any, patcher: Any, dtype: torch.dtype = torch.float32) -> Any:
 
     # The native class derives two widths from dim, which Z-Image fixes; at the published size they are the same.
     net.t_embedder.mlp[0], net.t_embedder.mlp[2] = linear(256, 1024, True), linear(1024, config.adaln_dim, True)
-    for block in [*net.layers, *net.noise_refiner, *net.context_refiner]:
+    for block in [*net.layers, *net.noise_refiner, *net.context_refiner, *(net.siglip_refiner or ())]:
         block.feed_forward.w1 = linear(config.dim, config.ffn_dim, False)
         block.feed_forward.w3 = linear(config.dim, config.ffn_dim, False)
         block.feed_forward.w2 = linear(config.ffn_dim, config.dim, False)

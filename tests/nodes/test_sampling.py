@@ -215,11 +215,10 @@ def test_several_latents_in_one_are_refused(sample):
         sample(latent_image={"samples": nested})
 
 
-def test_reference_images_are_refused(parts, sample):
+def test_reference_images_are_seen(parts, sample):
     (features, extra), *_ = parts.positive
     with_reference = [[features, {**extra, "reference_latents": [torch.ones(1, 16, 16, 16)]}]]
-    with pytest.raises(ValueError, match="takes no reference images. Remove the node"):
-        sample(positive=with_reference)
+    assert not torch.equal(sample(positive=with_reference), sample())
 
 
 # Images

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from zimage_core.config import TransformerConfig
+from zimage_core.model.transformer import ZImageTransformer
 from zimage_core.weights.snapshot import Snapshot, open_component
+from zimage_core.weights.specs import PUBLISHED_TRANSFORMER, SPECS
 
 from ..helpers import relative
 from .conftest import TRANSFORMERS
@@ -75,23 +79,40 @@ def test_bfloat16_is_no_further_from_float32_than_diffusers(make_transformer, tm
     assert ours <= 1.1 * theirs
 
 
-def test_the_siglip_part_of_omni_is_left_out(make_transformer, tmp_path, caplog):
-    """From a snapshot and a single file, said once for each; text alone gives the same image."""
+@pytest.mark.parametrize("has, says", [(True, True), (True, False), (False, True)], ids=["both", "file", "config"])
+def test_the_siglip_part_of_omni(make_transformer, tmp_path, caplog, has, says):
+    """Is read where file and config have it, from a snapshot and a single file; text alone gives the same image."""
     caplog.set_level(logging.INFO)
     reference = make_transformer("wide", 0, siglip_feat_dim=40)
     reference.save_pretrained(tmp_path / "transformer")
-    theirs = reference.state_dict()
+    theirs = {name: value for name, value in reference.state_dict().items() if has or not name.startswith("siglip_")}
     count = sum(name.startswith("siglip_") for name in theirs)
-    config = {"zimage.transformer.config": (tmp_path / "transformer" / "config.json").read_text()}
+    config = tmp_path / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"siglip_feat_dim": 40 if says else None}))
+    save_file(theirs, tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
     prefixed = {f"model.diffusion_model.{name}": value for name, value in theirs.items()}
-    save_file(prefixed, tmp_path / "omni.safetensors", config)
+    save_file(prefixed, tmp_path / "omni.safetensors", {"zimage.transformer.config": config.read_text()})
     for place in (tmp_path, tmp_path, tmp_path / "omni.safetensors"):
         model = open_component(place, "transformer").build()
-        assert not [name for name in model.state_dict() if "siglip" in name]
+        parts = {name: value for name, value in model.state_dict().items() if "siglip" in name}
+        assert bool(parts) == (has and says)
+        for name, value in parts.items():
+            if "qkv" not in name and name in theirs:
+                assert torch.equal(value, theirs[name])
         found, expected = _both(reference, model, "neither, portrait", torch.float32)
         assert relative(found, expected) <= 1e-5
     said = [record.getMessage() for record in caplog.records if "reference images" in record.getMessage()]
-    assert len(said) == 2 and all(f"(siglip_*, {count} tensors)" in line for line in said)
+    assert len(said) == (2 if has and not says else 0)
+    assert all(f"(siglip_*, {count} tensors)" in line and "siglip_feat_dim" in line for line in said)
+
+
+def test_a_single_file_tells_by_its_shapes_whether_it_is_omni():
+    sizes = {"dim": 384, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 3, "cap_feat_dim": 48, "siglip_feat_dim": 40}
+    config = TransformerConfig(**PUBLISHED_TRANSFORMER, **sizes, in_channels=16, patch_size=2)
+    shapes = {name: tuple(value.shape) for name, value in ZImageTransformer(config, device="meta").named_parameters()}
+    assert SPECS["transformer"].config_of(shapes, {}, "", lambda name: None) == config
+    plain = {name: shape for name, shape in shapes.items() if "siglip" not in name}
+    assert SPECS["transformer"].config_of(plain, {}, "", lambda name: None).siglip_feat_dim is None
 
 
 def _inputs(cap_feat_dim, lengths, height, width):

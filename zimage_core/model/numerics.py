@@ -31,10 +31,12 @@ def largest_sum(read: Callable[[str], Tensor], config: TransformerConfig) -> flo
         return rows * (1.0 if isinstance(length, Tensor) else length) + read(f"{layer}.bias").float().abs()
 
     image = embedded("x_embedder", LATENTS_WITHIN * math.sqrt(config.patch_dim))
-    gain = read("cap_embedder.0.weight").float()
-    caption = embedded("cap_embedder.1", gain * math.sqrt(config.cap_feat_dim))
     image = torch.maximum(image, read("x_pad_token").float().abs().flatten())
-    caption = torch.maximum(caption, read("cap_pad_token").float().abs().flatten())
-    image = image + added("noise_refiner", config.n_refiner_layers)
-    caption = caption + added("context_refiner", config.n_refiner_layers)
-    return float((torch.maximum(image, caption) + added("layers", config.n_layers)).max())
+    refined = [image + added("noise_refiner", config.n_refiner_layers)]
+    context = [("cap", "context_refiner", config.cap_feat_dim)]
+    context += [] if config.siglip_feat_dim is None else [("siglip", "siglip_refiner", config.siglip_feat_dim)]
+    for name, refiner, width in context:
+        tokens = embedded(f"{name}_embedder.1", read(f"{name}_embedder.0.weight").float() * math.sqrt(width))
+        tokens = torch.maximum(tokens, read(f"{name}_pad_token").float().abs().flatten())
+        refined.append(tokens + added(refiner, config.n_refiner_layers))
+    return float((torch.stack(refined).amax(0) + added("layers", config.n_layers)).max())

@@ -39,14 +39,17 @@ class Tokenizer:
         found = re.findall(r"\w+", prompt.lower())
         return [] if self.words is None else [word for word in dict.fromkeys(found) if word not in self.words]
 
-    def __call__(self, prompt: str, max_length: int = MAX_LENGTH) -> list[int]:
-        """Ids of the templated prompt, at most `max_length`; a longer prompt loses its end, with a warning."""
+    def __call__(self, prompt: str, max_length: int = MAX_LENGTH, template: str = PROMPT_TEMPLATE) -> list[int]:
+        """Ids of the templated prompt, at most `max_length`; a longer prompt loses its end, with a warning.
+
+        template: what the prompt is put into, in place of {}.
+        """
         if not isinstance(prompt, str):
             raise TypeError(f"a prompt must be a string, got {type(prompt).__name__}")
         prompt = without_halves(prompt)
         if max_length < 1:
             raise ValueError(f"max_length is {max_length}, expected at least 1")
-        ids: list[int] = self.inner(PROMPT_TEMPLATE.format(prompt), verbose=False)["input_ids"]
+        ids: list[int] = self.inner(template.format(prompt), verbose=False)["input_ids"]
         return ids[: self.limited(ids, max_length)]
 
     def limited(self, ids: list[int], max_length: int = MAX_LENGTH) -> int:

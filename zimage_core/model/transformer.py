@@ -35,6 +35,7 @@ from .attention import Attention, attention
 from .block import Block, is_as_built, is_changed
 from .control import ActiveControl, Steering
 from .patchify import padded, patchify, unpatchify
+from .reference import Referenced, siglip_part
 from .rope import caption_positions, image_positions, rotations
 
 TIME_FREQUENCIES = 256  # sinusoids of the model time (reference `frequency_embedding_size`)
@@ -85,6 +86,9 @@ class ZImageTransformer(nn.Module):
     gain: Gain = staticmethod(read_gain)
     lean_operations: type[LeanOperations] = LeanOperations
     half_operations: type[HalfOperations] = HalfOperations
+    siglip_embedder: nn.Sequential | None
+    siglip_refiner: nn.ModuleList | None
+    siglip_pad_token: nn.Parameter | None
 
     def __init__(
         self,
@@ -111,6 +115,10 @@ class ZImageTransformer(nn.Module):
             ops.Linear(config.cap_feat_dim, config.dim, **place),
         )
         self.layers = nn.ModuleList(Block(config, modulated=True, **make) for _ in layers)
+        self.siglip_embedder = self.siglip_refiner = self.siglip_pad_token = None
+        if config.siglip_feat_dim is not None:
+            self.siglip_embedder, self.siglip_refiner = siglip_part(config, **make)
+            self.siglip_pad_token = nn.Parameter(torch.zeros(1, config.dim, **place))
         self.final_layer = FinalLayer(config, **make)
         self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim, **place))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim, **place))
@@ -119,7 +127,7 @@ class ZImageTransformer(nn.Module):
         self,
         latents: Tensor,
         t: Tensor,
-        features: Tensor | Sequence[Tensor] | Captions,
+        features: Tensor | Sequence[Tensor] | Captions | Referenced,
         *,
         attention: Attention = attention,
         after_block: AfterBlock | None = None,
@@ -134,7 +142,8 @@ class ZImageTransformer(nn.Module):
         latents: [B, 16, h, w], h and w even; its dtype is the dtype of the computation.
         t: [B] model time, 0 = pure noise, 1 = image (that is 1 - sigma).
         features: of the text encoder, [B, L, cap_feat_dim], or B of [L_i, cap_feat_dim] where lengths differ; or the
-            `Captions` that `refine_captions` makes of them, so that a run of several steps does it once.
+            `Captions` that `refine_captions` makes of them, so that a run of several steps does it once; or what
+            `reference.refine` makes of them and reference images.
         patch_tokens: gets a `state` that holds img, txt (tokens now; for "layers" views of the joint sequence, to be
             written in place), img_input (image tokens as they entered the stage), pe (rotations of the image tokens),
             vec (time embedding), x (latents). At "noise_refiner" it may put another tensor at state["img"].
@@ -150,6 +159,12 @@ class ZImageTransformer(nn.Module):
         """
         if len(features) != len(latents):
             raise ValueError(f"{len(latents)} latents but {len(features)} captions")
+        if isinstance(features, Referenced):
+            if controls:
+                raise ValueError("reference images and control networks can't be used together; remove one of them")
+            return features.evaluate(
+                self, latents, t, attention, after_block, patch_tokens, rope_options, captions_first
+            )
         images = range(len(latents)) if images is None else images
         if not isinstance(features, (Tensor, Captions)):
             features = self.refine_captions(features, latents.dtype, attention=attention)

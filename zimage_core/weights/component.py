@@ -45,15 +45,14 @@ class Component:
         self.kind = kind
         self.spec = SPECS[kind]
         self.files = files
-        self.key_map = self.spec.key_map(config)
-        self.config = config
         self.config_source = config_source
         self.source = str(_place(files))
         self._given = (keys, prefix, config_source)
         self.weights = quantized.Weights(files, files.entries if keys is None else keys)
         self._keys = {key.removeprefix(prefix): key for key in self.weights.keys}  # without prefix -> in the file
+        self.config = config = self._fitted(config)
+        self.key_map = self.spec.key_map(config)
         self._sources = self.key_map.sources(self._keys)
-        self._tell_of_siglip()
         for name in LAYER_COUNTS:  # a network of absurd depth would take forever to build
             if getattr(config, name, 0) > len(self._keys):
                 raise CheckpointError(
@@ -206,22 +205,30 @@ class Component:
             for key in self._sources[name]:
                 self.weights.check(self._keys[key])
 
-    def _tell_of_siglip(self) -> None:
+    def _fitted(self, config: Any) -> Any:
+        """A transformer's config, with a part for features of reference images only where the file has it as well."""
+        if self.kind != "transformer":
+            return config
         count = sum(key.startswith(SIGLIP.removesuffix("*")) for key in self._keys)
-        if count and self.kind == "transformer" and self.source not in _told:
+        if not count:
+            return replace(config, siglip_feat_dim=None)
+        if config.siglip_feat_dim is None and self.source not in _told:
             _told.add(self.source)
             logger.info(
-                "%s has a part for reference images (%s, %d tensors), which nothing here runs; it is left out.",
+                "%s has a part for features of reference images (%s, %d tensors) that %s doesn't speak of "
+                "(siglip_feat_dim); it is left out.",
                 self.source,
                 SIGLIP,
                 count,
+                self.config_source,
             )
+        return config
 
     def _file(self, key: str) -> Path:
         return self.files.entries[key].path
 
 
-_told: set[str] = set()  # sources whose part for reference images was spoken of
+_told: set[str] = set()  # sources of which `_fitted` has spoken
 
 
 def _place(files: TensorFiles) -> Path:

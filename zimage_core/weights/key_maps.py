@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class KeyMap:
         return any(_match(pattern, target) is not None for pattern in self.unflatten)
 
 
-SIGLIP = "siglip_*"  # Omni's part for reference images, which nothing here runs
+SIGLIP = "siglip_*"  # Omni's part for features of reference images
+LEFT_OVER = "norm_final.weight"  # from Lumina 2, used by nothing
 # transformer/ in the diffusers (and official) layout: 521 tensors become 453
 TRANSFORMER = KeyMap(
     rename={
@@ -88,8 +89,9 @@ TRANSFORMER = KeyMap(
             "*.attention.to_v.weight",
         ),
     },
-    drop=("norm_final.weight", SIGLIP),  # the norm is left over from Lumina 2, used by nothing
+    drop=(LEFT_OVER, SIGLIP),
 )
+OMNI = replace(TRANSFORMER, drop=(LEFT_OVER,))
 
 
 def control(refined: str) -> KeyMap:

@@ -97,7 +97,7 @@ class ComponentSpec:
 
 
 def _transformer_config(shapes: Shapes, source: str, _read: Read) -> TransformerConfig:
-    """shapes: by our names, `key_maps.TRANSFORMER` applied. Raises CheckpointError for other members of the family."""
+    """shapes: by our names, `key_maps.OMNI` applied. Raises CheckpointError for other members of the family."""
     dim, patch_dim = _shape(shapes, "x_embedder.weight", 2, source)
     (head_dim,) = _shape(shapes, "layers.0.attention.q_norm.weight", 1, source)
     (cap_feat_dim,) = _shape(shapes, "cap_embedder.0.weight", 1, source)
@@ -122,6 +122,7 @@ def _transformer_config(shapes: Shapes, source: str, _read: Read) -> Transformer
         cap_feat_dim=cap_feat_dim,
         in_channels=patch_dim // 4,
         patch_size=2,
+        siglip_feat_dim=shapes["siglip_embedder.0.weight"][0] if "siglip_embedder.0.weight" in shapes else None,
         **PUBLISHED_TRANSFORMER,
     )
 
@@ -240,8 +241,8 @@ SPECS = {
             noun="a Z-Image transformer",
             network=ZImageTransformer,
             config=TransformerConfig,
-            key_map=lambda config: key_maps.TRANSFORMER,
-            key_map_of=lambda shapes: key_maps.TRANSFORMER,
+            key_map=lambda config: key_maps.TRANSFORMER if config.siglip_feat_dim is None else key_maps.OMNI,
+            key_map_of=lambda shapes: key_maps.OMNI,
             prefixes=("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model."),
             anchors=("cap_embedder.1.weight",),
             from_shapes=_transformer_config,
