@@ -29,6 +29,7 @@ FOLDERS = {
     "ZImageTextEncoderLoader": "text_encoders",
     "ZImageVAELoader": "vae",
     "ZImageLoraLoader": "loras",
+    "ZImageControlNet": "model_patches",
 }
 BUILD = """
 const [prompt, layout] = argument;
@@ -102,7 +103,7 @@ def main() -> None:
     with Server(provision.newest(), packs={"comfyui-zimage": provision.ROOT}) as server:
         for prompt in prompts.values():
             for node in prompt.values():  # so that every combo knows every name
-                name = node["inputs"].get("lora", node["inputs"].get("model"))
+                name = layouts.file(node)
                 if isinstance(name, str) and Path(name).suffix in (".safetensors", ".gguf"):
                     file = server.base / "models" / FOLDERS[node["class_type"]] / name
                     file.parent.mkdir(parents=True, exist_ok=True)
@@ -155,11 +156,13 @@ def _write(path: Path, graph: dict[str, Any]) -> None:
 
 
 def _picture(client: Client, name: str, prompt: dict[str, Any]) -> bytes:
-    """The last image of a workflow of the nano model; for others, one that the nano model draws."""
+    """The last image that a workflow of the nano model saves; for others, one that the nano model draws."""
     if name in layouts.CARDS:
         prompt = workflow.load(HELLO)
         workflow.set_text(prompt, layouts.CARDS[name])
-    return client.images(client.run(prompt))[-1]
+    last = max(workflow.nodes(prompt, "SaveImage"), key=int)
+    (image,) = client.images(client.run(prompt), last)
+    return image
 
 
 def _save(image: bytes, path: Path, size: tuple[int, int]) -> None:
