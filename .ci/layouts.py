@@ -14,7 +14,7 @@ GAP = 40  # between columns
 # left edge and width of each column: loaders, prompts, sampler, image
 COLUMNS = {"A": (0, 380), "B": (420, 280), "C": (740, 380), "D": (1160, 320)}
 # the same in five, where a graph makes two images: loaders, prompts, samplers, what is between, images
-COLUMNS |= {"a": (0, 380), "b": (410, 300), "c": (740, 260), "d": (1030, 190), "e": (1250, 250)}
+COLUMNS |= {"a": (0, 380), "b": (410, 280), "c": (720, 240), "d": (990, 230), "e": (1250, 250)}
 # node type -> height without title that no renderer exceeds, a missing model included
 HEIGHTS = {
     "ZImageTransformerLoader": 230,
@@ -132,7 +132,7 @@ INPAINT_PHOTO = {
     "11": ("C", 60),
     "12": ("D", 0),
     "13": ("D", 506),
-    "note": ("B", 728, 210),
+    "note": ("B", 692, 238),
 }
 PHOTO = PLAIN | {
     "4": ("B", 110),
@@ -161,22 +161,23 @@ WAYS_IMAGE = {
     ("5", "12", "negative"): [(720, 400), (720, 660)],
 }
 BEFORE = {  # from the first image back to where it is read, and what steers the first image
-    ("1", "7", "model"): [(395, 4), (725, 4)],
-    ("3", "8", "vae"): [(395, 558), (1015, 558)],
+    ("1", "7", "model"): [(395, 4), (705, 4)],
+    ("3", "8", "vae"): [(395, 558), (975, 558)],
 }
 WAYS_CONTROL = BEFORE | {
     ("1", "12", "model"): [(395, 540)],
-    ("3", "15", "vae"): [(395, 558), (1015, 558)],
-    ("8", "10", "image"): [(1235, 130), (1015, 130)],
-    ("10", "11", "images"): [(1235, 285), (1015, 285)],
-    ("10", "12", "image"): [(1235, 285), (1015, 285), (1015, 568), (395, 568)],
+    ("3", "15", "vae"): [(395, 558), (975, 558)],
+    ("8", "10", "image"): [(1235, 130), (975, 130)],
+    ("10", "11", "images"): [(1235, 285), (975, 285)],
+    ("10", "12", "image"): [(1235, 285), (975, 285), (975, 568), (395, 568)],
 }
 WAYS_INPAINT = BEFORE | {
-    ("3", "16", "vae"): [(395, 558), (1015, 558)],
-    ("8", "13", "image"): [(1235, 122), (1015, 122), (1015, 568), (395, 568)],
-    ("12", "13", "mask"): [(1515, 500), (1005, 500), (1005, 548), (395, 548)],
-    ("13", "17", "crop"): [(725, 560), (1015, 560)],
-    ("16", "17", "image"): [(1235, 742), (1015, 742)],
+    ("1", "15", "model"): [(395, 540), (705, 540)],
+    ("3", "16", "vae"): [(395, 558), (975, 558)],
+    ("8", "13", "image"): [(1235, 122), (975, 122), (975, 568), (395, 568)],
+    ("12", "13", "mask"): [(1515, 500), (970, 500), (970, 548), (395, 548)],
+    ("13", "17", "crop"): [(705, 560), (975, 560)],
+    ("16", "17", "image"): [(1235, 742), (975, 742)],
 }
 WAYS_CONTROL_PHOTO = {
     ("1", "13", "model"): [(404, 8), (720, 8)],
@@ -298,7 +299,7 @@ TITLES = {
     "zimage_nano_txt2img": "Hello world (Z-Image Nano)",
     "zimage_nano_img2img": "Image to image (Z-Image Nano)",
     "zimage_nano_lora": "LoRA (Z-Image Nano)",
-    "zimage_nano_control": "ControlNet (Z-Image Nano)",
+    "zimage_nano_control": "Outlines with ControlNet (Z-Image Nano)",
     "zimage_nano_inpaint": "Inpaint (Z-Image Nano)",
     "zimage_nano_outpaint": "Outpaint (Z-Image Nano)",
     "zimage_turbo_single_files": "Z-Image Turbo",
@@ -306,7 +307,7 @@ TITLES = {
     "zimage_turbo_gguf": "Z-Image Turbo (GGUF)",
     "zimage_turbo_lora": "Z-Image Turbo (LoRA)",
     "zimage_turbo_txt2img": "Z-Image Turbo (snapshot)",
-    "zimage_turbo_control": "ControlNet (Z-Image Turbo)",
+    "zimage_turbo_control": "Outlines with ControlNet (Z-Image Turbo)",
     "zimage_turbo_inpaint": "Inpaint (Z-Image Turbo)",
     "zimage_base_single_files": "Z-Image Base",
     "zimage_base_int8": "Z-Image Base (int8)",
