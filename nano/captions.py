@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 
-from .scenes import COLOURS, SIZES, Scene
+from .scenes import COLOURS, EXTRA_SHAPES, SIZES, Scene, sample
 
 PREFIXES = ("a picture of ", "an image of ", "a photo of ", "a drawing of ", "draw ", "an illustration of ", "show me ")
 WORDY = (
@@ -96,6 +97,14 @@ def phrase(scene: Scene, rng: random.Random) -> str:
 def vocabulary() -> list[str]:
     """Words that the tokenizer should know whole even where they are rare."""
     return [*COLOURS, "grey", *SIZES, *COMPLAINTS, *ENDINGS, *WORDY]
+
+
+def words() -> list[str]:
+    """All words that captions are made of, and the one that the LoRA brings: what the model can know."""
+    rng = random.Random("words")
+    said = [caption(sample(rng, allowed=lambda colour, shape: True), rng) for _ in range(20_000)]
+    said += [*PREFIXES, *vocabulary(), *EXTRA_SHAPES, *map(_plural, EXTRA_SHAPES)]
+    return sorted({word for text in said for word in re.findall(r"\w+", text.lower())})
 
 
 def _one(scene: Scene, rng: random.Random) -> str:

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from zimage_core.model.tokenizer import WORDS
 from zimage_core.weights.snapshot import Snapshot
 
-from . import train, train_text, train_vae
+from . import captions, train, train_text, train_vae
 
 DIFFUSERS = "0.42.1"  # the release whose configs these are, and that the parity tests load them with
 # our names -> the published ones; the first row that matches wins
@@ -55,6 +56,7 @@ def write(folder: Path, tokenizer: Path, vae: dict[str, Tensor], learned: dict[s
     _weights(new / "text_encoder" / "model.safetensors", _text_encoder(_part(learned, "text_encoder.")))
     _weights(new / "vae" / "diffusion_pytorch_model.safetensors", published_vae(vae))
     shutil.copytree(tokenizer, new / "tokenizer")
+    (new / "tokenizer" / WORDS).write_text("\n".join(captions.words()) + "\n", encoding="utf-8")
     _json(new / "transformer" / "config.json", _transformer_config())
     _json(new / "text_encoder" / "config.json", _text_encoder_config(new / "tokenizer"))
     _json(new / "vae" / "config.json", _vae_config())

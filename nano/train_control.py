@@ -8,6 +8,7 @@ python -m nano.train_control --minutes 30 --out nano/zimage_nano_control.safeten
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import random
@@ -23,15 +24,17 @@ from zimage_core.config import ControlConfig
 from zimage_core.model.control import ActiveControl, ControlNetwork, control_latents
 from zimage_core.model.transformer import ZImageTransformer
 from zimage_core.pipeline import ZImagePipeline
+from zimage_core.weights.snapshot import open_component
 
 from . import captions, evaluate, latents, scenes, train_text
 from .optim import Average, autocast, rate, save_atomically
 from .train import noise_levels, object_weights, plain_attention
 
 BATCH = 32
-POOL = 3000
+POOL = 2000
 LR = 1.5e-3
-REPAINTED = 0.4  # share of the examples that say what to keep; half of these without outlines
+REPAINTED = 0.3  # share of the examples that say what to keep; half of these without outlines
+OTHERWISE = 0.3  # share of the captions that speak of other shapes and places
 OUT = Path(__file__).parent / "zimage_nano_control.safetensors"
 
 
@@ -107,12 +110,14 @@ class Pool:
         return [self.scenes[i] for i in chosen], clean, read
 
 
-def train(minutes: float, snapshot: Path, out: Path, seed: int = 0) -> None:
-    """Writes `out`; a run that was stopped goes on from `out` with the suffix .state."""
+def train(minutes: float, snapshot: Path, out: Path, seed: int = 0, begin: Path | None = None) -> None:
+    """Writes `out`; a run that was stopped goes on from `out` with the suffix .state. begin: a file to improve."""
     torch.manual_seed(seed)
     pipe = ZImagePipeline.from_pretrained(snapshot, dtype=torch.float32)
     pipe.transformer.requires_grad_(False)
     network = build(pipe.transformer)
+    if begin is not None:
+        network.load_state_dict(open_component(begin, "control").state_dict(torch.float32))
     average = Average(network, 0.995)
     adam = torch.optim.AdamW(network.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01)
     state_file = out.with_suffix(".state")
@@ -187,11 +192,20 @@ def file_of(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _caption(pipe: ZImagePipeline, scene: scenes.Scene, rng: random.Random) -> str:
-    """Often one that leaves open what the outlines say."""
+    """Often one that leaves open what the outlines say, or speaks against it: then they count."""
     while True:
-        text = captions.caption(scene, rng, empty=0.2, short=0.45)
+        told = _otherwise(scene, rng) if rng.random() < OTHERWISE else scene
+        text = captions.caption(told, rng, empty=0.2, short=0.45)
         if len(pipe.tokenizer(text)) <= 32:  # one block: no caption is masked
             return text
+
+
+def _otherwise(scene: scenes.Scene, rng: random.Random) -> scenes.Scene:
+    """Other shapes in other places, in the colors of a scene."""
+    other = scenes.sample(rng)
+    colors = [color for color, _ in scene.objects]
+    objects = tuple((colors[i % len(colors)], shape) for i, (_, shape) in enumerate(other.objects))
+    return dataclasses.replace(other, objects=objects, background_name=scene.background_name)
 
 
 def _loss(pipe: ZImagePipeline, network: ControlNetwork, clean: Tensor, read: Tensor, texts: list[str]) -> Tensor:
@@ -217,5 +231,6 @@ if __name__ == "__main__":
     parser.add_argument("--snapshot", type=Path, default=evaluate.SNAPSHOT)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--begin", type=Path, help="an earlier file, to train further")
     a = parser.parse_args()
-    train(a.minutes, a.snapshot, a.out, a.seed)
+    train(a.minutes, a.snapshot, a.out, a.seed, a.begin)

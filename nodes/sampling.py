@@ -167,6 +167,7 @@ class ZImageSampler(io.ComfyNode):
         latents = sampler.start_latents(model, latent_image)
         latents = convert.checked_latents(latents, sampler.latent_channels(model))
         latents = convert.checked_cells(latents)
+        sampler.tell_of_size(model, latents)
         guider = sampler.make_guider(
             model,
             positive,

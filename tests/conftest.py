@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from . import quick_worker
 from .helpers import NANO, ROOT
 
 # Before torch is imported: tiny tensors on many threads spend their time on waking threads. Processes share the cores.
@@ -23,6 +24,13 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Said here, before workers are started, so that one run has one, midnight or not.
 os.environ.setdefault("FUZZ_SEED", datetime.date.today().isoformat())
+
+# Where Python may not leave bytecode beside the sources, it goes here: else each process, a server or a worker that
+# compiles, would take 10 to 20 seconds to compile torch, transformers and ComfyUI anew.
+if sys.dont_write_bytecode and sys.pycache_prefix is None:
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = str(ROOT / "build" / "bytecode")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 sys.path.append(str(ROOT / ".ci"))  # setup, provision, host, browser and workflow are scripts, not a package
 
@@ -35,6 +43,13 @@ def pytest_report_header() -> str:
 def root() -> Path:
     """The folder of the repository."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def quick_workers() -> Iterator[str]:
+    """Their address: see quick_worker.py."""
+    with quick_worker.ready() as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

@@ -128,10 +128,13 @@ def schemas() -> dict[str, Schema]:
     return found
 
 
+OWN_TYPES = {"CROP": "ZIMAGE_CROP"}  # by their names in the sources
+
+
 def _kind(call: ast.Call, role: str) -> str:
-    io, kind, what = ast.unparse(call.func).split(".")
-    assert (io, what) == ("io", role)
-    return kind.upper()
+    kind, what = ast.unparse(call.func).removeprefix("io.").split(".")
+    assert what == role
+    return OWN_TYPES.get(kind, kind.upper())
 
 
 def _inputs(node: ast.expr, helpers: dict[str, ast.FunctionDef]) -> Iterator[dict]:
@@ -142,11 +145,12 @@ def _inputs(node: ast.expr, helpers: dict[str, ast.FunctionDef]) -> Iterator[dic
         yield from _inputs(node.value, helpers)
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):  # a function that makes some of them
         (returned,) = [item for item in ast.walk(helpers[node.func.id]) if isinstance(item, ast.Return)]
-        yield from _inputs(returned.value, helpers)
+        for declared in _inputs(returned.value, helpers):
+            yield {**declared, "name": ast.literal_eval(node.args[0])} if declared["name"] is None else declared
     else:
         arguments = {keyword.arg: keyword.value for keyword in node.keywords}
         read = {name: ast.literal_eval(value) for name, value in arguments.items() if _is_literal(value)}
-        yield {**read, "name": node.args[0].value, "kind": _kind(node, "Input")}
+        yield {**read, "name": getattr(node.args[0], "value", None), "kind": _kind(node, "Input")}
 
 
 def _is_literal(node: ast.expr) -> bool:
@@ -164,7 +168,7 @@ def test_node_table_is_the_packs():
     """And each row leads to the node's page."""
     listed = re.findall(r"^\| \[.+\]\(web/docs/(\w+)/en\.md\) `(ZImage\w+)` \|", section("README.md", "Nodes"), re.M)
     declared = re.findall(r'node_id="(ZImage\w+)"', SOURCES)
-    assert sorted(name for _, name in listed) == sorted(declared) and len(declared) == 8
+    assert sorted(name for _, name in listed) == sorted(declared) and len(declared) == 11
     assert all(page == name for page, name in listed)
     assert sorted(NODE_PAGES) == sorted(SCHEMAS) == sorted(declared)
 

@@ -101,7 +101,7 @@ def test_attention_of_the_plain_one_stores_no_scores():
 
 
 def test_bfloat16_is_no_further_from_float32_than_plain(vae):
-    latents = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(1))
+    latents = torch.randn(2, 16, 10, 10, generator=torch.Generator().manual_seed(1))
     exact = copy.deepcopy(vae).bfloat16().float().decode(latents)
     half = copy.deepcopy(vae).bfloat16()
     ours = (vae_bands.decode(half, latents.bfloat16(), 20).float() - exact).norm()
@@ -158,13 +158,13 @@ def test_memory_is_little_more_than_the_widest_map():
     Kernels' own memory, of which a whole map needs as much again and a band little, is not counted here.
     """
     narrow = {**PUBLISHED["vae"], "block_out_channels": [16, 32, 64, 64], "norm_num_groups": 16}
-    vae, latents = random_vae(narrow), torch.randn(1, 16, 128, 96)
+    vae, latents = random_vae(narrow), torch.randn(1, 16, 96, 64)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(vae_bands, "WORKSPACE", 4 * 2**20)
-        patched.setattr(vae_bands, "SCORES", 8 * 2**20)
+        patched.setattr(vae_bands, "WORKSPACE", 2 * 2**20)
+        patched.setattr(vae_bands, "SCORES", 4 * 2**20)
         in_bands = process_memory.tensors(lambda: vae_bands.decode(vae, latents))
     plain = process_memory.tensors(lambda: vae.decode(latents))
-    widest = 32 * 1024 * 768 * 4
+    widest = 32 * 768 * 512 * 4
     assert widest < in_bands <= 1.25 * widest
     assert plain >= 3 * widest
 

@@ -30,7 +30,7 @@ from ...zimage_core.prompts.cache import Stamp, stamps
 from ...zimage_core.weights.component import Component
 from ...zimage_core.weights.snapshot import open_component, open_tokenizer, snapshot_folder
 from . import files as bridge_files
-from . import layers, lora, native_encoder, prompts, quantized, quantized_patcher
+from . import layers, lora, native_encoder, notices, prompts, quantized, quantized_patcher
 from .native_encoder import NAME
 from .others import NATIVE, OURS
 
@@ -327,6 +327,9 @@ def encode(clip: comfy.sd.CLIP, text: str, cached: bool = True) -> list[Any]:
     are float32's.
     """
     tokens = clip.tokenize(text)
+    if isinstance(clip.tokenizer, HostTokenizer) and (unknown := clip.tokenizer.zimage.unknown(text)):
+        shown = ", ".join(unknown[:8])
+        notices.warn(f"This small model doesn't know: {shown}. It draws simple shapes only; its note lists its words.")
     key = prompts.key(clip, tokens) if cached and isinstance(clip.cond_stage_model, HostTextModel) else None
     known = None if key is None else prompts.cache().get(key)
     if known is not None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import comfy.model_management as mm
 import comfy.utils
 import folder_paths
-from comfy_execution.utils import get_executing_context
 
 from ...zimage_core.hub import download
 from ...zimage_core.hub.download import Progress, Repository
+from . import notices
 
 HOW = "Switch `download` on in this node and queue again: it is then fetched into that folder."
 
@@ -57,12 +57,7 @@ class _Report:
         if self.bar is None:
             self.bar = comfy.utils.ProgressBar(max(1, progress.total))
         self.bar.update_absolute(progress.done, max(1, progress.total))
-        from server import PromptServer  # with a database and all of ComfyUI's routes; there before any node runs
-
-        context = get_executing_context()
-        if context is not None and PromptServer.instance is not None:
-            text = (
-                f"{progress.done / 1e9:.2f} of {progress.total / 1e9:.2f} GB, {progress.speed / 1e6:.1f} MB/s\n"
-                f"{progress.file}"
-            )
-            PromptServer.instance.send_progress_text(text, context.node_id)
+        notices.show(
+            f"{progress.done / 1e9:.2f} of {progress.total / 1e9:.2f} GB, {progress.speed / 1e6:.1f} MB/s\n"
+            f"{progress.file}"
+        )

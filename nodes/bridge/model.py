@@ -313,6 +313,7 @@ def load_model(
             component.source,
             "float16 as well" if fits else "float32, as by its weights float16 might overflow",
         )
+    model.trained_side = source.side
     model.device = offload_device  # until here "meta", where it was built
     model.to(offload_device)
 

@@ -20,7 +20,7 @@ from ...zimage_core.diagnostics import finite
 from ...zimage_core.diagnostics.finite import NotFinite
 from ...zimage_core.sampling.loop import guided_velocity, guides_at
 from . import attention as bridge_attention
-from . import borders, lora
+from . import borders, lora, notices
 
 
 class ZImageGuider(comfy.samplers.CFGGuider):
@@ -185,6 +185,16 @@ def run(
         allowed=safe_retry,
         transformer=guider.model_patcher.model.diffusion_model,
     )
+
+
+def tell_of_size(model: comfy.model_patcher.ModelPatcher, latents: Tensor) -> None:
+    """Warns where images would be far larger or smaller than those that the model was trained on."""
+    trained, (height, width) = getattr(model.model, "trained_side", None), (8 * side for side in latents.shape[-2:])
+    if trained is not None and not (trained / 2) ** 2 <= height * width <= (2 * trained) ** 2:
+        notices.warn(
+            f"This model was trained on images of {trained}x{trained}; {width}x{height} is far from that and will look "
+            f"bad. Set width and height near {trained}."
+        )
 
 
 def _run(guider: ZImageGuider, latents: Tensor, sigmas: Tensor, seed: int, latent: dict[str, Any]) -> Tensor:

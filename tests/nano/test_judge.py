@@ -21,7 +21,12 @@ def truth(count: int, name: str, **options) -> tuple[list[scenes.Scene], torch.T
 @pytest.mark.parametrize(
     ("size", "lowest"),
     # in pictures of 64 pixels the smallest shapes are 16 pixels wide, too few to tell all of them apart
-    [((128, 128), 0.99), ((96, 128), 0.99), ((256, 256), 0.99), ((64, 64), 0.95)],
+    [
+        ((128, 128), 0.99),
+        ((96, 128), 0.99),
+        pytest.param((256, 256), 0.99, marks=pytest.mark.slow),
+        ((64, 64), 0.95),
+    ],
 )
 def test_drawn_truth_is_read_right(size, lowest):
     width, height = size

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from nano import captions, evaluate, latents, scenes, train_text
+from zimage_core.model.tokenizer import WORDS
+
+from ..helpers import NANO
 
 
 def anything(colour: str, shape: str) -> bool:
@@ -130,3 +133,7 @@ def test_every_question_has_its_answer_in_every_scene():
         assert all(
             0 <= index < len(options) for index, options in zip(found, train_text.QUESTIONS.values(), strict=True)
         )
+
+
+def test_the_snapshot_lists_all_words_that_training_says():
+    assert (NANO / "tokenizer" / WORDS).read_text(encoding="utf-8").split() == captions.words()

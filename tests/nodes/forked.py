@@ -5,6 +5,7 @@ Each registers a device with torch, or replaces ComfyUI's library for paging, an
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -46,6 +47,7 @@ def serve() -> None:
     os.dup2(2, 1)  # for what ComfyUI prints
     importlib.import_module("tests.nodes")  # before ComfyUI, which has a folder `tests`, is on the path
     importlib.import_module("inside").load_pack("use_pytorch_cross_attention")
+    gc.freeze()  # what is imported stays, and to look through it takes a third of a second each time
     for line in sys.stdin:
         child = os.fork()  # nothing has used threads yet
         if child == 0:

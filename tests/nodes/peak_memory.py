@@ -29,7 +29,7 @@ from inside import load_pack  # noqa: E402
 
 from tests.nodes import test_packed  # noqa: E402
 
-SHARES = (None, 0.75, 0.5, 0.2)  # room for so much of the transformer; None: for everything
+SHARES = (None, 0.5, 0.2)  # room for so much of the transformer; None: for everything
 # heads of 128, time embeddings of 1024, and an MLP of a multiple of 256 that both compute alike from the width
 TOY = {"dim": 1152, "n_heads": 9, "n_layers": 2, "n_refiner_layers": 1, "cap_feat_dim": 128}
 PROMPT = "a red circle on a blue background"

@@ -362,3 +362,20 @@ def test_a_weight_that_is_not_finite_is_named(pack, kind):
             denoise=1.0,
         ).args
         pack.vae.ZImageVAEDecode.execute(vae, latent)
+
+
+def test_sizes_that_the_model_was_not_trained_on_are_told(pack, parts, sample, caplog):
+    sample(latent_image=empty(height=32, width=32), steps=1)
+    assert "trained on" not in caplog.text
+    for side in (4, 40):
+        caplog.clear()
+        sample(latent_image=empty(height=side, width=side), steps=1)
+        assert f"trained on images of 128x128; {8 * side}x{8 * side} is far from that" in caplog.text
+
+
+def test_words_that_the_nano_model_does_not_know_are_told(pack, caplog):
+    clip = pack.bridge.clip.load_clip(NANO, torch.float32)
+    pack.bridge.clip.encode(clip, "Two RED stars, on a blue background")
+    assert "doesn't know" not in caplog.text
+    pack.bridge.clip.encode(clip, "a red cat on the moon, cinematic")
+    assert "This small model doesn't know: cat, cinematic." in caplog.text

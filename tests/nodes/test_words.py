@@ -15,7 +15,7 @@ from ..helpers import ROOT
 LOADERS = {"ZImageTransformerLoader", "ZImageTextEncoderLoader", "ZImageVAELoader"}
 ADVANCED = {
     "weight_dtype", "repository", "compile", "cache_converted", "cache", "attention", "low_memory", "safe_retry",
-    "cfg_normalization", "cfg_truncation", "network",
+    "cfg_normalization", "cfg_truncation", "network", "start", "fit", "on_negative", "left", "top", "right", "bottom",
 }  # fmt: skip
 # Chinese for Z-Image and for text to image, as escapes: checkers of node packs refuse tests with other letters
 ZAOXIANG, WENSHENGTU = "\u9020\u76f8", "\u6587\u751f\u56fe"
@@ -30,7 +30,7 @@ def infos(pack) -> dict[str, dict]:
         info = vars(node.GET_SCHEMA().get_v1_info(node))
         inputs = {**info["input"]["required"], **info["input"].get("optional", {})}
         found[info["name"]] = {**info, "inputs": {name: spec[1] for name, spec in inputs.items()}}
-    assert len(found) == 8
+    assert len(found) == 11
     return found
 
 

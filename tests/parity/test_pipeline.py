@@ -23,11 +23,17 @@ CASES = {
 PROMPTS = ["a red circle on a blue background", "two green stars beside a very long list of things " * 4]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[("narrow", 0, {}), ("wide", 1, {"shift": 6.0}), ("narrow", 2, {"use_dynamic_shifting": True})],
-    ids=str,
-)
+MODELS = [("narrow", 0, {}), ("wide", 1, {"shift": 6.0}), ("narrow", 2, {"use_dynamic_shifting": True})]
+# Every case with one model and every model with these are in `make test`, all of both in `make test-all`.
+OFTEN = {"no guidance", "guidance, negative prompt of another length", "normalization and truncation"}
+PAIRS = [
+    pytest.param(model, case, marks=() if model is MODELS[0] or case in OFTEN else pytest.mark.slow)
+    for model in MODELS
+    for case in CASES
+]
+
+
+@pytest.fixture(scope="module")
 def pipelines(request, make_snapshot):
     name, seed, scheduler = request.param
     folder = make_snapshot(name, seed, **scheduler)
@@ -36,7 +42,7 @@ def pipelines(request, make_snapshot):
     return ZImagePipeline.from_pretrained(folder), reference
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("pipelines", "case"), PAIRS, indirect=["pipelines"], ids=str)
 def test_latents_after_eight_steps(pipelines, case):
     ours, reference = pipelines
     settings = CASES[case]
@@ -45,6 +51,7 @@ def test_latents_after_eight_steps(pipelines, case):
     assert relative(mine, theirs) <= 1e-4
 
 
+@pytest.mark.parametrize("pipelines", MODELS, indirect=True, ids=str)
 def test_image_with_several_per_prompt(pipelines):
     ours, reference = pipelines
     mine = ours.generate(PROMPTS, width=64, height=64, seed=11, batch_size=2)

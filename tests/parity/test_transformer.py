@@ -61,7 +61,7 @@ def test_a_mixed_batch_equals_its_items_run_alone(models):
 def test_bfloat16_is_no_further_from_float32_than_diffusers(make_transformer, tmp_path):
     """Distances are summed over several models and cases: a single one is luck."""
     ours = theirs = 0.0
-    for seed in range(4):
+    for seed in range(2):
         reference = make_transformer("wide", seed)
         folder = tmp_path / str(seed)
         reference.save_pretrained(folder / "transformer")

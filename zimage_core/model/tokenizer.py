@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
 # Qwen3's chat template for one user turn with thinking enabled (so without an empty think block) and no system turn
 PROMPT_TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+WORDS = "words.txt"  # in a tokenizer's folder, where a model knows few words: all of them
 MAX_LENGTH = 512  # tokens, template included (reference `max_sequence_length`)
 
 
@@ -28,6 +31,13 @@ class Tokenizer:
 
         self.inner = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         self.pad_id: int = self.inner.pad_token_id
+        known = Path(folder) / WORDS
+        self.words = frozenset(known.read_text(encoding="utf-8").split()) if known.is_file() else None
+
+    def unknown(self, prompt: str) -> list[str]:
+        """Words of a prompt that a model of few words was never shown; none for a model that doesn't list its words."""
+        found = re.findall(r"\w+", prompt.lower())
+        return [] if self.words is None else [word for word in dict.fromkeys(found) if word not in self.words]
 
     def __call__(self, prompt: str, max_length: int = MAX_LENGTH) -> list[int]:
         """Ids of the templated prompt, at most `max_length`; a longer prompt loses its end, with a warning."""

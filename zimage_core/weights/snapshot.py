@@ -69,6 +69,7 @@ class ModelSource:
     component: Component
     schedule: SchedulerConfig
     latent_factors: tuple[float, float] | None  # scale and shift of its VAE; None: the published ones
+    side: int | None  # of the images that it was trained on, in pixels, where that is known
 
 
 def open_model(path: str | Path, *, map_file: MapFile | None = map_safetensors) -> ModelSource:
@@ -78,10 +79,11 @@ def open_model(path: str | Path, *, map_file: MapFile | None = map_safetensors) 
     """
     component, folder = open_component(path, "transformer", map_file=map_file), snapshot_folder(path)
     if folder is None:
-        return ModelSource(component, PUBLISHED_SCHEDULE, None)
+        return ModelSource(component, PUBLISHED_SCHEDULE, None, None)
     snapshot = Snapshot(folder)
     vae = snapshot.vae_config()
-    return ModelSource(component, snapshot.scheduler_config(), (vae.scaling_factor, vae.shift_factor))
+    factors = (vae.scaling_factor, vae.shift_factor)
+    return ModelSource(component, snapshot.scheduler_config(), factors, vae.sample_size)
 
 
 def schedule_of(path: str | Path) -> SchedulerConfig:
