@@ -345,7 +345,7 @@ NOTES = {
     "zimage_nano_control": (
         "What to change",
         "The second image has the outlines of the first; its prompt says what is left open. **strength** says how much "
-        "the outlines count, **end** how long. Put a *Load Image* before *Canny* for your own lines.",
+        "the outlines count; near 1 a prompt that names a shape wins. *Canny* sees brightness only: not red on blue.",
     ),
     "zimage_nano_inpaint": (
         "What to change",
