@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def main() -> None:
                     box = {"x": x, "y": y, "width": width, "height": height}
                     _save(page.screenshot(clip=box), SCREENSHOT, (1200, 1200))
                 with server.connect() as client:
-                    _save(_picture(client, name, prompt), target.with_suffix(".jpg"), (512, 512))
+                    _save(_picture(client, name, prompt), target.with_suffix(".jpg"), (512, 512), ImageOps.pad)
                 print(f"{name}: {len(graph['nodes'])} nodes, {len(graph['links'])} wires")
             for name, (source, *_) in blueprints.BLUEPRINTS.items():
                 prompt = blueprints.prompt(name)
@@ -165,10 +166,10 @@ def _picture(client: Client, name: str, prompt: dict[str, Any]) -> bytes:
     return image
 
 
-def _save(image: bytes, path: Path, size: tuple[int, int]) -> None:
+def _save(image: bytes, path: Path, size: tuple[int, int], fit: Callable[..., Image.Image] = ImageOps.contain) -> None:
     """As JPEG: a small image enlarged, a large one made smaller, both in proportion."""
     with Image.open(io.BytesIO(image)) as opened:
-        ImageOps.contain(opened.convert("RGB"), size).save(path, quality=85, optimize=True)
+        fit(opened.convert("RGB"), size).save(path, quality=85, optimize=True)
 
 
 if __name__ == "__main__":
