@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ FOLDERS = {
     "ZImageTextEncoderLoader": "text_encoders",
     "ZImageVAELoader": "vae",
     "ZImageLoraLoader": "loras",
+    "ZImageControlNet": "model_patches",
 }
 BUILD = """
 const [prompt, layout] = argument;
@@ -102,7 +104,7 @@ def main() -> None:
     with Server(provision.newest(), packs={"comfyui-zimage": provision.ROOT}) as server:
         for prompt in prompts.values():
             for node in prompt.values():  # so that every combo knows every name
-                name = node["inputs"].get("lora", node["inputs"].get("model"))
+                name = layouts.file(node)
                 if isinstance(name, str) and Path(name).suffix in (".safetensors", ".gguf"):
                     file = server.base / "models" / FOLDERS[node["class_type"]] / name
                     file.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +121,7 @@ def main() -> None:
                     box = {"x": x, "y": y, "width": width, "height": height}
                     _save(page.screenshot(clip=box), SCREENSHOT, (1200, 1200))
                 with server.connect() as client:
-                    _save(_picture(client, name, prompt), target.with_suffix(".jpg"), (512, 512))
+                    _save(_picture(client, name, prompt), target.with_suffix(".jpg"), (512, 512), ImageOps.pad)
                 print(f"{name}: {len(graph['nodes'])} nodes, {len(graph['links'])} wires")
             for name, (source, *_) in blueprints.BLUEPRINTS.items():
                 prompt = blueprints.prompt(name)
@@ -155,17 +157,19 @@ def _write(path: Path, graph: dict[str, Any]) -> None:
 
 
 def _picture(client: Client, name: str, prompt: dict[str, Any]) -> bytes:
-    """The last image of a workflow of the nano model; for others, one that the nano model draws."""
+    """The last image that a workflow of the nano model saves; for others, one that the nano model draws."""
     if name in layouts.CARDS:
         prompt = workflow.load(HELLO)
         workflow.set_text(prompt, layouts.CARDS[name])
-    return client.images(client.run(prompt))[-1]
+    last = max(workflow.nodes(prompt, "SaveImage"), key=int)
+    (image,) = client.images(client.run(prompt), last)
+    return image
 
 
-def _save(image: bytes, path: Path, size: tuple[int, int]) -> None:
+def _save(image: bytes, path: Path, size: tuple[int, int], fit: Callable[..., Image.Image] = ImageOps.contain) -> None:
     """As JPEG: a small image enlarged, a large one made smaller, both in proportion."""
     with Image.open(io.BytesIO(image)) as opened:
-        ImageOps.contain(opened.convert("RGB"), size).save(path, quality=85, optimize=True)
+        fit(opened.convert("RGB"), size).save(path, quality=85, optimize=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ TITLE = 30  # pixels of a node's title, above its position
 GAP = 40  # between columns
 # left edge and width of each column: loaders, prompts, sampler, image
 COLUMNS = {"A": (0, 380), "B": (420, 280), "C": (740, 380), "D": (1160, 320)}
+# the same in five, where a graph makes two images: loaders, prompts, samplers, what is between, images
+COLUMNS |= {"a": (0, 380), "b": (410, 280), "c": (720, 240), "d": (990, 230), "e": (1250, 250)}
 # node type -> height without title that no renderer exceeds, a missing model included
 HEIGHTS = {
     "ZImageTransformerLoader": 230,
@@ -24,7 +26,15 @@ HEIGHTS = {
     "ZImageVAEDecode": 108,
     "ZImageVAEEncode": 108,
     "ZImageLoraLoader": 210,
+    "ZImageControlNet": 290,
+    "ZImageInpaintPrepare": 334,
+    "ZImageInpaintFinish": 106,
+    "Canny": 90,
+    "SolidMask": 118,
+    "MaskComposite": 138,
+    "LoadImage": 360,
     "SaveImage": 290,
+    "PreviewImage": 205,
     "PreviewAny": 100,
     "MarkdownNote": 120,
 }
@@ -66,6 +76,71 @@ IMAGE = {
     "14": ("D", 638),
     "note": ("A", 790, 138),
 }
+CONTROL = {
+    "1": ("a", 0),
+    "2": ("a", 290),
+    "3": ("a", 566),
+    "4": ("b", 40),
+    "6": ("b", 414),
+    "7": ("c", 0),
+    "8": ("d", 0),
+    "9": ("e", 0),
+    "10": ("d", 180),
+    "11": ("d", 330),
+    "12": ("b", 614),
+    "13": ("b", 227),
+    "14": ("c", 616),
+    "15": ("d", 616),
+    "16": ("e", 616),
+    "note": ("a", 790, 138),
+}
+INPAINT = CONTROL | {
+    "10": ("d", 166),
+    "11": ("d", 318),
+    "12": ("e", 326),
+    "13": ("b", 614),
+    "14": ("b", 227),
+    "15": ("c", 616),
+    "16": ("d", 616),
+    "17": ("d", 790),
+    "18": ("e", 616),
+}
+CONTROL_PHOTO = {
+    "1": ("A", 0),
+    "2": ("A", 290),
+    "3": ("A", 566),
+    "4": ("C", 362),
+    "6": ("A", 808),
+    "7": ("C", 602),
+    "8": ("D", 0),
+    "9": ("D", 150, 390),
+    "10": ("B", 60),
+    "11": ("B", 490),
+    "12": ("B", 640),
+    "13": ("C", 0),
+    "note": ("D", 622, 306),
+}
+INPAINT_PHOTO = {
+    "1": ("A", 0),
+    "2": ("A", 290),
+    "3": ("A", 566),
+    "4": ("B", 490),
+    "7": ("C", 602),
+    "8": ("D", 352),
+    "9": ("D", 658),
+    "10": ("B", 60),
+    "11": ("C", 60),
+    "12": ("D", 0),
+    "13": ("D", 506),
+    "note": ("B", 692, 238),
+}
+PHOTO = PLAIN | {
+    "4": ("B", 110),
+    "5": ("B", 324),
+    "6": ("B", 538),
+    "10": ("A", 568),
+    "note": ("D", 690, 238),
+}
 WIDER = {"10": 700}  # the LoRA report, below two columns
 
 # (source, target, input) -> points that the wire passes, so that it runs beneath no node
@@ -85,6 +160,48 @@ WAYS_IMAGE = {
     ("8", "10", "pixels"): [(1500, 114), (1500, 449), (1144, 449), (1144, 578), (404, 578)],
     ("5", "12", "negative"): [(720, 400), (720, 660)],
 }
+BEFORE = {  # from the first image back to where it is read, and what steers the first image
+    ("1", "7", "model"): [(395, 4), (705, 4)],
+    ("3", "8", "vae"): [(395, 558), (975, 558)],
+}
+WAYS_CONTROL = BEFORE | {
+    ("1", "12", "model"): [(395, 540)],
+    ("3", "15", "vae"): [(395, 558), (975, 558)],
+    ("8", "10", "image"): [(1235, 130), (975, 130)],
+    ("10", "11", "images"): [(1235, 285), (975, 285)],
+    ("10", "12", "image"): [(1235, 285), (975, 285), (975, 568), (395, 568)],
+}
+WAYS_INPAINT = BEFORE | {
+    ("1", "15", "model"): [(395, 540), (705, 540)],
+    ("3", "16", "vae"): [(395, 558), (975, 558)],
+    ("8", "13", "image"): [(1235, 122), (975, 122), (975, 568), (395, 568)],
+    ("12", "13", "mask"): [(1515, 500), (970, 500), (970, 548), (395, 548)],
+    ("13", "17", "crop"): [(705, 560), (975, 560)],
+    ("16", "17", "image"): [(1235, 742), (975, 742)],
+}
+WAYS_CONTROL_PHOTO = {
+    ("1", "13", "model"): [(404, 8), (720, 8)],
+    ("3", "13", "vae"): [(404, 20), (720, 20)],
+    ("3", "8", "vae"): [(404, 596), (720, 596), (720, 545), (1140, 545)],
+    ("2", "4", "clip"): [(404, 440), (720, 440)],
+    ("10", "11", "image"): [(716, 440), (404, 440)],
+    ("11", "12", "images"): [(716, 596), (404, 596)],
+    ("13", "7", "model"): [(1140, 311), (724, 311)],
+    ("4", "7", "positive"): [(1140, 545), (724, 545)],
+    ("6", "7", "latent_image"): [(404, 900), (720, 900)],
+    ("8", "9", "images"): [(1500, 114), (1140, 114)],
+}
+WAYS_INPAINT_PHOTO = {
+    ("1", "12", "model"): [(404, 8), (1140, 8)],
+    ("3", "12", "vae"): [(404, 20), (1140, 20)],
+    ("3", "11", "vae"): [(404, 20), (720, 20)],
+    ("3", "8", "vae"): [(404, 440), (1140, 440)],
+    ("11", "7", "latent_image"): [(1136, 470), (724, 470)],
+    ("12", "7", "model"): [(1500, 306), (1136, 306), (1136, 540), (724, 540)],
+    ("8", "13", "image"): [(1500, 468), (1140, 468)],
+    ("13", "9", "images"): [(1500, 620), (1140, 620)],
+}
+WAYS_PHOTO = WAYS | {("3", "6", "vae"): [(1136, 204), (724, 204), (724, 494), (404, 494)]}
 GROUPS = [
     ("Models", ["1", "2"]),
     ("Prompt and size", ["4", "5", "6"]),
@@ -107,9 +224,62 @@ GROUPS_IMAGE = [
     ("Change the image", ["12"]),
     ("Result", ["13", "14"]),
 ]
+GROUPS_CONTROL = [
+    ("Models", ["1", "2", "3"]),
+    ("Prompts and size", ["4", "13", "6"]),
+    ("First image and its outlines", ["7", "8", "9", "10", "11"]),
+    ("Steer by the outlines", ["12"]),
+    ("Second image", ["14", "15", "16"]),
+]
+GROUPS_INPAINT = [
+    ("Models", ["1", "2", "3"]),
+    ("Prompts and size", ["4", "14", "6"]),
+    ("First image and mask", ["7", "8", "9", "10", "11", "12"]),
+    ("What is repainted", ["13"]),
+    ("Result", ["15", "16", "17", "18"]),
+]
+GROUPS_CONTROL_PHOTO = [
+    ("Models and size", ["1", "2", "3", "6"]),
+    ("Image and its outlines", ["10", "11", "12"]),
+    ("Steer by the outlines", ["13"]),
+    ("Prompt and sampling", ["4", "7"]),
+    ("Result", ["8", "9"]),
+]
+GROUPS_INPAINT_PHOTO = [
+    ("Models", ["1", "2", "3"]),
+    ("Image, mask and prompt", ["10", "4"]),
+    ("Cut out", ["11"]),
+    ("Sampling", ["7"]),
+    ("Control", ["12"]),
+    ("Put back", ["8", "13", "9"]),
+]
+GROUPS_PHOTO = [
+    ("Models", ["1", "2"]),
+    ("Image", ["10"]),
+    ("Prompts and latents", ["4", "5", "6"]),
+    ("VAE and sampling", ["3", "7"]),
+    ("Result", ["8", "9"]),
+]
+# API prompt -> its own places, ways and groups
+OWN = {
+    "zimage_nano_control": (CONTROL, WAYS_CONTROL, GROUPS_CONTROL),
+    "zimage_nano_inpaint": (INPAINT, WAYS_INPAINT, GROUPS_INPAINT),
+    "zimage_nano_outpaint": (
+        INPAINT,
+        WAYS_INPAINT,
+        [
+            ("First image", nodes) if title == "First image and mask" else (title, nodes)
+            for title, nodes in GROUPS_INPAINT
+        ],
+    ),
+    "zimage_turbo_control": (CONTROL_PHOTO, WAYS_CONTROL_PHOTO, GROUPS_CONTROL_PHOTO),
+    "zimage_turbo_inpaint": (INPAINT_PHOTO, WAYS_INPAINT_PHOTO, GROUPS_INPAINT_PHOTO),
+    "zimage_base_img2img": (PHOTO, WAYS_PHOTO, GROUPS_PHOTO),
+}
 
 TURBO = "https://huggingface.co/Comfy-Org/z_image_turbo/resolve/main/split_files"
 BASE = "https://huggingface.co/Comfy-Org/z_image/resolve/main/split_files"
+UNION = "https://huggingface.co/alibaba-pai/Z-Image-Turbo-Fun-Controlnet-Union-2.1/resolve/main"
 PIXEL_ART = "https://huggingface.co/tarn59/pixel_art_style_lora_z_image_turbo/resolve/main"
 # file that ComfyUI's own templates load -> (address, folder under models/, GB where known)
 FILES = {
@@ -121,6 +291,7 @@ FILES = {
     "qwen_3_4b_fp8_mixed.safetensors": (TURBO, "text_encoders", ""),
     "ae.safetensors": (TURBO, "vae", "0.3 GB"),
     "pixel_art_style_z_image_turbo.safetensors": (PIXEL_ART, "loras", ""),
+    "Z-Image-Turbo-Fun-Controlnet-Union-2.1-8steps.safetensors": (UNION, "model_patches", "6.7 GB"),
 }
 
 # API prompt -> name of the workflow, which its card shows; hello comes first where names are sorted
@@ -128,14 +299,20 @@ TITLES = {
     "zimage_nano_txt2img": "Hello world (Z-Image Nano)",
     "zimage_nano_img2img": "Image to image (Z-Image Nano)",
     "zimage_nano_lora": "LoRA (Z-Image Nano)",
+    "zimage_nano_control": "Outlines with ControlNet (Z-Image Nano)",
+    "zimage_nano_inpaint": "Inpaint (Z-Image Nano)",
+    "zimage_nano_outpaint": "Outpaint (Z-Image Nano)",
     "zimage_turbo_single_files": "Z-Image Turbo",
     "zimage_turbo_int8": "Z-Image Turbo (int8)",
     "zimage_turbo_gguf": "Z-Image Turbo (GGUF)",
     "zimage_turbo_lora": "Z-Image Turbo (LoRA)",
     "zimage_turbo_txt2img": "Z-Image Turbo (snapshot)",
+    "zimage_turbo_control": "Outlines with ControlNet (Z-Image Turbo)",
+    "zimage_turbo_inpaint": "Inpaint (Z-Image Turbo)",
     "zimage_base_single_files": "Z-Image Base",
     "zimage_base_int8": "Z-Image Base (int8)",
     "zimage_base_txt2img": "Z-Image Base (snapshot)",
+    "zimage_base_img2img": "Image to image (Z-Image Base)",
 }
 
 TURBO_ADVICE = "8 steps, guidance 0 (CFG 1 in a KSampler). Sizes divisible by 16, around 1024x1024."
@@ -165,6 +342,36 @@ NOTES = {
         "A LoRA teaches **Z-Image Nano** the moon. Set strength to 0 to see what it does without.\n\n"
         "The report says what was matched; with several LoRA it also says how much they overlap.",
     ),
+    "zimage_nano_control": (
+        "What to change",
+        "The second image has the outlines of the first; its prompt says what is left open. **strength** says how much "
+        "the outlines count; near 1 a prompt that names a shape wins. *Canny* sees brightness only: not red on blue.",
+    ),
+    "zimage_nano_inpaint": (
+        "What to change",
+        "Only what the mask covers is painted anew: 80x80 pixels around the circle. The second prompt describes the "
+        "whole image. **feather** blends the edge; **denoise** below 1 keeps some of what was there.",
+    ),
+    "zimage_nano_outpaint": (
+        "What to change",
+        "**right** adds 64 pixels; **left**, **top** and **bottom** do so at the other sides. The second prompt "
+        "describes the whole image. With a mask, a part of it is repainted as well.",
+    ),
+    "zimage_turbo_control": (
+        "Get the files",
+        "The image gets the outlines of yours; for depth or a pose, put a node that makes such a map in the place of "
+        "*Canny*. **strength** 0.65 to 1, with a detailed prompt.\n\n{files}\n\n" + TURBO_ADVICE,
+    ),
+    "zimage_turbo_inpaint": (
+        "Get the files",
+        "Right-click your image, *Open in MaskEditor*, paint over what is to change. The prompt describes what is to "
+        "be there.\n\n{files}",
+    ),
+    "zimage_base_img2img": (
+        "Get the files",
+        "**denoise** says how much changes: 0.3 a little, 0.7 a lot, 1 all. The image should have about a megapixel "
+        "and sides divisible by 16.\n\n{files}\n\n" + BASE_ADVICE,
+    ),
     "zimage_turbo_txt2img": ("Get the snapshot", SNAPSHOT.format("Z-Image-Turbo", TURBO_ADVICE)),
     "zimage_base_txt2img": ("Get the snapshot", SNAPSHOT.format("Z-Image", BASE_ADVICE)),
     "zimage_turbo_single_files": ("Get the files", STANDARD.replace("{advice}", TURBO_ADVICE)),
@@ -190,6 +397,9 @@ CARDS = {
     "zimage_turbo_int8": "a green star on a yellow background",
     "zimage_turbo_gguf": "a white star on a red background",
     "zimage_turbo_lora": "a yellow heart on a blue background",
+    "zimage_turbo_control": "two yellow stars on a blue background",
+    "zimage_turbo_inpaint": "a yellow heart on a red background",
+    "zimage_base_img2img": "an orange ring on a blue background",
     "zimage_base_txt2img": "a red ring on a white background",
     "zimage_base_single_files": "a yellow ring on a blue background",
     "zimage_base_int8": "a green ring on a yellow background",
@@ -201,7 +411,9 @@ def layout(name: str, prompt: dict[str, Any]) -> dict[str, Any]:
 
     Where parts of the prompt `name` were left out, nothing of them is drawn.
     """
-    if any(node["class_type"] == "ZImageLoraLoader" for node in prompt.values()):
+    if name in OWN:
+        places, ways, groups = OWN[name]
+    elif any(node["class_type"] == "ZImageLoraLoader" for node in prompt.values()):
         places, ways, groups = LORA, WAYS_LORA, GROUPS_LORA
     elif "14" in prompt:
         places, ways, groups = IMAGE, WAYS_IMAGE, GROUPS_IMAGE
@@ -220,7 +432,7 @@ def layout(name: str, prompt: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"comfyui-zimage/workflows/{name}")),
         "nodes": nodes,
-        "ways": [[*wire, points] for wire, points in ways.items() if wire[1] in prompt],
+        "ways": [[*wire, points] for wire, points in ways.items() if wire[0] in prompt and wire[1] in prompt],
         "groups": [
             [title, _around([nodes[node] for node in inner if node in nodes])]
             for title, inner in groups
@@ -239,8 +451,13 @@ def _node(node: str, kind: str, column: str, top: int, height: int = 0) -> dict[
 
 
 def _app(prompt: dict[str, Any]) -> dict[str, Any]:
-    """What App mode shows: prompts, size and seed, and the images."""
-    shown = {"ZImageTextEncode": ["text"], "EmptySD3LatentImage": ["width", "height"], "ZImageSampler": ["seed"]}
+    """What App mode shows: prompts, image, size and seed, and the images."""
+    shown = {
+        "ZImageTextEncode": ["text"],
+        "LoadImage": ["image"],
+        "EmptySD3LatentImage": ["width", "height"],
+        "ZImageSampler": ["seed"],
+    }
     inputs = [[node, name] for node, content in prompt.items() for name in shown.get(content["class_type"], [])]
     return {"inputs": inputs, "outputs": [node for node in prompt if prompt[node]["class_type"] == "SaveImage"]}
 
@@ -261,8 +478,14 @@ def _view(nodes: list[dict[str, Any]]) -> dict[str, Any]:
     return {"scale": scale, "offset": [90 / scale - left, 110 / scale - top]}
 
 
+def file(content: dict[str, Any]) -> Any:
+    """What a loader has chosen; of other nodes the wire to their model, or None."""
+    inputs = content["inputs"]
+    return next((inputs[name] for name in ("lora", "control_net", "model") if name in inputs), None)
+
+
 def _model(content: dict[str, Any]) -> dict[str, str] | None:
-    name = content["inputs"].get("lora", content["inputs"].get("model"))
+    name = file(content)
     if not isinstance(name, str) or name not in FILES:
         return None
     address, folder, _ = FILES[name]

@@ -115,7 +115,7 @@ def test_files_can_be_fetched_from_the_dialog_and_the_note(name: str):
     for node in graph["nodes"]:
         for model in node["properties"].get("models", []):
             assert model["name"] == node["widgets_values"][0] and model["url"].endswith("/" + model["name"])
-            assert model["directory"] in ("diffusion_models", "text_encoders", "vae", "loras")
+            assert model["directory"] in ("diffusion_models", "text_encoders", "vae", "loras", "model_patches")
             assert f"[{model['name']}]({model['url']})" in note
             offered += 1
     if "nano" not in name.lower() and any("z_image" in str(node["widgets_values"]) for node in graph["nodes"]):
