@@ -163,9 +163,8 @@ def test_the_lora_workflow_draws_moons(each_client: Client):
         prompt[loader]["inputs"].update(strength=strength, strength_clip=strength)
         entry = each_client.run(prompt)
         (image,) = each_client.images(entry)
-        seen[strength] = [
-            (item.colour, item.shape) for item in sorted(judge.read(_pixels(image))[1], key=lambda item: item.y)
-        ]
+        objects = judge.read(_pixels(image))[1]
+        seen[strength] = [(item.colour, item.shape) for item in sorted(objects, key=lambda item: item.y)]
         report = entry["outputs"][workflow.only(prompt, "PreviewAny")]["text"][0]
         assert "122 of 122 keys matched" in report and "trigger words: moon" in report and "rank: 8" in report
     assert seen[1.0] == [("yellow", "moon"), ("white", "star")]
@@ -193,8 +192,8 @@ def _as_prompt(graph: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
             if not (isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")):
                 continue
             inputs[name] = values.pop(0)
-            if options.get("control_after_generate"):
-                values.pop(0)
+            if options.get("control_after_generate") or options.get("image_upload"):
+                values.pop(0)  # of a widget that the page adds
         assert not values, f"node {node['id']} ({node['type']}) has widget values too many: {values}"
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
