@@ -71,7 +71,7 @@ CHANGES = {
         ("blue", [(None, "star", 0.25, 0.5), (None, "star", 0.75, 0.5)]),
     ),
     "zimage_nano_inpaint": (("blue", [RED]), ("blue", [GREEN])),
-    "zimage_nano_outpaint": (("blue", [RED]), ("blue", [("red", "circle", 1 / 3, 0.5), ("red", "circle", 0.79, 0.5)])),
+    "zimage_nano_outpaint": (("blue", [RED]), ("blue", [("red", "circle", 1 / 3, 0.5)])),
 }
 
 
