@@ -25,7 +25,7 @@ from zimage_core.model.control import ControlNetwork
 from . import models, results, step, timing
 
 STRENGTH = 0.8
-CASES = [step.Case(512, 40), step.Case(512, 40, guided=True), step.Case(1024, 40)]
+CASES = [step.Case(256, 40), step.Case(256, 40, guided=True)]
 COLUMNS = ["picture", ">ours: plain", ">steered", ">native: plain", ">steered", ">steered: ours / native"]
 
 
