@@ -195,8 +195,8 @@ def overlaps(boxes: dict[str, list[float]]) -> list[tuple[str, str]]:
 
 
 def wrong(page: Page) -> list[str]:
-    """The types of nodes that the frontend does not know or marks; a loader is marked for a missing file, too."""
-    test = "!LiteGraph.registered_node_types[node.type] || (node.has_errors && !node.type.includes('Loader'))"
+    """The types of nodes that the frontend does not know or marks; what reads files is marked where one is missing."""
+    test = "!LiteGraph.registered_node_types[node.type] || (node.has_errors && !/Load|ControlNet/.test(node.type))"
     return run(page, f"return graph.nodes.filter((node) => {test}).map((node) => node.type)")
 
 
