@@ -100,8 +100,8 @@ def test_stopping_ends_the_whole_process_group(tmp_path: Path):
         "child and print(os.getpid(), child, flush=True)\n"
         "time.sleep(300)\n"
     )
-    server = Server(tmp_path, base=tmp_path / "base", start_timeout=2.0, stop_patience=1.0)
-    with pytest.raises(HostError, match="did not answer within 2 s"):
+    server = Server(tmp_path, base=tmp_path / "base", start_timeout=4.0, stop_patience=1.0)
+    with pytest.raises(HostError, match="did not answer within 4 s"):
         server.start()
     parent, child = map(int, server.log_text().split())
     for process in (parent, child):
