@@ -100,7 +100,7 @@ def test_a_step_that_overflows_is_sampled_again_from_the_same_noise(pipe, told):
     assert steps == [1, 2, 3]  # on a CPU, the first run ended with the step that failed
     exact = copy.copy(pipe)
     exact.dtype, exact.transformer = torch.float32, copy.deepcopy(pipe.transformer).float()
-    exact.encode_prompts = lambda *_: pipe.encode_prompts([PROMPT])
+    exact.encode_prompts = lambda *_, **__: pipe.encode_prompts([PROMPT])
     expected = exact.generate(PROMPT, output="latents", **SMALL)
     assert relative(found, expected) <= 1e-5
     assert {weight.dtype for weight in pipe.transformer.parameters()} == {torch.float16}

@@ -63,6 +63,7 @@ def test_image_with_several_per_prompt(pipelines):
 FULL = pytest.mark.slow  # what text to image covers but for its first step
 
 
+@pytest.mark.parametrize("pipelines", MODELS, indirect=True, ids=str)
 @pytest.mark.parametrize("strength, guidance", [(0.3, 3.0), (0.6, 0.0), pytest.param(1.0, 3.0, marks=FULL)])
 def test_image_to_image(pipelines, strength, guidance):
     ours, reference = pipelines
@@ -73,6 +74,7 @@ def test_image_to_image(pipelines, strength, guidance):
     assert relative(mine, theirs) <= 1e-4
 
 
+@pytest.mark.parametrize("pipelines", MODELS, indirect=True, ids=str)
 @pytest.mark.parametrize("strength", [0.6, pytest.param(1.0, marks=FULL)])
 def test_inpainting(pipelines, strength):
     """A mask on the grid of the latents: else diffusers takes a pixel of each of their cells, we the most of it."""
