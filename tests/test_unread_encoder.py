@@ -128,15 +128,14 @@ def test_a_changed_encoder_misses(model, tmp_path, change):
     ],
     ids=str,
 )
-def test_what_makes_a_prompt_another(model, tmp_path, monkeypatch, settings, misses):
+def test_what_makes_a_prompt_another(model, tmp_path, settings, misses):
     opened(model, tmp_path / "prompts").encode_prompts([PROMPT])
-    if "template" in settings:
-        monkeypatch.setattr(tokenizer, "PROMPT_TEMPLATE", settings["template"])
     pipe = opened(model, tmp_path / "prompts", dtype=settings.get("dtype", torch.float32))
     if "lora" in settings:
         kind, strength = settings["lora"]
         pipe.set_loras((lora_file(tmp_path / "l.safetensors", kind), strength))
-    pipe.encode_prompts([settings.get("prompt", PROMPT)], settings.get("limit", tokenizer.MAX_LENGTH))
+    limit, template = settings.get("limit", tokenizer.MAX_LENGTH), settings.get("template", tokenizer.PROMPT_TEMPLATE)
+    pipe.encode_prompts([settings.get("prompt", PROMPT)], limit, template)
     assert len(entries(tmp_path / "prompts")) == 1 + misses
 
 
