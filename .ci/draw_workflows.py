@@ -17,6 +17,7 @@ from typing import Any
 
 import blueprints
 import browser
+import cards
 import layouts
 import provision
 import workflow
@@ -104,7 +105,7 @@ def main() -> None:
     with Server(provision.newest(), packs={"comfyui-zimage": provision.ROOT}) as server:
         for prompt in prompts.values():
             for node in prompt.values():  # so that every combo knows every name
-                name = layouts.file(node)
+                name = cards.file(node)
                 if isinstance(name, str) and Path(name).suffix in (".safetensors", ".gguf"):
                     file = server.base / "models" / FOLDERS[node["class_type"]] / name
                     file.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +116,7 @@ def main() -> None:
                 graph = browser.run(page, BUILD, [prompt, layouts.layout(name, prompt)])
                 x, y, width, height = browser.run(page, FIT, graph)
                 _compare(name, prompt, browser.run(page, "return (await app.graphToPrompt()).output"))
-                target = provision.ROOT / "workflows" / f"{layouts.TITLES[name]}.json"
+                target = provision.ROOT / "workflows" / f"{cards.TITLES[name]}.json"
                 _write(target, graph)
                 if name == HELLO:
                     box = {"x": x, "y": y, "width": width, "height": height}
@@ -158,9 +159,9 @@ def _write(path: Path, graph: dict[str, Any]) -> None:
 
 def _picture(client: Client, name: str, prompt: dict[str, Any]) -> bytes:
     """The last image that a workflow of the nano model saves; for others, one that the nano model draws."""
-    if name in layouts.CARDS:
+    if name in cards.CARDS:
         prompt = workflow.load(HELLO)
-        workflow.set_text(prompt, layouts.CARDS[name])
+        workflow.set_text(prompt, cards.CARDS[name])
     last = max(workflow.nodes(prompt, "SaveImage"), key=int)
     (image,) = client.images(client.run(prompt), last)
     return image

@@ -9,6 +9,7 @@ import uuid
 from typing import Any
 
 import browser
+import cards
 import layouts
 import pytest
 from PIL import Image
@@ -92,7 +93,7 @@ def test_looks(name: str):
 
 def test_names():
     """Cards show the names of files, which Windows has to know, too; sorted by name, hello is first."""
-    assert set(GRAPHS) == set(layouts.TITLES.values()) and set(layouts.TITLES) == PROMPTS
+    assert set(GRAPHS) == set(cards.TITLES.values()) and set(cards.TITLES) == PROMPTS
     assert sorted(GRAPHS, key=str.casefold)[0] == "Hello world (Z-Image Nano)"
     for name in GRAPHS:
         assert re.fullmatch(r"[\w() -]+", name, re.ASCII)

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import layouts
+import cards
 import provision
 import pytest
 import torch
@@ -23,7 +23,7 @@ from nano import judge
 from .. import gguf_writing
 from ..helpers import NANO, ROOT
 
-GRAPHS = {name: ROOT / "workflows" / f"{title}.json" for name, title in layouts.TITLES.items()}
+GRAPHS = {name: ROOT / "workflows" / f"{title}.json" for name, title in cards.TITLES.items()}
 FRONTEND_ONLY = {"MarkdownNote"}  # nodes that the frontend knows and the server doesn't
 
 
@@ -173,7 +173,7 @@ def test_the_lora_workflow_draws_moons(each_client: Client):
 
 def test_the_template_browser_lists_the_graphs_and_not_the_api_prompts(each_client: Client, each_host: Server):
     (pack,) = (path.name for path in (each_host.base / "custom_nodes").iterdir() if path.is_symlink())
-    assert sorted(each_client.get("/api/workflow_templates")[pack]) == sorted(layouts.TITLES.values())
+    assert sorted(each_client.get("/api/workflow_templates")[pack]) == sorted(cards.TITLES.values())
 
 
 def _as_prompt(graph: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
