@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,15 +31,27 @@ def drawn(count: int, name: str, **options: object) -> list[scenes.Scene]:
     return [scenes.sample(random.Random(f"{name} {index}"), **options) for index in range(count)]
 
 
-def made(pipe: ZImagePipeline, chosen: list[scenes.Scene], strength: float, **settings: object) -> Tensor:
-    """Images of prompts that name a color only."""
+def a_color(scene: scenes.Scene) -> str:
+    """All else is left open."""
+    return scene.objects[0][0]
+
+
+def another_shape(scene: scenes.Scene) -> str:
+    """One object in the middle, of a shape that is not in the scene."""
+    color, shape = scene.objects[0]
+    return f"a {color} {'star' if shape == 'ring' else 'ring'} on a {scene.background_name} background"
+
+
+def made(
+    pipe: ZImagePipeline, chosen: list[scenes.Scene], strength: float, said: Callable = a_color, **settings: object
+) -> Tensor:
+    """Images of these scenes' outlines; said: the prompt of each."""
     found = []
     for at in range(0, len(chosen), AT_ONCE):
         part = chosen[at : at + AT_ONCE]
         control = [Control(FILE, train_control.outlines(part), strength)]
-        prompts = [scene.objects[0][0] for scene in part]
         size = {"width": 128, "height": 128, "steps": 8, "seed": list(range(at, at + len(part)))}
-        found.append(pipe.generate(prompts, control=control, **size, **settings))
+        found.append(pipe.generate([said(scene) for scene in part], control=control, **size, **settings))
     return torch.cat(found)
 
 
@@ -47,10 +60,11 @@ def test_the_file_is_small_and_open():
     assert Path(FILE).suffix == ".safetensors"
 
 
+@pytest.mark.parametrize("said", [a_color, another_shape])
 @pytest.mark.parametrize("count", COUNTS)
-def test_position_count_and_shape_follow_the_outlines(pipe, count):
+def test_position_count_and_shape_follow_the_outlines(pipe, count, said):
     chosen = drawn(count, "follow")
-    steered, free = (made(pipe, chosen, strength) for strength in (1.0, 0.0))
+    steered, free = (made(pipe, chosen, strength, said) for strength in (1.0, 0.0))
     follow = [judge.follows(image, scene) for image, scene in zip(steered, chosen, strict=True)]
     chance = [judge.follows(image, scene) for image, scene in zip(free, chosen, strict=True)]
     assert sum(follow) / count >= 0.88
