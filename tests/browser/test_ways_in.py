@@ -31,8 +31,9 @@ return (await app.graphToPrompt()).output;
 """
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["litegraph", "nodes2"])
+@pytest.fixture(params=[False, True], ids=["litegraph", "nodes2"])
 def page(chromium: Any, server: Server, request: pytest.FixtureRequest) -> Any:
+    """Fresh for each test: a search or App mode that was left open is in the way of the next one."""
     settings = {"Comfy.Locale": "en", "Comfy.VueNodes.Enabled": request.param}
     with browser.open_page(chromium, server, settings) as page:
         page.renderer = "nodes2" if request.param else "litegraph"
