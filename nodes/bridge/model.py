@@ -26,7 +26,8 @@ from torch import Tensor
 from ...zimage_core.backends.operations import Gain
 from ...zimage_core.config import SchedulerConfig, TransformerConfig
 from ...zimage_core.model import reference
-from ...zimage_core.model.transformer import Captions, ZImageTransformer
+from ...zimage_core.model.captions import Captions
+from ...zimage_core.model.transformer import ZImageTransformer
 from ...zimage_core.sampling.loop import model_time, velocity
 from ...zimage_core.weights.component import Component
 from ...zimage_core.weights.snapshot import ModelSource, open_model

@@ -17,9 +17,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +32,10 @@ from ..backends.operations import PLAIN, Gain, LeanOperations, Operations, Token
 from ..config import TransformerConfig
 from .attention import Attention, attention
 from .block import Block, is_as_built, is_changed
+from .captions import Captions, by_token, joined
 from .control import ActiveControl, Steering
 from .patchify import padded, patchify, unpatchify
-from .reference import Referenced, siglip_part
+from .reference import siglip_part
 from .rope import caption_positions, image_positions, rotations
 
 TIME_FREQUENCIES = 256  # sinusoids of the model time (reference `frequency_embedding_size`)
@@ -50,30 +50,6 @@ FINAL_NORM_EPS = 1e-6  # the LayerNorm of the final layer, without weights
 AfterBlock = Callable[[str, int], None]
 # the same with what may be read and changed; see `ZImageTransformer.forward`
 PatchTokens = Callable[[str, int, dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Captions:
-    """Captions as every step of a run needs them: embedded, refined, with their rotations.
-
-    Nothing here depends on the latents or the time, so it is computed once for a prompt.
-    """
-
-    tokens: Tensor  # [B, L, D]
-    lengths: list[int]  # with the padding that belongs to it, multiples of 32: of each caption, or one if all have L
-    rotations: Tensor  # [1, L, 1, head_dim/2, 2, 2]
-    image_rotations: dict[Any, Tensor] = field(default_factory=dict)  # of image tokens behind them, by image size
-    items: list[Captions] = field(default_factory=list)  # see `apart`
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def apart(self) -> list[Captions]:
-        """Each caption on its own, without what pads it to the longest of the batch."""
-        if not self.items:
-            parts = enumerate(self.lengths)
-            self.items.extend(Captions(self.tokens[i : i + 1, :n], [n], self.rotations[:, :n]) for i, n in parts)
-        return self.items
 
 
 class ZImageTransformer(nn.Module):
@@ -127,7 +103,7 @@ class ZImageTransformer(nn.Module):
         self,
         latents: Tensor,
         t: Tensor,
-        features: Tensor | Sequence[Tensor] | Captions | Referenced,
+        features: Tensor | Sequence[Tensor] | Captions | Sequence[Captions],
         *,
         attention: Attention = attention,
         after_block: AfterBlock | None = None,
@@ -142,8 +118,8 @@ class ZImageTransformer(nn.Module):
         latents: [B, 16, h, w], h and w even; its dtype is the dtype of the computation.
         t: [B] model time, 0 = pure noise, 1 = image (that is 1 - sigma).
         features: of the text encoder, [B, L, cap_feat_dim], or B of [L_i, cap_feat_dim] where lengths differ; or the
-            `Captions` that `refine_captions` makes of them, so that a run of several steps does it once; or what
-            `reference.refine` makes of them and reference images.
+            `Captions` that `refine_captions` or `reference.refine` makes of them, so that a run of several steps does
+            it once: of all, or of each.
         patch_tokens: gets a `state` that holds img, txt (tokens now; for "layers" views of the joint sequence, to be
             written in place), img_input (image tokens as they entered the stage), pe (rotations of the image tokens),
             vec (time embedding), x (latents). At "noise_refiner" it may put another tensor at state["img"].
@@ -159,15 +135,8 @@ class ZImageTransformer(nn.Module):
         """
         if len(features) != len(latents):
             raise ValueError(f"{len(latents)} latents but {len(features)} captions")
-        if isinstance(features, Referenced):
-            if controls:
-                raise ValueError("reference images and control networks can't be used together; remove one of them")
-            return features.evaluate(
-                self, latents, t, attention, after_block, patch_tokens, rope_options, captions_first
-            )
-        images = range(len(latents)) if images is None else images
-        if not isinstance(features, (Tensor, Captions)):
-            features = self.refine_captions(features, latents.dtype, attention=attention)
+        if not isinstance(features, (Tensor, Captions)) and not isinstance(features[0], Captions):
+            features = self.refine_captions(cast(Any, features), latents.dtype, attention=attention)
         run = partial(
             self._evaluate,
             attention=attention,
@@ -179,16 +148,19 @@ class ZImageTransformer(nn.Module):
         )
         large = latents[0, 0].numel() >= APART * self.config.patch_size**2
         if large and isinstance(features, Captions) and len(features.lengths) > 1:
-            items = zip(latents.split(1), t.split(1), features.apart(), images, strict=True)
-            return torch.cat([run(part, time, caption, [image]) for part, time, caption, image in items])
-        return run(latents, t, features, images)
+            features = features.apart()
+        if isinstance(features, (Tensor, Captions)):
+            return run(latents, t, features, images)
+        images = range(len(latents)) if images is None else images
+        items = zip(latents.split(1), t.split(1), cast("Sequence[Captions]", features), images, strict=True)
+        return torch.cat([run(part, time, caption, [image]) for part, time, caption, image in items])
 
     def _evaluate(
         self,
         latents: Tensor,
         t: Tensor,
         features: Tensor | Captions,
-        images: Sequence[int],
+        images: Sequence[int] | None,
         *,
         attention: Attention,
         after_block: AfterBlock | None,
@@ -197,28 +169,48 @@ class ZImageTransformer(nn.Module):
         captions_first: bool,
         controls: Sequence[ActiveControl],
     ) -> Tensor:
-        config = self.config
+        config, dtype = self.config, latents.dtype
         height, width = latents.shape[-2:]
         if isinstance(features, Captions):
             captions = features
         else:  # here, so that nobody else holds them any more when they are joined with the image
-            captions = self.refine_captions(features, latents.dtype, attention=attention)
-        time = self.t_embedder(t, latents.dtype)  # (B, 256)
-        n_image = height * width // config.patch_size**2
-        img = self._embed_image(self.x_embedder, latents, bool(controls))  # (B, N, D)
-        n = img.shape[1]
-        img_pe = self._image_rotations(captions, height, width, n, rope_options)  # (1 or B, N, 1, head_dim/2, 2, 2)
+            captions = self.refine_captions(features, dtype, attention=attention)
+        beside = captions.beside
+        if controls and beside:
+            raise ValueError("reference images and control networks can't be used together; remove one of them")
+        # patches know clean images where ComfyUI has them, before the one that is made
+        last = captions_first or patch_tokens is not None and bool(beside)
+        if last and len(captions.lengths) > 1:
+            raise ValueError(f"captions have the lengths {captions.lengths}, expected one where they come first")
+        order = -1 if last else 1
+        images_shown = [latents, *beside.latents[::-1]][::order] if beside else [latents]
+
+        time = self.t_embedder(t, dtype)  # (B, 256)
+        embedded = [self._embed_image(self.x_embedder, x, bool(controls)) for x in images_shown]
+        counts = [x.shape[1] for x in embedded]
+        img = joined([x.expand(len(latents), -1, -1) for x in embedded])  # (B, N, D)
+        del embedded
+        img_pe = self._image_rotations(captions, images_shown, counts, order, rope_options)  # (1 or B, N, 1, ...)
+        n_image, n = height * width // config.patch_size**2, counts[-1 if last else 0]
+        times, cap_time, vec = time, time, time
+        if beside:
+            clean = self.t_embedder(torch.ones_like(t), dtype)
+            times = by_token([time, *[clean] * len(beside.latents)][::order], counts)  # (B, N, 256)
+            cap_time = by_token([clean, time, clean], beside.spans(captions.tokens.shape[1]))
+            vec = torch.cat((clean, time))
 
         run = partial(self._run, attention=attention, dtype=time.dtype)
         steering = Steering(controls, run, lambda embedder, x: self._embed_image(embedder, x.to(latents), True))
-        tokens = Tokens(img_pe, time, [n])
+        tokens = Tokens(img_pe, times, [img.shape[1]])
         if controls:
             # pads stay in place where the image's tokens move with the caption's length: without, it doesn't matter
             lengths = captions.lengths if n > n_image else [0]
-            steering.refine(img, tokens, [(image, lengths[i % len(lengths)]) for i, image in enumerate(images)])
-        state = {"vec": time, "x": latents}
+            numbers = range(len(latents)) if images is None else images
+            steering.refine(img, tokens, [(image, lengths[i % len(lengths)]) for i, image in enumerate(numbers)])
+        state = {"vec": vec, "x": latents}
         if patch_tokens is not None:
-            state |= {"img_input": img.clone(), "pe": img_pe, "txt": captions.tokens.clone()}
+            txt = captions.tokens[:, : beside.noisy.stop if beside else None]
+            state |= {"img_input": img.clone(), "pe": img_pe, "txt": txt.clone()}
         for index, block in enumerate(self.noise_refiner):
             img = steering.after_refiner(index, run(block, img, tokens))
             if after_block is not None:
@@ -228,24 +220,24 @@ class ZImageTransformer(nn.Module):
                 patch_tokens("noise_refiner", index, state)
                 img = state["img"]
 
-        if captions_first and len(captions.lengths) > 1:
-            raise ValueError(f"captions have the lengths {captions.lengths}, expected one where they come first")
-        order = -1 if captions_first else 1
-        before = captions.tokens.shape[1] if captions_first else 0
-        image, text = slice(before, before + n), slice(0, before) if captions_first else slice(n, None)
         cap_pe = captions.rotations.expand(len(img_pe), *captions.rotations.shape[1:])
         x = torch.cat((img, captions.tokens.to(img))[::order], dim=1)  # (B, S, D)
         pe = torch.cat((img_pe, cap_pe)[::order], dim=1)
-        tokens = Tokens(pe, time, [n + length for length in captions.lengths])
+        if beside:
+            times = torch.cat((times, cap_time)[::order], dim=1)  # (B, S, 256)
+        before = x.shape[1] - n if last else 0
+        image, text = slice(before, before + n), slice(0, before) if last else slice(n, None)
+        shown = img.shape[1]
+        tokens = Tokens(pe, times, [shown + length for length in captions.lengths])
         tokens = every = dataclasses.replace(tokens, own=_own_mask(tokens.counts, x))
         steering.join(x, captions.tokens, order)
         del img, img_pe, cap_pe, captions, features  # what is joined now need not be kept apart as well
-        state = {"vec": time, "x": latents}
+        state = {"vec": vec, "x": latents}
         if patch_tokens is not None:
             state |= {"img_input": x[:, image].clone(), "pe": pe[:, image]}
         for index, block in enumerate(self.layers):
             # of the last only the image's tokens are used
-            if index == config.n_layers - 1 and patch_tokens is None and not captions_first:
+            if index == config.n_layers - 1 and patch_tokens is None and not last:
                 tokens = dataclasses.replace(tokens, queries=n_image)
             x = steering.after_layer(index, run(block, x, tokens), every)
             if after_block is not None:
@@ -301,17 +293,27 @@ class ZImageTransformer(nn.Module):
         return cap, padded_lengths if min(padded_lengths) < total else [total]
 
     def _image_rotations(
-        self, captions: Captions, height: int, width: int, count: int, rope_options: Mapping[str, float] | None
+        self,
+        captions: Captions,
+        images: Sequence[Tensor],
+        counts: Sequence[int],
+        order: int,
+        rope_options: Mapping[str, float] | None,
     ) -> Tensor:
-        """For `count` padded image tokens, kept with the captions: every step of a run needs the same."""
+        """For so many padded tokens of images, kept with the captions: every step of a run needs the same."""
+        height, width = images[::order][0].shape[-2:]
         # while it is being compiled, sizes may stand for any, and a key would make constants of them
-        key = None if torch.compiler.is_compiling() else (height, width, *sorted((rope_options or {}).items()))
+        options = sorted((rope_options or {}).items())
+        key = None if torch.compiler.is_compiling() else (order, height, width, *options)
         if key in captions.image_rotations:
             return captions.image_rotations[key]
-        rows, columns = height // self.config.patch_size, width // self.config.patch_size
-        device = captions.tokens.device
-        positions = image_positions(captions.lengths, rows, columns, count, device, rope_options)
-        rotations = self._rotations(positions)
+        patch, device = self.config.patch_size, captions.tokens.device
+        starts = [captions.lengths] if captions.beside is None else [[at] for at in captions.beside.starts[::-1]]
+        found = [
+            image_positions(start, x.shape[-2] // patch, x.shape[-1] // patch, count, device, rope_options)
+            for start, x, count in zip(starts[::order], images, counts, strict=True)
+        ]
+        rotations = self._rotations(joined(found))
         if key is not None:
             captions.image_rotations[key] = rotations
         return rotations
