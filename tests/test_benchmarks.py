@@ -171,7 +171,11 @@ def gpu_run(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_gpu_phases_compare_everybody(gpu_run):
     found = report.load(gpu_run)
-    assert set(found) == {"machine", "nano", "step", "host", "autoencoder and encoder", "exact", "control"}
+    phases = {"machine", "nano", "step", "host", "autoencoder and encoder", "exact", "control", "several GPUs"}
+    assert set(found) == phases
+    (teams,) = found["several GPUs"]["tables"].values()
+    assert [row[1] for row in teams["rows"]] == ["1", "1", "2", "2"]
+    assert all(float(row[4]) < 1e-5 for row in teams["rows"] if row[4])
     steps = found["step"]["tables"]["milliseconds"]
     assert [name.strip(">") for name in steps["columns"][1:]] == [
         "core",

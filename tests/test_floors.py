@@ -22,7 +22,7 @@ FLOORS = [
     {"zimage_core/model"},
     {"zimage_core/diagnostics", "zimage_core/prompts"},
     {"zimage_core/weights"},
-    {"zimage_core/lora", "zimage_core/sampling", "zimage_core/hub"},
+    {"zimage_core/lora", "zimage_core/sampling", "zimage_core/hub", "zimage_core/parallel"},
     {"zimage_core/autoencoding"},
     {"zimage_core/pipeline"},
     {"zimage_core/__main__"},

@@ -24,6 +24,7 @@ from .model.text_encoder import TextEncoder
 from .model.tokenizer import MAX_LENGTH, PROMPT_TEMPLATE, Tokenizer
 from .model.transformer import ZImageTransformer
 from .model.vae import AutoencoderKL
+from .parallel.team import Team
 from .prompts.cache import PromptCache, key_of, stamps
 from .sampling import loop, reference, request
 from .sampling.control import Control, working
@@ -72,6 +73,7 @@ class ZImagePipeline:
         self.prompt_cache = prompt_cache
         self.safe_retry = safe_retry
         self.sight: reference.Sight | None = None  # for reference images
+        self.team: Team | None = None  # may be set: the processes that make each image together
         self._plain: dict[str, dict[str, Tensor]] = {}  # component -> the weights that LoRA changed, as they were
         self._networks_of_control: dict[tuple[Any, ...], ControlNetwork] = {}  # stamps of a file -> what it holds
         self._loras: list[tuple[lora_files.Lora, float]] = []
@@ -245,7 +247,10 @@ class ZImagePipeline:
         if guidance_scale > 0:
             negative_features = request.repeat(encode(negatives), batch_size)
 
+        together = None if self.team is None else self.team.model(self.transformer, guidance_scale > 0)
+
         def sample(dtype: torch.dtype) -> Tensor:
+            refine = reference.refining(self.transformer, seen, dtype)
             watched = finite.Steps(steps)
             if dtype == torch.float16 and any(item.dtype != dtype for item in [*features, *negative_features]):
                 raise NotFinite("text features for step 1")  # which are wider where they don't fit
@@ -255,7 +260,7 @@ class ZImagePipeline:
                 return None if callback is None else callback(step, steps, latents, estimate)
 
             sampled = loop.denoise(
-                self.transformer,
+                together or self.transformer,
                 latents.to(self.device),
                 levels,
                 features,
@@ -264,7 +269,7 @@ class ZImagePipeline:
                 cfg_normalization=float(cfg_normalization),
                 cfg_truncation=cfg_truncation,
                 dtype=dtype,
-                refine=reference.refining(self.transformer, seen, dtype),
+                refine=partial(together.refined, refine) if together else refine,
                 controls=lambda sigma: [active for work in works for active in work.at(sigma)],
                 keep=keep,
                 callback=after_step,

@@ -35,6 +35,7 @@ PHASES: dict[str, tuple[str, dict[str, Any]]] = {
     "autoencoder and encoder": ("parts", {}),
     "exact": ("exact", {}),
     "control": ("control", {}),
+    "several GPUs": ("team", {}),
     "host, crowded": ("host", {"dynamic": False, "crowded": True}),
     "host, dynamic, crowded": ("host", {"dynamic": True, "crowded": True}),
 }

@@ -28,6 +28,7 @@ from ..backends.matmul import Layers
 from ..backends.operations import Tokens
 from ..config import ControlConfig, TransformerConfig
 from .block import Block
+from .share import Share
 
 Run = Callable[[nn.Module, Tensor, Tokens], Tensor]  # a block over tokens, in the transformer's way
 Embed = Callable[[nn.Module, Tensor], Tensor]  # latents by an embedder, padded as the transformer pads: [B, N, D]
@@ -128,14 +129,13 @@ def control_latents(image: Tensor | None, keep: Tensor | None, masked: Tensor | 
 class Steering:
     """The hints of all controls in one evaluation of a transformer. Methods are called in the order they stand in."""
 
-    def __init__(self, controls: Sequence[ActiveControl], run: Run, embed: Embed):
+    def __init__(self, controls: Sequence[ActiveControl], embed: Embed):
         self.controls = controls
-        self.run = run
         self.embed = embed
         self.refined: list[Refined] = []  # of each control, for all items
         self.states: list[Tensor] = []  # tokens of each control's layers, [B, S, D]
 
-    def refine(self, img: Tensor, tokens: Tokens, keys: Sequence[Any]) -> None:
+    def refine(self, img: Tensor, tokens: Tokens, keys: Sequence[Any], share: Share, run: Run) -> None:
         """img: tokens [B, N, D] before the noise refiner. keys: (image, ...) of items; equal ones get equal hints."""
         for control in self.controls:
             missing = [i for i, key in enumerate(keys) if key not in control.refined and key not in keys[:i]]
@@ -143,27 +143,13 @@ class Steering:
                 latents = _picked(control.latents, [keys[i][0] % len(control.latents) for i in missing])
                 time = None if tokens.time is None else _picked(tokens.time, missing)
                 rotations = _picked(tokens.rotations, [i % len(tokens.rotations) for i in missing])
-                found = self._refine(control, _picked(img, missing), latents, Tokens(rotations, time, tokens.counts))
+                control_tokens = share.part(self.embed(control.network.x_embedder, latents))
+                own = Tokens(rotations, time, tokens.counts)
+                found = _refined(control.network, control_tokens, _picked(img, missing), own, share, run)
                 control.refined.update(zip([keys[i] for i in missing], found, strict=True))
             parts = [control.refined[key] for key in keys]
             hints = zip(*(part.hints for part in parts), strict=True)
             self.refined.append(Refined(_joined([part.tokens for part in parts]), [_joined(hint) for hint in hints]))
-
-    def _refine(self, control: ActiveControl, img: Tensor, latents: Tensor, tokens: Tokens) -> list[Refined]:
-        network, refined = control.network, control.network.config.refined
-        hints: list[Tensor] = []
-        c = self.embed(network.x_embedder, latents)
-        if refined == "blocks":
-            for block in network.noise_refiner:
-                c = self.run(block, c, tokens)
-        else:
-            blocks: Any = network.layers if refined == "layers" else network.noise_refiner
-            c = blocks[0].before_proj(c) + img
-            for block in blocks:
-                c = self.run(block, c, tokens)
-                if len(hints) < network.config.n_refiner_layers:
-                    hints.append(block.after_proj(c))
-        return [Refined(c[i : i + 1], [hint[i : i + 1] for hint in hints]) for i in range(len(c))]
 
     def after_refiner(self, index: int, img: Tensor) -> Tensor:
         """Tokens that this block of the noise refiner puts out, with the hints."""
@@ -172,23 +158,41 @@ class Steering:
                 img = _added(img, refined.hints[index], control.strength)
         return img
 
-    def join(self, x: Tensor, captions: Tensor, order: int) -> None:
+    def join(self, x: Tensor, captions: Tensor, order: int, share: Share) -> None:
         """x: tokens [B, S, D] before the first layer. order: -1 where captions [B, L, D] precede the image, else 1."""
         for control, refined in zip(self.controls, self.refined, strict=True):
             first: Any = control.network.layers[0]
             joined = torch.cat((refined.tokens, captions.to(refined.tokens))[::order], dim=1)
-            self.states.append(first.before_proj(joined) + x)
+            self.states.append(first.before_proj(share.part(joined)) + share.part(x))
         self.refined = []
 
-    def after_layer(self, index: int, x: Tensor, tokens: Tokens) -> Tensor:
+    def after_layer(self, index: int, x: Tensor, tokens: Tokens, run: Run) -> Tensor:
         """Tokens that this layer puts out, perhaps only the first ones, with the hints."""
         for number, control in enumerate(self.controls):
             places = control.network.config.places
             if index in places:
                 block: Any = control.network.layers[places.index(index)]
-                state = self.states[number] = self.run(block, self.states[number], tokens)
+                state = self.states[number] = run(block, self.states[number], tokens)
                 x = _added(x, block.after_proj(state[:, : x.shape[1]]), control.strength)
         return x
+
+
+def _refined(network: ControlNetwork, c: Tensor, img: Tensor, tokens: Tokens, share: Share, run: Run) -> list[Refined]:
+    """c: embedded control latents [B, N, D]; img: the image's tokens there. For each item."""
+    refined = network.config.refined
+    hints: list[Tensor] = []
+    if refined == "blocks":
+        for block in network.noise_refiner:
+            c = run(block, c, tokens)
+    else:
+        blocks: Any = network.layers if refined == "layers" else network.noise_refiner
+        c = blocks[0].before_proj(c) + img
+        for block in blocks:
+            c = run(block, c, tokens)
+            if len(hints) < network.config.n_refiner_layers:
+                hints.append(block.after_proj(c))
+    c = share.whole(c)
+    return [Refined(c[i : i + 1], [hint[i : i + 1] for hint in hints]) for i in range(len(c))]
 
 
 def _added(x: Tensor, hint: Tensor, strength: float | Tensor) -> Tensor:

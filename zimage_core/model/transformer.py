@@ -37,6 +37,7 @@ from .control import ActiveControl, Steering
 from .patchify import padded, patchify, unpatchify
 from .reference import siglip_part
 from .rope import caption_positions, image_positions, rotations
+from .share import Share, Shares
 
 TIME_FREQUENCIES = 256  # sinusoids of the model time (reference `frequency_embedding_size`)
 TIME_HIDDEN = 1024  # hidden width of the time MLP (reference `mid_size`)
@@ -112,6 +113,7 @@ class ZImageTransformer(nn.Module):
         captions_first: bool = False,
         controls: Sequence[ActiveControl] = (),
         images: Sequence[int] | None = None,
+        shares: Shares = Share,
     ) -> Tensor:
         """One evaluation of the model.
 
@@ -130,6 +132,7 @@ class ZImageTransformer(nn.Module):
             the captions are then to be of one length.
         controls: control networks at work in this step.
         images: which of the step's images each item is, where it is one with several captions; None: each its own.
+        shares: which tokens run here, where several processes evaluate the same.
 
         Returns the velocity towards the image, [B, 16, h, w].
         """
@@ -145,9 +148,10 @@ class ZImageTransformer(nn.Module):
             rope_options=rope_options,
             captions_first=captions_first,
             controls=controls,
+            shares=shares,
         )
         large = latents[0, 0].numel() >= APART * self.config.patch_size**2
-        if large and isinstance(features, Captions) and len(features.lengths) > 1:
+        if (large or shares is not Share) and isinstance(features, Captions) and len(features.lengths) > 1:
             features = features.apart()
         if isinstance(features, (Tensor, Captions)):
             return run(latents, t, features, images)
@@ -168,6 +172,7 @@ class ZImageTransformer(nn.Module):
         rope_options: Mapping[str, float] | None,
         captions_first: bool,
         controls: Sequence[ActiveControl],
+        shares: Shares,
     ) -> Tensor:
         config, dtype = self.config, latents.dtype
         height, width = latents.shape[-2:]
@@ -199,14 +204,16 @@ class ZImageTransformer(nn.Module):
             cap_time = by_token([clean, time, clean], beside.spans(captions.tokens.shape[1]))
             vec = torch.cat((clean, time))
 
-        run = partial(self._run, attention=attention, dtype=time.dtype)
-        steering = Steering(controls, run, lambda embedder, x: self._embed_image(embedder, x.to(latents), True))
-        tokens = Tokens(img_pe, times, [img.shape[1]])
+        share = shares(img.shape[1])
+        run = partial(self._run, attention=share.attention(attention), dtype=time.dtype)
+        steering = Steering(controls, lambda embedder, x: self._embed_image(embedder, x.to(latents), True))
+        img, tokens = share.part(img), share.tokens(Tokens(img_pe, times, [img.shape[1]]))
         if controls:
             # pads stay in place where the image's tokens move with the caption's length: without, it doesn't matter
             lengths = captions.lengths if n > n_image else [0]
             numbers = range(len(latents)) if images is None else images
-            steering.refine(img, tokens, [(image, lengths[i % len(lengths)]) for i, image in enumerate(numbers)])
+            keys = [(image, lengths[i % len(lengths)]) for i, image in enumerate(numbers)]
+            steering.refine(img, tokens, keys, share, run)
         state = {"vec": vec, "x": latents}
         if patch_tokens is not None:
             txt = captions.tokens[:, : beside.noisy.stop if beside else None]
@@ -219,6 +226,7 @@ class ZImageTransformer(nn.Module):
                 state["img"] = img
                 patch_tokens("noise_refiner", index, state)
                 img = state["img"]
+        img = share.whole(img)
 
         cap_pe = captions.rotations.expand(len(img_pe), *captions.rotations.shape[1:])
         x = torch.cat((img, captions.tokens.to(img))[::order], dim=1)  # (B, S, D)
@@ -228,24 +236,27 @@ class ZImageTransformer(nn.Module):
         before = x.shape[1] - n if last else 0
         image, text = slice(before, before + n), slice(0, before) if last else slice(n, None)
         shown = img.shape[1]
-        tokens = Tokens(pe, times, [shown + length for length in captions.lengths])
-        tokens = every = dataclasses.replace(tokens, own=_own_mask(tokens.counts, x))
-        steering.join(x, captions.tokens, order)
+        counts = [shown + length for length in captions.lengths]
+        share = shares(x.shape[1])
+        run = partial(self._run, attention=share.attention(attention), dtype=time.dtype)
+        tokens = every = share.tokens(Tokens(pe, times, counts, _own_mask(counts, x)))
+        steering.join(x, captions.tokens, order, share)
+        x = share.part(x)
         del img, img_pe, cap_pe, captions, features  # what is joined now need not be kept apart as well
         state = {"vec": vec, "x": latents}
         if patch_tokens is not None:
             state |= {"img_input": x[:, image].clone(), "pe": pe[:, image]}
         for index, block in enumerate(self.layers):
             # of the last only the image's tokens are used
-            if index == config.n_layers - 1 and patch_tokens is None and not last:
+            if index == config.n_layers - 1 and patch_tokens is None and not (last or share.divided):
                 tokens = dataclasses.replace(tokens, queries=n_image)
-            x = steering.after_layer(index, run(block, x, tokens), every)
+            x = steering.after_layer(index, run(block, x, tokens), every, run)
             if after_block is not None:
                 after_block("layers", index)
             if patch_tokens is not None:
                 state.update(img=x[:, image], txt=x[:, text])
                 patch_tokens("layers", index, state)
-
+        x = share.whole(x)
         x = self.final_layer(x[:, before : before + n_image], time)  # (B, h/2 * w/2, 64)
         return unpatchify(x, height, width, config.patch_size)
 

@@ -1,0 +1,1 @@
+"""One image over several devices, a process on each."""
