@@ -92,7 +92,7 @@ def _show(text: str, last: bool = False) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--prompt", default=PROMPT, help="what to show; the nano model knows colours, shapes, places and counts")
+    add("--prompt", default=PROMPT, help="what to show; the nano model knows colors, shapes, places and counts")
     add("--negative", help="what to avoid; needs guidance")
     add("--seed", type=int, help="the workflow's own if left out, like all of the following")
     add("--steps", type=int)

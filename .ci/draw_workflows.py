@@ -122,7 +122,7 @@ def main() -> None:
                     box = {"x": x, "y": y, "width": width, "height": height}
                     _save(page.screenshot(clip=box), SCREENSHOT, (1200, 1200))
                 with server.connect() as client:
-                    _save(_picture(client, name, prompt), target.with_suffix(".jpg"), (512, 512), ImageOps.pad)
+                    _save(_image(client, name, prompt), target.with_suffix(".jpg"), (512, 512), ImageOps.pad)
                 print(f"{name}: {len(graph['nodes'])} nodes, {len(graph['links'])} wires")
             for name, (source, *_) in blueprints.BLUEPRINTS.items():
                 prompt = blueprints.prompt(name)
@@ -157,7 +157,7 @@ def _write(path: Path, graph: dict[str, Any]) -> None:
     path.write_text(json.dumps(graph, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _picture(client: Client, name: str, prompt: dict[str, Any]) -> bytes:
+def _image(client: Client, name: str, prompt: dict[str, Any]) -> bytes:
     """The last image that a workflow of the nano model saves; for others, one that the nano model draws."""
     if name in cards.CARDS:
         prompt = workflow.load(HELLO)

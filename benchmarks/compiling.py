@@ -4,7 +4,7 @@
     python -m benchmarks.compiling --device cuda    # all 30 layers
 
 Each start is a process of its own. A step here is a prompt refined and one call of the transformer, which is all that
-a picture compiles; what compiling takes is the first such step less the shortest of those that follow.
+an image compiles; what compiling takes is the first such step less the shortest of those that follow.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main(a: argparse.Namespace) -> None:
                 )
                 print("|", " | ".join(rows[-1]), "|", flush=True)
     text = f"{models.blocks(models.geometry(a.layers, a.toy))}, {a.dtype}, cases in this order; seconds.\n\n"
-    text += timing.table(["start", "picture", ">first step", ">following", ">compiling"], rows)
+    text += timing.table(["start", "image", ">first step", ">following", ">compiling"], rows)
     print(text)
     if not a.toy:
         results.write(f"compiling, {a.device}", "compiling", text)

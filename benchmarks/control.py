@@ -26,7 +26,7 @@ from . import models, results, step, timing
 
 STRENGTH = 0.8
 CASES = [step.Case(256, 40)]  # larger ones take minutes each on a CPU
-COLUMNS = ["picture", ">ours: plain", ">steered", ">native: plain", ">steered", ">steered: ours / native"]
+COLUMNS = ["image", ">ours: plain", ">steered", ">native: plain", ">steered", ">steered: ours / native"]
 
 
 def networks(ours: Any) -> tuple[Any, ControlNetwork]:

@@ -1,4 +1,4 @@
-"""How long a shell waits for the nano picture: from the start of Python to the saved file, ours and diffusers'.
+"""How long a shell waits for the nano image: from the start of Python to the saved file, ours and diffusers'.
 
     python -m benchmarks.starting
 
@@ -42,7 +42,7 @@ def commands(folder: Path, device: str) -> dict[str, dict[str, list[str]]]:
             "diffusers": ["-c", "from diffusers import ZImagePipeline"],
             "torch alone": ["-c", "import torch"],
         },
-        "nano picture": {"ours": ours, "diffusers": ["-c", DIFFUSERS, str(folder / "theirs.png"), device]},
+        "nano image": {"ours": ours, "diffusers": ["-c", DIFFUSERS, str(folder / "theirs.png"), device]},
     }
 
 
@@ -67,8 +67,8 @@ def main(a: argparse.Namespace) -> None:
             print("|", " | ".join(rows[-1]), "|", flush=True)
         ours, theirs = (np.asarray(Image.open(Path(folder) / f"{name}.png"), int) for name in ("ours", "theirs"))
         if (off := abs(ours - theirs).max()) > 2:
-            raise AssertionError(f"the two nano pictures differ by {off} of 255")
-    text = f"Seconds from the start of Python to its end, medians of {a.repeats}; the picture has {STEPS} steps.\n\n"
+            raise AssertionError(f"the two nano images differ by {off} of 255")
+    text = f"Seconds from the start of Python to its end, medians of {a.repeats}; the image has {STEPS} steps.\n\n"
     text += timing.table(["", *(f">{name}" for name in COLUMNS), ">ours / diffusers (range)"], rows)
     print(text)
     if not a.toy:
@@ -81,5 +81,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--toy", action="store_true", help="the picture only, not written down: does the script work?")
+    parser.add_argument("--toy", action="store_true", help="the image only, not written down: does the script work?")
     main(parser.parse_args())

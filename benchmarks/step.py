@@ -32,7 +32,7 @@ IMPLEMENTATIONS = ("core", "diffusers", "native")
 
 @dataclass(frozen=True)
 class Case:
-    size: int  # pixels, of a square picture
+    size: int  # pixels, of a square image
     tokens: int  # of the prompt
     guided: bool = False
 
@@ -65,7 +65,7 @@ def inputs(case: Case, config: TransformerConfig, device: torch.device, dtype: t
 
 
 def calls(built: dict[str, Any], given: Inputs) -> dict[str, Callable[[], Tensor]]:
-    """Implementation -> one step: the velocity towards the picture, [B, 16, h, w]."""
+    """Implementation -> one step: the velocity towards the image, [B, 16, h, w]."""
 
     def diffusers() -> Tensor:
         images = [latents.unsqueeze(1) for latents in given.latents]
@@ -191,7 +191,7 @@ def main(a: argparse.Namespace) -> None:
             results.write(a.section or f"step, cpu, {name}", "step", text)
 
 
-COLUMNS = ["picture", ">core", ">diffusers", ">native", ">core / faster peer", ">compiled / core"]
+COLUMNS = ["image", ">core", ">diffusers", ">native", ">core / faster peer", ">compiled / core"]
 COLUMNS += [">floor", ">floor / core", ">MB: core", ">diffusers", ">native"]
 
 

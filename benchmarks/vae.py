@@ -64,7 +64,7 @@ def native(ours: AutoencoderKL) -> nn.Module:
 
 
 def inputs(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Raw latents [1, 16, size/8, size/8] and a picture [1, 3, size, size] in -1..1."""
+    """Raw latents [1, 16, size/8, size/8] and an image [1, 3, size, size] in -1..1."""
     generator = torch.Generator().manual_seed(1)
     raw = torch.randn(1, 16, size // 8, size // 8, generator=generator)
     image = torch.rand(1, 3, size, size, generator=generator).mul(2).sub(1)

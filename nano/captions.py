@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 
-from .scenes import COLOURS, EXTRA_SHAPES, SIZES, Scene, sample
+from .scenes import COLORS, EXTRA_SHAPES, SIZES, Scene, sample
 
 PREFIXES = ("a picture of ", "an image of ", "a photo of ", "a drawing of ", "draw ", "an illustration of ", "show me ")
 WORDY = (
@@ -69,9 +69,9 @@ def caption(scene: Scene, rng: random.Random, *, empty: float = 0.1, short: floa
 
 def phrase(scene: Scene, rng: random.Random) -> str:
     """A few words that are true of the scene and leave most of it open."""
-    colour, shape = rng.choice(scene.objects)
+    color, shape = rng.choice(scene.objects)
     background = _spelled(scene.background_name, rng)
-    seen = _spelled(colour, rng)
+    seen = _spelled(color, rng)
     options = [
         seen,
         _an(shape),
@@ -85,8 +85,8 @@ def phrase(scene: Scene, rng: random.Random) -> str:
         number = rng.choice(NUMBERS[len(scene.objects)])
         options += [f"{number} {_plural(shape)}", f"{number} {seen} {_plural(shape)}", f"{seen} {_plural(shape)}"]
     if scene.kind == "pair":
-        (colour_a, shape_a), (colour_b, shape_b) = scene.objects
-        options += [f"{_an(f'{colour_a} {shape_a}')} and {_an(f'{colour_b} {shape_b}')}", f"{shape_a} and {shape_b}"]
+        (color_a, shape_a), (color_b, shape_b) = scene.objects
+        options += [f"{_an(f'{color_a} {shape_a}')} and {_an(f'{color_b} {shape_b}')}", f"{shape_a} and {shape_b}"]
     if scene.size:
         options += [scene.size, f"{scene.size} {shape}"]
     if scene.kind == "one" and scene.place:
@@ -96,21 +96,21 @@ def phrase(scene: Scene, rng: random.Random) -> str:
 
 def vocabulary() -> list[str]:
     """Words that the tokenizer should know whole even where they are rare."""
-    return [*COLOURS, "grey", *SIZES, *COMPLAINTS, *ENDINGS, *WORDY]
+    return [*COLORS, "grey", *SIZES, *COMPLAINTS, *ENDINGS, *WORDY]
 
 
 def words() -> list[str]:
     """All words that captions are made of, and the one that the LoRA brings: what the model can know."""
     rng = random.Random("words")
-    said = [caption(sample(rng, allowed=lambda colour, shape: True), rng) for _ in range(20_000)]
+    said = [caption(sample(rng, allowed=lambda color, shape: True), rng) for _ in range(20_000)]
     said += [*PREFIXES, *vocabulary(), *EXTRA_SHAPES, *map(_plural, EXTRA_SHAPES)]
     return sorted({word for text in said for word in re.findall(r"\w+", text.lower())})
 
 
 def _one(scene: Scene, rng: random.Random) -> str:
-    colour, shape = scene.objects[0]
+    color, shape = scene.objects[0]
     size = f"{rng.choice(SIZE_WORDS[scene.size])} " if scene.size else ""
-    thing = f"{size}{_spelled(colour, rng)} {shape}"
+    thing = f"{size}{_spelled(color, rng)} {shape}"
     thing = _an(thing) if rng.random() < 0.85 else thing
     if not scene.place:
         return thing + _on(scene, rng)
@@ -127,7 +127,7 @@ def _where(place: str, rng: random.Random) -> str:
 
 
 def _pair(scene: Scene, rng: random.Random) -> str:
-    first, second = (_an(f"{_spelled(colour, rng)} {shape}") for colour, shape in scene.objects)
+    first, second = (_an(f"{_spelled(color, rng)} {shape}") for color, shape in scene.objects)
     relation = scene.relation or ""
     other = OPPOSITE[relation]
     if relation in ("left", "right"):
@@ -148,8 +148,8 @@ def _pair(scene: Scene, rng: random.Random) -> str:
 
 
 def _count(scene: Scene, rng: random.Random) -> str:
-    (colour, shape), number = scene.objects[0], len(scene.objects)
-    things = f"{rng.choice(NUMBERS[number])} {_spelled(colour, rng)} {_plural(shape)}"
+    (color, shape), number = scene.objects[0], len(scene.objects)
+    things = f"{rng.choice(NUMBERS[number])} {_spelled(color, rng)} {_plural(shape)}"
     if scene.place == "column":
         options = (f"{things}, one above the other", f"{things} stacked vertically", f"{things} in a column")
     elif number == 2:
@@ -173,8 +173,8 @@ def _on(scene: Scene, rng: random.Random) -> str:
     )
 
 
-def _spelled(colour: str, rng: random.Random) -> str:
-    return "grey" if colour == "gray" and rng.random() < 0.3 else colour
+def _spelled(color: str, rng: random.Random) -> str:
+    return "grey" if color == "gray" and rng.random() < 0.3 else color
 
 
 def _an(words: str) -> str:

@@ -26,22 +26,22 @@ SNAPSHOT = HERE / "snapshot"
 STEPS = 8
 BATCH = 20  # prompts per call
 # what must hold, as shares of the prompts that say it: (set, guidance) -> attribute -> lowest share
-_ALWAYS = {"background": 0.97, "colour": 0.97, "place": 0.97, "relation": 0.97, "count": 0.95}
+_ALWAYS = {"background": 0.97, "color": 0.97, "place": 0.97, "relation": 0.97, "count": 0.95}
 BARS: dict[tuple[str, float], dict[str, float]] = {
     ("seen", 0.0): {**_ALWAYS, "shape": 0.85},
     ("seen", 2.0): {**_ALWAYS, "shape": 0.92},
-    ("held out", 2.0): {"colour": 0.97, "shape": 0.75},
+    ("held out", 2.0): {"color": 0.97, "shape": 0.75},
 }
 VAE_BAR = 36.0  # dB, mean PSNR
 SIZE_BAR = 16e6  # bytes, the whole snapshot
-SECONDS_BAR = 1.0  # a 128x128 picture in 8 steps on two CPU cores
-ATTRIBUTES = ("background", "colour", "shape", "count", "place", "relation", "size", "all")
+SECONDS_BAR = 1.0  # a 128x128 image in 8 steps on two CPU cores
+ATTRIBUTES = ("background", "color", "shape", "count", "place", "relation", "size", "all")
 BEGIN, END = "<!-- scores: written by nano/evaluate.py -->", "<!-- end of scores -->"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt of an evaluation, the scene that it describes and the seed of its picture."""
+    """One prompt of an evaluation, the scene that it describes and the seed of its image."""
 
     prompt: str
     scene: scenes.Scene
@@ -54,16 +54,16 @@ def cases(count: int, *, held_out: bool = False, width: int = scenes.SIZE, heigh
     for index in range(count):
         rng = random.Random(f"evaluate {'held out' if held_out else 'seen'} {width}x{height} {index}")
         scene = scenes.sample(
-            rng, width=width, height=height, allowed=lambda colour, shape: scenes.held_out(colour, shape) == held_out
+            rng, width=width, height=height, allowed=lambda color, shape: scenes.held_out(color, shape) == held_out
         )
         drawn.append(Case(captions.describe(scene, rng), scene, index))
     return drawn
 
 
-def pictures(
+def images(
     pipe: ZImagePipeline, chosen: Sequence[Case], guidance: float, progress: Callable[[int], None] | None = None
 ) -> Tensor:
-    """The model's pictures for cases of one size: [len(chosen), 3, H, W] in 0..1."""
+    """The model's images for cases of one size: [len(chosen), 3, H, W] in 0..1."""
     made = []
     for at in range(0, len(chosen), BATCH):
         part = chosen[at : at + BATCH]
@@ -84,7 +84,7 @@ def pictures(
 
 
 def shares(images: Tensor, chosen: Sequence[Case]) -> dict[str, float]:
-    """Of each attribute, the share of the prompts saying it whose picture has it right."""
+    """Of each attribute, the share of the prompts saying it whose image has it right."""
     marks = [judge.mark(image, case.scene) for image, case in zip(images, chosen, strict=True)]
     said = {name: [mark[name] for mark in marks if name in mark] for name in ATTRIBUTES}
     return {name: sum(right) / len(right) for name, right in said.items() if right}
@@ -99,13 +99,13 @@ def failures(found: dict[str, float], bars: dict[str, float]) -> list[str]:
 def reconstruction(pipe: ZImagePipeline, count: int = 100) -> float:
     """Mean PSNR in dB of new scenes through encoder and decoder."""
     rng = random.Random("evaluate vae")
-    image = scenes.draw([scenes.sample(rng, allowed=lambda colour, shape: True) for _ in range(count)])
+    image = scenes.draw([scenes.sample(rng, allowed=lambda color, shape: True) for _ in range(count)])
     decoded = torch.cat([pipe.vae.decode(pipe.vae.encode(part)) for part in image.split(10)])
     return psnr(decoded.clamp(-1, 1), image).mean().item()
 
 
-def seconds_per_picture(pipe: ZImagePipeline) -> float:
-    """The median wall time of one 128x128 picture, as the machine is."""
+def seconds_per_image(pipe: ZImagePipeline) -> float:
+    """The median wall time of one 128x128 image, as the machine is."""
     times = []
     for seed in range(5):
         start = time.monotonic()
@@ -122,12 +122,12 @@ def measure(snapshot: Path, count: int) -> dict[str, object]:
     sets: dict[str, dict[str, float]] = {}
     for held_out, guidance in ((False, 0.0), (False, 2.0), (True, 0.0), (True, 2.0)):
         chosen = cases(count, held_out=held_out)
-        found = shares(pictures(pipe, chosen, guidance), chosen)
+        found = shares(images(pipe, chosen, guidance), chosen)
         sets[f"{'held-out' if held_out else 'seen'} pairs, guidance {guidance:g}"] = found
         print(guidance, "held out" if held_out else "seen", found, flush=True)
     for width, height in ((96, 128), (192, 128), (64, 64), (256, 256)):
         chosen = cases(max(1, count // 5), width=width, height=height)
-        found = shares(pictures(pipe, chosen, 0.0), chosen)
+        found = shares(images(pipe, chosen, 0.0), chosen)
         sets[f"{width}x{height} pixels, guidance 0"] = found
         print(width, height, found, flush=True)
     return {
@@ -136,7 +136,7 @@ def measure(snapshot: Path, count: int) -> dict[str, object]:
         "sets": {name: {key: round(share, 4) for key, share in found.items()} for name, found in sets.items()},
         "vae_psnr_db": round(reconstruction(pipe), 2),
         "megabytes": round(export.size(snapshot) / 1e6, 2),
-        "seconds_per_picture": round(seconds_per_picture(pipe), 3),
+        "seconds_per_image": round(seconds_per_image(pipe), 3),
     }
 
 
@@ -154,7 +154,7 @@ def table(scores: dict) -> str:
     lines += [
         "",
         f"VAE reconstruction {scores['vae_psnr_db']:.1f} dB PSNR on average; the snapshot is "
-        f"{scores['megabytes']:.1f} MB; a 128x128 picture took {scores['seconds_per_picture']:.2f} s on two CPU cores.",
+        f"{scores['megabytes']:.1f} MB; a 128x128 image took {scores['seconds_per_image']:.2f} s on two CPU cores.",
     ]
     return "\n".join(lines)
 

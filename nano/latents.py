@@ -1,4 +1,4 @@
-"""Encodes training scenes once: the transformer's training then reads latents instead of drawing pictures.
+"""Encodes training scenes once: the transformer's training then reads latents instead of drawing images.
 
 python -m nano.latents --vae runs/vae.pt --out runs/latents --part 0 --parts 2
 """

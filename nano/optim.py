@@ -138,5 +138,5 @@ def save_atomically(state: object, path: str | os.PathLike[str]) -> None:
 
 
 def psnr(image: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture in -1..1, in dB: [B]."""
+    """Peak signal-to-noise ratio of each image in -1..1, in dB: [B]."""
     return 10 * torch.log10(4 / (image - reference).square().mean((1, 2, 3)))

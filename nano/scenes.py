@@ -1,11 +1,11 @@
 """Captioned scenes drawn from signed distances: what the nano model is taught, and what its bars are measured on.
 
-A scene is one object, two objects side by side or one above the other, or two or three equal objects, in flat colours
-on a flat background. Centres lie on a coarse grid and each size of shape has one radius, so that a shape looks the same
+A scene is one object, two objects side by side or one above the other, or two or three equal objects, in flat colors
+on a flat background. Centers lie on a coarse grid and each size of shape has one radius, so that a shape looks the same
 wherever it is met. An object whose place the caption leaves open is in the middle: where the seed chose between nearby
-places, a model of this size drew two half ghosts. The seed decides tints, and colours that the caption leaves open.
+places, a model of this size drew two half ghosts. The seed decides tints, and colors that the caption leaves open.
 
-Letters: B pictures, H W height and width in pixels.
+Letters: B images, H W height and width in pixels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
     "green": (40, 165, 60),
     "blue": (40, 80, 220),
@@ -34,7 +34,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
 EXTRA_SHAPES = ("moon",)  # drawn and judged, but not shown to the model: its LoRA brings them
-PLACES: dict[str, tuple[float, float]] = {  # centre, as a share of width and height
+PLACES: dict[str, tuple[float, float]] = {  # center, as a share of width and height
     "center": (0.5, 0.5),
     "left": (0.25, 0.5),
     "right": (0.75, 0.5),
@@ -47,23 +47,23 @@ PLACES: dict[str, tuple[float, float]] = {  # centre, as a share of width and he
 }
 RELATIONS = ("left", "right", "above", "below")
 SIZES = ("small", "large")
-SIZE = 128  # pixels: the size that most pictures have, and that the radii below are given for
-GRID = 8  # pixels, one latent cell: centres lie on its lines (half that in pictures under 96)
+SIZE = 128  # pixels: the size that most images have, and that the radii below are given for
+GRID = 8  # pixels, one latent cell: centers lie on its lines (half that in images under 96)
 RADII = {"small": 16, "medium": 28, "large": 48, "pair": 26, "three": 16}  # pixels
-TINT = 0.03  # every colour channel is off by up to this, of 1
-BLUR = 3.0  # pixels, of the pictures that captions like "blurry" describe
+TINT = 0.03  # every color channel is off by up to this, of 1
+BLUR = 3.0  # pixels, of the images that captions like "blurry" describe
 
 RGB = tuple[float, float, float]
 
 
-def held_out(colour: str, shape: str) -> bool:
-    """Whether training never shows this pair: 8 of 96, one colour for each shape."""
-    return (5 * list(COLOURS).index(colour) + 3 * SHAPES.index(shape)) % 12 == 7
+def held_out(color: str, shape: str) -> bool:
+    """Whether training never shows this pair: 8 of 96, one color for each shape."""
+    return (5 * list(COLORS).index(color) + 3 * SHAPES.index(shape)) % 12 == 7
 
 
 @dataclass(frozen=True)
 class Item:
-    """One drawn object; centre, radius in pixels, angle in radians."""
+    """One drawn object; center, radius in pixels, angle in radians."""
 
     shape: str
     rgb: RGB  # 0..1
@@ -83,7 +83,7 @@ class Scene:
     items: tuple[Item, ...]
     kind: str  # "one", "pair", "count"
     background_name: str
-    objects: tuple[tuple[str, str], ...]  # (colour, shape) of each, the first mentioned first
+    objects: tuple[tuple[str, str], ...]  # (color, shape) of each, the first mentioned first
     place: str | None = None  # of PLACES, when kind is "one" and the caption says it; of a count: "row", "column"
     size: str | None = None  # of SIZES, when the caption says it
     relation: str | None = None  # of RELATIONS: where the first object is
@@ -99,33 +99,33 @@ def sample(
     width: int = SIZE,
     height: int = SIZE,
     kind: str | None = None,
-    allowed: Callable[[str, str], bool] = lambda colour, shape: not held_out(colour, shape),
+    allowed: Callable[[str, str], bool] = lambda color, shape: not held_out(color, shape),
 ) -> Scene:
-    """A random scene whose (colour, shape) pairs are all `allowed`."""
+    """A random scene whose (color, shape) pairs are all `allowed`."""
     kind = kind or rng.choices(("one", "pair", "count"), (0.55, 0.27, 0.18))[0]
-    background = rng.choice(list(COLOURS))
+    background = rng.choice(list(COLORS))
     make = {"one": _one, "pair": _pair, "count": _count}[kind]
     return make(rng, width, height, background, lambda: _pick(rng, background, allowed))
 
 
 def _pick(rng: random.Random, background: str, allowed: Callable[[str, str], bool]) -> tuple[str, str]:
     while True:
-        colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
-        if colour != background and allowed(colour, shape):
-            return colour, shape
+        color, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
+        if color != background and allowed(color, shape):
+            return color, shape
 
 
 def _one(rng: random.Random, width: int, height: int, background: str, pick: Callable[[], tuple[str, str]]) -> Scene:
-    colour, shape = pick()
+    color, shape = pick()
     place = rng.choice(list(PLACES)) if rng.random() < 0.5 else None
     size = rng.choice(SIZES) if rng.random() < 0.4 else None
     if size == "large" and place not in (None, "center"):
         size = None  # it would not fit
     x, y = PLACES[place or "center"]
     radius = RADII[size or "medium"]
-    item = Item(shape, _tinted(rng, colour), *_at(x, y, width, height), _scaled(radius, width, height))
+    item = Item(shape, _tinted(rng, color), *_at(x, y, width, height), _scaled(radius, width, height))
     return Scene(
-        width, height, _tinted(rng, background), (item,), "one", background, ((colour, shape),), place=place, size=size
+        width, height, _tinted(rng, background), (item,), "one", background, ((color, shape),), place=place, size=size
     )
 
 
@@ -137,31 +137,31 @@ def _pair(rng: random.Random, width: int, height: int, background: str, pick: Ca
     along = 0.25 if relation in ("left", "above") else 0.75
     radius = _scaled(RADII["pair"], width, height)
     items = []
-    for (colour, shape), a in ((first, along), (second, 1 - along)):
+    for (color, shape), a in ((first, along), (second, 1 - along)):
         x, y = (a, 0.5) if relation in ("left", "right") else (0.5, a)
-        items.append(Item(shape, _tinted(rng, colour), *_at(x, y, width, height), radius))
+        items.append(Item(shape, _tinted(rng, color), *_at(x, y, width, height), radius))
     return Scene(
         width, height, _tinted(rng, background), tuple(items), "pair", background, (first, second), relation=relation
     )
 
 
 def _count(rng: random.Random, width: int, height: int, background: str, pick: Callable[[], tuple[str, str]]) -> Scene:
-    colour, shape = pick()
+    color, shape = pick()
     number = rng.choice((2, 3))
     place = "column" if number == 2 and rng.random() < 0.25 else "row"
     spots = (0.25, 0.75) if number == 2 else (0.1875, 0.5, 0.8125)
     radius = _scaled(RADII["pair" if number == 2 else "three"], width, height)
-    rgb = _tinted(rng, colour)
+    rgb = _tinted(rng, color)
     items = []
     for spot in spots:
         x, y = (0.5, spot) if place == "column" else (spot, 0.5)
         items.append(Item(shape, rgb, *_at(x, y, width, height), radius))
-    objects = ((colour, shape),) * number
+    objects = ((color, shape),) * number
     return Scene(width, height, _tinted(rng, background), tuple(items), "count", background, objects, place=place)
 
 
-def _tinted(rng: random.Random, colour: str) -> RGB:
-    r, g, b = (min(1.0, max(0.0, value / 255 + rng.uniform(-TINT, TINT))) for value in COLOURS[colour])
+def _tinted(rng: random.Random, color: str) -> RGB:
+    r, g, b = (min(1.0, max(0.0, value / 255 + rng.uniform(-TINT, TINT))) for value in COLORS[color])
     return r, g, b
 
 
@@ -174,11 +174,11 @@ def _scaled(radius: int, width: int, height: int) -> float:
     return radius * min(width, height) / SIZE
 
 
-# Pictures
+# Images
 
 
 def draw(scenes: Sequence[Scene]) -> Tensor:
-    """Scenes of one size to antialiased pictures [B, 3, H, W] in -1..1."""
+    """Scenes of one size to antialiased images [B, 3, H, W] in -1..1."""
     width, height = scenes[0].width, scenes[0].height
     if any((scene.width, scene.height) != (width, height) for scene in scenes):
         raise ValueError("the scenes of one batch must have one size")
@@ -202,7 +202,7 @@ def cover(scenes: Sequence[Scene], step: int) -> Tensor:
 
 
 def _layers(scenes: Sequence[Scene], step: int) -> Iterator[tuple[Tensor, list[Item], Tensor]]:
-    """Objects of equal shape that lie on different pictures: picture indices (n), the items, their cover (n, H, W)."""
+    """Objects of equal shape that lie on different images: image indices (n), the items, their cover (n, H, W)."""
     width, height = scenes[0].width, scenes[0].height
     column = torch.arange(width // step) * step + step / 2
     row = (torch.arange(height // step) * step + step / 2).unsqueeze(1)

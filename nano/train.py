@@ -1,6 +1,6 @@
 """Trains the nano transformer, and the text encoder with it, by flow matching on encoded scenes.
 
-Stage "learn" shows mostly 128x128 pictures, stage "sizes" mostly others.
+Stage "learn" shows mostly 128x128 images, stage "sizes" mostly others.
 
     torchrun --nproc-per-node 2 -m nano.train --minutes 60 --runs runs
 """
@@ -41,10 +41,10 @@ CONFIG = TransformerConfig(
     axes_dims=(16, 16, 16),
 )
 SHIFT = 3.0  # Turbo's schedule; training draws four fifths of its noise levels along it
-BATCH = 32  # per rank, of 128x128 pictures with captions of one 32-token block
+BATCH = 32  # per rank, of 128x128 images with captions of one 32-token block
 SHARE_LONG = 0.02  # of the steps: captions of more than one block
 OBJECT_WEIGHT = 2.0  # added to the loss where the latents differ from the background's
-READ = (1 + len(scenes.SHAPES), 1 + len(scenes.COLOURS), 3)  # shape or none, colour or none, offset and radius
+READ = (1 + len(scenes.SHAPES), 1 + len(scenes.COLORS), 3)  # shape or none, color or none, offset and radius
 READ_AFTER, READ_WEIGHT = 2, 0.15  # the layer whose image tokens it is read from, its weight in the loss
 OUTLINE = 8  # each 16x16-pixel token's outline is told on 8x8 points
 OUTLINE_AFTER, OUTLINE_WEIGHT = 4, 0.5
@@ -82,7 +82,7 @@ class Learner(nn.Module):
         self.outliner = nn.Linear(CONFIG.dim, OUTLINE**2)
 
     def forward(self, noisy: Tensor, t: Tensor, ids: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Velocity towards the picture [B, 16, h, w], and the heads' answers [B, N, sum(READ)], [B, N, OUTLINE**2].
+        """Velocity towards the image [B, 16, h, w], and the heads' answers [B, N, sum(READ)], [B, N, OUTLINE**2].
 
         Captions of one block run unmasked, as in the pipeline.
         """
@@ -186,21 +186,21 @@ def object_weights(clean: Tensor) -> Tensor:
 
 
 def token_truth(drawn: Sequence[scenes.Scene]) -> Tensor:
-    """What the reading head should say: [B, N, 5] of shape, colour (0 = no object), offset x and y, radius.
+    """What the reading head should say: [B, N, 5] of shape, color (0 = no object), offset x and y, radius.
 
-    A token belongs to an object whose bounding square reaches its centre; offsets and radius count in radii and half
-    pictures.
+    A token belongs to an object whose bounding square reaches its center; offsets and radius count in radii and half
+    images.
     """
     width, height = drawn[0].width, drawn[0].height
     y, x = torch.meshgrid(torch.arange(8, height, 16), torch.arange(8, width, 16), indexing="ij")
-    x, y = x.flatten(), y.flatten()  # (N,) centres of the tokens in pixels
+    x, y = x.flatten(), y.flatten()  # (N,) centers of the tokens in pixels
     truth = torch.zeros(len(drawn), len(x), 5)
     for row, scene in zip(truth, drawn, strict=True):
-        for item, (colour, shape) in zip(scene.items, scene.objects, strict=True):
+        for item, (color, shape) in zip(scene.items, scene.objects, strict=True):
             dx, dy = (x - item.x) / item.radius, (y - item.y) / item.radius
             inside = torch.maximum(dx.abs(), dy.abs()) <= 1 + 4 / item.radius
             row[inside, 0] = 1 + scenes.SHAPES.index(shape)
-            row[inside, 1] = 1 + list(scenes.COLOURS).index(colour)
+            row[inside, 1] = 1 + list(scenes.COLORS).index(color)
             row[inside, 2:] = torch.stack((dx, dy, torch.full_like(dx, 2 * item.radius / min(width, height))), 1)[
                 inside
             ]
@@ -208,16 +208,16 @@ def token_truth(drawn: Sequence[scenes.Scene]) -> Tensor:
 
 
 def reading_loss(read: Tensor, truth: Tensor) -> Tensor:
-    """Cross-entropy of shape and colour, and squared error of offset and radius where there is an object.
+    """Cross-entropy of shape and color, and squared error of offset and radius where there is an object.
 
     read: [B, N, sum(READ)]. truth: `token_truth`.
     """
-    shape, colour, geometry = read.flatten(0, 1).split(READ, dim=1)
+    shape, color, geometry = read.flatten(0, 1).split(READ, dim=1)
     truth = truth.flatten(0, 1)
     there = (truth[:, 0] > 0).float()
     weight = 1 + 2 * there
     named = F.cross_entropy(shape, truth[:, 0].long(), reduction="none")
-    named = named + F.cross_entropy(colour, truth[:, 1].long(), reduction="none")
+    named = named + F.cross_entropy(color, truth[:, 1].long(), reduction="none")
     placed = (geometry - truth[:, 2:]).square().sum(1) * there
     return ((named + placed) * weight).mean()
 

@@ -82,7 +82,7 @@ class Pool:
 
     def __init__(self, pipe: ZImagePipeline, seed: int, count: int = POOL):
         rng = random.Random(f"control pool {seed}")
-        self.scenes = [scenes.sample(rng, allowed=lambda colour, shape: True) for _ in range(count)]
+        self.scenes = [scenes.sample(rng, allowed=lambda color, shape: True) for _ in range(count)]
         parts: dict[str, list[Tensor]] = {"clean": [], "outlines": [], "masked": [], "keep": []}
         for at in range(0, count, BATCH):
             drawn = self.scenes[at : at + BATCH]

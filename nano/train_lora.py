@@ -28,7 +28,7 @@ from .train import noise_levels, object_weights, plain_attention
 SHAPE = "moon"
 RANK = 8  # alpha is the same: scale 1
 BATCH = 32
-POOL = 6000  # pictures, half of them with a moon: the others keep the model as it was
+POOL = 6000  # images, half of them with a moon: the others keep the model as it was
 LR = 3e-3
 OUT = Path(__file__).parent / "zimage_nano_moon.safetensors"
 
@@ -50,7 +50,7 @@ class Adapted(nn.Module):
         self.changes = nn.ParameterList(part for pair in self.pairs.values() for part in pair)
 
     def forward(self, noisy: Tensor, t: Tensor, ids: Tensor, lengths: list[int]) -> Tensor:
-        """Velocity [B, 16, h, w] towards the picture."""
+        """Velocity [B, 16, h, w] towards the image."""
         weights = dict(self.networks.named_parameters())
         changed = {name: weights[name] + up @ down for name, (down, up) in self.pairs.items()}
         features = self._call("text_encoder", changed, ids)
@@ -74,10 +74,10 @@ class Adapted(nn.Module):
 
 def moon_scene(rng: random.Random, *, width: int = scenes.SIZE, height: int = scenes.SIZE) -> scenes.Scene:
     """A scene like those of training in which the object, one of the two, or all equal ones are moons."""
-    scene = scenes.sample(rng, width=width, height=height, allowed=lambda colour, shape: True)
+    scene = scenes.sample(rng, width=width, height=height, allowed=lambda color, shape: True)
     chosen = {rng.randrange(2)} if scene.kind == "pair" else range(len(scene.items))
     items = [dataclasses.replace(item, shape=SHAPE) if i in chosen else item for i, item in enumerate(scene.items)]
-    objects = [(colour, SHAPE) if i in chosen else (colour, shape) for i, (colour, shape) in enumerate(scene.objects)]
+    objects = [(color, SHAPE) if i in chosen else (color, shape) for i, (color, shape) in enumerate(scene.objects)]
     return dataclasses.replace(scene, items=tuple(items), objects=tuple(objects))
 
 

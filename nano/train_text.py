@@ -1,6 +1,6 @@
 """Gives the nano text encoder its start: from a caption's last token, say everything that the caption says.
 
-Classifying colours, shapes, places and counts takes minutes and hands the transformer features in which they are apart
+Classifying colors, shapes, places and counts takes minutes and hands the transformer features in which they are apart
 from its first step on. The transformer's training then goes on training the encoder.
 
     python -m nano.train_text --minutes 3 --tokenizer runs/tokenizer --out runs/text.pt
@@ -35,13 +35,13 @@ CONFIG = TextEncoderConfig(
     rms_norm_eps=1e-6,  # this and the next: Qwen3's
     rope_theta=1_000_000.0,
 )
-COLOURS = tuple(scenes.COLOURS)
+COLORS = tuple(scenes.COLORS)
 # what is asked of a caption -> its answers, "" where the caption does not say
 QUESTIONS: dict[str, tuple[str, ...]] = {
-    "background": COLOURS,
-    "colour 1": COLOURS,
+    "background": COLORS,
+    "color 1": COLORS,
     "shape 1": scenes.SHAPES,
-    "colour 2": ("", *COLOURS),
+    "color 2": ("", *COLORS),
     "shape 2": ("", *scenes.SHAPES),
     "place": ("", *scenes.PLACES, "row", "column"),
     "size": ("", *scenes.SIZES),
@@ -52,13 +52,13 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 
 def answers(scene: scenes.Scene) -> list[int]:
     """The index of the right answer to each question, in their order."""
-    (colour_1, shape_1), *others = scene.objects
-    colour_2, shape_2 = others[0] if scene.kind == "pair" else ("", "")
+    (color_1, shape_1), *others = scene.objects
+    color_2, shape_2 = others[0] if scene.kind == "pair" else ("", "")
     right = {
         "background": scene.background_name,
-        "colour 1": colour_1,
+        "color 1": color_1,
         "shape 1": shape_1,
-        "colour 2": colour_2,
+        "color 2": color_2,
         "shape 2": shape_2,
         "place": scene.place or "",
         "size": scene.size or "",
@@ -115,7 +115,7 @@ def train(minutes: float, tokenizer_folder: Path, out: Path, seed: int = 0) -> f
     save_atomically({name: value.cpu() for name, value in encoder.state_dict().items()}, out)
     rng = random.Random("text report")
     with torch.no_grad():
-        drawn = [scenes.sample(rng, allowed=lambda colour, shape: True) for _ in range(512)]
+        drawn = [scenes.sample(rng, allowed=lambda color, shape: True) for _ in range(512)]
         _, right = _judge(encoder, heads, tokenizer, drawn, rng)
     print(f"text: {right:.4f} of the answers about 512 new captions are right", flush=True)
     return right

@@ -1,8 +1,8 @@
-"""Trains the nano autoencoder: pictures to 16 latent channels at 1/8 of the size, in FLUX's latent normalisation.
+"""Trains the nano autoencoder: images to 16 latent channels at 1/8 of the size, in FLUX's latent normalization.
 
 Besides reconstructing, the latents are taught two habits. They are about unit-sized once scaled, so the published
-`scaling_factor` and `shift_factor` hold. And FLUX's published latent-to-RGB preview factors give the picture's colours,
-so previews of this model are true in any program that previews FLUX latents, and colour is linear for the transformer.
+`scaling_factor` and `shift_factor` hold. And FLUX's published latent-to-RGB preview factors give the image's colors,
+so previews of this model are true in any program that previews FLUX latents, and color is linear for the transformer.
 
     torchrun --nproc-per-node 2 -m nano.train_vae --minutes 10 --out runs/vae.pt
 """
@@ -64,7 +64,7 @@ class Stage:
     """A part of the run with its own learning-rate cycle."""
 
     share: float  # of the run's time
-    phases: tuple[tuple[float, int, int], ...]  # (up to this share of the stage, picture size, batch)
+    phases: tuple[tuple[float, int, int], ...]  # (up to this share of the stage, image size, batch)
     peak: float  # of the learning rates
     weight_kl: float
 
@@ -126,19 +126,19 @@ class Trained(nn.Module):
         return weights
 
 
-def pictures(rng: random.Random, count: int, size: int) -> Tensor:
-    """Training pictures [count, 3, size, size]: whole scenes and crops of larger ones, any colours and angles too."""
+def images(rng: random.Random, count: int, size: int) -> Tensor:
+    """Training images [count, 3, size, size]: whole scenes and crops of larger ones, any colors and angles too."""
     whole = count if size == scenes.SIZE else count // 4
     drawn = [scenes.draw([_scene(rng, size) for _ in range(whole)])] if whole else []
     if whole < count:
         large = [_scene(rng, 96 if size == 32 else 128) for _ in range(count - whole)]
-        for scene, picture in zip(large, scenes.draw(large), strict=True):
+        for scene, image in zip(large, scenes.draw(large), strict=True):
             item = rng.choice(scene.items)  # crop around an object: plain background teaches nothing
             x, y = (
-                min(scene.width - size, max(0, int(centre + rng.uniform(-0.6, 0.6) * size) - size // 2))
-                for centre in (item.x, item.y)
+                min(scene.width - size, max(0, int(center + rng.uniform(-0.6, 0.6) * size) - size // 2))
+                for center in (item.x, item.y)
             )
-            drawn.append(picture[None, :, y : y + size, x : x + size])
+            drawn.append(image[None, :, y : y + size, x : x + size])
     image = torch.cat(drawn)
     shaded = torch.randperm(count)[: max(1, count // 10)]
     shade = F.interpolate(torch.randn(len(shaded), 3, 4, 4), size=(size, size), mode="bilinear", align_corners=True)
@@ -147,7 +147,7 @@ def pictures(rng: random.Random, count: int, size: int) -> Tensor:
 
 
 def _scene(rng: random.Random, size: int) -> scenes.Scene:
-    scene = scenes.sample(rng, width=size, height=size, allowed=lambda colour, shape: True)
+    scene = scenes.sample(rng, width=size, height=size, allowed=lambda color, shape: True)
     if rng.random() < 0.3:
         items = tuple(_free_item(rng, size) for _ in range(rng.randint(1, 4)))
         scene = dataclasses.replace(scene, background=_rgb(rng), items=items)
@@ -209,7 +209,7 @@ def train(minutes: float, out: Path, seed: int = 0) -> None:
         start, step, done, seconds = time.monotonic() - before, 0, 0.0, 60 * minutes * stage.share
         while done < 1:
             size, batch = next((size, batch) for until, size, batch in stage.phases if done < until)
-            image = pictures(rng, batch, size).to(ranks.device)
+            image = images(rng, batch, size).to(ranks.device)
             if ranks.device.type == "cpu":
                 image = image.contiguous(memory_format=torch.channels_last)
             with autocast(ranks.device.type):

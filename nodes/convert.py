@@ -9,8 +9,8 @@ from torch import Tensor
 from .bridge import borders
 
 EMPTY = "A batch of none or an image of no size can't be used: look at the node that it comes from."
-PIXELS = 16  # Z-Image cuts the image into patches of this size: 8 pixels a latent cell, 2x2 cells a token
-CELLS = 2
+PIXELS = 16  # Z-Image cuts the image into patches of this size: 8 pixels a latent pixel, 2x2 of these a token
+PATCH = 2
 
 
 def checked_latents(samples: Tensor, channels: int) -> Tensor:
@@ -29,8 +29,8 @@ def checked_latents(samples: Tensor, channels: int) -> Tensor:
 def checked_cells(latents: Tensor) -> Tensor:
     """Latents [B, C, h, w] with even h and w, which the transformer cuts into patches; raises ValueError otherwise."""
     height, width = latents.shape[-2:]
-    if height % CELLS or width % CELLS:
-        raise ValueError(_size_message("latent", width * PIXELS // CELLS, height * PIXELS // CELLS))
+    if height % PATCH or width % PATCH:
+        raise ValueError(_size_message("latent", width * PIXELS // PATCH, height * PIXELS // PATCH))
     return latents
 
 
@@ -47,8 +47,8 @@ def checked_pixels(pixels: Tensor) -> Tensor:
 
 def latent_with(latent: dict[str, Any], samples: Tensor) -> dict[str, Any]:
     """The LATENT with new samples; what described the old ones' scale is dropped, as stock samplers do."""
-    kept = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio")}
-    return {**kept, "samples": samples}
+    rest = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio")}
+    return {**rest, "samples": samples}
 
 
 def _size_message(what: str, width: int, height: int) -> str:

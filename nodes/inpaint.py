@@ -143,7 +143,7 @@ class ZImageInpaintPrepare(io.ComfyNode):
         part, own, back = inpaint.prepare(pixels, hole, **settings, context=context, pixels=megapixels * 1e6)
         latents = bridge_vae.encode(vae, inpaint.filled(part, own, fill).movedim(1, -1))
         # by the latent's own pixels, of which none that holds a pixel to repaint may stay
-        latent = {"samples": latents, "noise_mask": images.covered(own, convert.PIXELS // convert.CELLS)}
+        latent = {"samples": latents, "noise_mask": images.covered(own, convert.PIXELS // convert.PATCH)}
         return io.NodeOutput(latent, back, part.movedim(1, -1), own.squeeze(1))
 
 

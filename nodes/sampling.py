@@ -187,5 +187,5 @@ def noise_levels(steps: int, denoise: float, config: SchedulerConfig, latents: T
     if not 0 < denoise <= 1:
         raise ValueError(f"denoise is {denoise}, expected more than 0 and at most 1 (1 starts from pure noise).")
     height, width = latents.shape[-2:]
-    tokens = (height // convert.CELLS) * (width // convert.CELLS)
+    tokens = (height // convert.PATCH) * (width // convert.PATCH)
     return sigmas(int(steps / denoise), config, tokens)[-(steps + 1) :]

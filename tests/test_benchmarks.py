@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import pictures, results
+from benchmarks import images, results
 from benchmarks.gpu import report
 
 from .helpers import ROOT
@@ -77,18 +77,18 @@ def test_compiling_tells_the_first_step_of_each_shape():
 
 
 @pytest.mark.slow
-def test_starting_compares_a_picture_of_each():
+def test_starting_compares_a_image_of_each():
     ((row, *cells),) = first_table("starting")
-    assert row == "nano picture" and all(float(cell) > 0 for cell in cells[:2])
+    assert row == "nano image" and all(float(cell) > 0 for cell in cells[:2])
 
 
 @pytest.mark.slow
-def test_pictures_run(tmp_path):
-    """Ours through a real server, and the nano picture, which must agree with diffusers'."""
-    command = [sys.executable, "-m", "benchmarks.pictures", "--toy", "--rounds", "1", "--repeats", "1"]
+def test_images_run(tmp_path):
+    """Ours through a real server, and the nano image, which must agree with diffusers'."""
+    command = [sys.executable, "-m", "benchmarks.images", "--toy", "--rounds", "1", "--repeats", "1"]
     done = subprocess.run([*command, "--folder", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
-    for row in ("guidance 2", "first picture", "new seed", "new prompt", "known prompt", "sampling, 8 steps"):
+    for row in ("guidance 2", "first image", "new seed", "new prompt", "known prompt", "sampling, 8 steps"):
         assert f"| {row} | " in done.stdout
     known = next(line for line in done.stdout.splitlines() if line.startswith("| text encoder, known prompt"))
     assert float(known.split(" | ")[1]) < 0.1
@@ -96,8 +96,8 @@ def test_pictures_run(tmp_path):
 
 
 def test_prompts_are_lengthened_to_so_many_words():
-    assert pictures.lengthened("a red fox", 0) == "a red fox"
-    long = pictures.lengthened("a red fox", 40).split()
+    assert images.lengthened("a red fox", 0) == "a red fox"
+    long = images.lengthened("a red fox", 40).split()
     assert len(long) == 40 and long[:3] == ["a", "red", "fox"]
 
 
@@ -121,8 +121,7 @@ def test_an_unknown_part_is_refused():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (
         done.returncode == 2
-        and "there is no benchmark stop; there are step, control, compiling, text, vae, starting, pictures"
-        in done.stderr
+        and "there is no benchmark stop; there are step, control, compiling, text, vae, starting, images" in done.stderr
     )
 
 
@@ -145,7 +144,7 @@ def test_every_section_is_filled():
     text = results.FILE.read_text()
     names = re.findall(r"<!-- (.*): written by the benchmark -->", text)
     assert len(names) == len(set(names))
-    parts = ["compiling", "pictures", "starting", "pictures of long prompts"]
+    parts = ["compiling", "images", "starting", "images of long prompts"]
     assert {f"{part}, {device}" for part in parts for device in ("cpu", "cuda")} <= set(names)
     assert {"gpu", "text encoder, cpu", "vae, cpu", "nano, cpu", "loading", "loading, fewer layers"} <= set(names)
     assert {"step, cpu, bf16", "step, cpu, fp32", "step, cpu, fp32, larger"} <= set(names)
@@ -203,7 +202,7 @@ def test_gpu_results_go_into_the_document(gpu_run, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "FILE", file)
     report.record(gpu_run)
     text = file.read_text()
-    assert "| picture | core |" in text and "old" not in text and "torch 2." in text
+    assert "| image | core |" in text and "old" not in text and "torch 2." in text
 
 
 def test_a_gpu_phase_that_fails_keeps_what_it_had(tmp_path):

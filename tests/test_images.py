@@ -27,7 +27,7 @@ def pipe() -> ZImagePipeline:
 
 
 @pytest.fixture(scope="module")
-def picture(pipe) -> torch.Tensor:
+def image(pipe) -> torch.Tensor:
     return pipe.generate("a green star on a white background", **SMALL)
 
 
@@ -50,26 +50,26 @@ def test_an_image_at_no_strength_and_at_full():
             left_out(8, strength)
 
 
-def test_full_strength_is_text_to_image(pipe, picture):
+def test_full_strength_is_text_to_image(pipe, image):
     """The posterior's mean draws nothing, so the noise is that of the seed."""
-    begun = pipe.generate(PROMPT, image=picture, strength=1.0, output="latents", **SMALL)
+    begun = pipe.generate(PROMPT, image=image, strength=1.0, output="latents", **SMALL)
     assert torch.equal(begun, pipe.generate(PROMPT, output="latents", **SMALL))
 
 
-def test_pixels_outside_the_mask_stay_bit_for_bit(pipe, picture):
+def test_pixels_outside_the_mask_stay_bit_for_bit(pipe, image):
     mask = torch.zeros(1, 1, 64, 64)
     mask[..., 21:50, 13:40] = 1  # on no boundary of latents
-    made = pipe.generate(PROMPT, image=picture, mask=mask, **SMALL)
+    made = pipe.generate(PROMPT, image=image, mask=mask, **SMALL)
     outside = mask.expand_as(made) == 0
-    assert torch.equal(made[outside], picture[outside])
-    assert (made - picture).abs()[~outside].mean() > 0.02
+    assert torch.equal(made[outside], image[outside])
+    assert (made - image).abs()[~outside].mean() > 0.02
 
 
-def test_masks_of_one_value(pipe, picture):
+def test_masks_of_one_value(pipe, image):
     """All 0 changes nothing; all 1 is text to image."""
     ones = torch.ones(1, 1, 64, 64)
-    assert torch.equal(pipe.generate(PROMPT, image=picture, mask=0 * ones, **SMALL), picture)
-    assert torch.equal(pipe.generate(PROMPT, image=picture, mask=ones, **SMALL), pipe.generate(PROMPT, **SMALL))
+    assert torch.equal(pipe.generate(PROMPT, image=image, mask=0 * ones, **SMALL), image)
+    assert torch.equal(pipe.generate(PROMPT, image=image, mask=ones, **SMALL), pipe.generate(PROMPT, **SMALL))
 
 
 def test_a_soft_mask_lets_go_for_its_share_of_the_steps():
@@ -80,11 +80,11 @@ def test_a_soft_mask_lets_go_for_its_share_of_the_steps():
     assert seen == [[2.0, 2.0, -1.0], [3.0, 3.0, -1.0], [4.0, -1.0, -1.0], [5.0, -1.0, -1.0]]
 
 
-def test_control_of_no_strength_is_none(pipe, control_file, picture):
+def test_control_of_no_strength_is_none(pipe, control_file, image):
     plain = pipe.generate(PROMPT, output="latents", **SMALL)
 
     def steered(**settings) -> torch.Tensor:
-        return pipe.generate(PROMPT, control=[Control(control_file, picture, **settings)], output="latents", **SMALL)
+        return pipe.generate(PROMPT, control=[Control(control_file, image, **settings)], output="latents", **SMALL)
 
     assert torch.equal(steered(strength=0.0), plain)
     assert not torch.equal(steered(), plain)
@@ -92,7 +92,7 @@ def test_control_of_no_strength_is_none(pipe, control_file, picture):
     assert not torch.equal(first, second) and not torch.equal(first, plain)
 
 
-def test_start_and_end_part_the_steps(pipe, control_file, picture, monkeypatch):
+def test_start_and_end_part_the_steps(pipe, control_file, image, monkeypatch):
     """Two halves that meet see each step once."""
     seen: list[float] = []
     forward = type(pipe.transformer).forward
@@ -104,32 +104,32 @@ def test_start_and_end_part_the_steps(pipe, control_file, picture, monkeypatch):
     monkeypatch.setattr(type(pipe.transformer), "forward", spy)
     for start, end, steps in ((0, 0.5, [1, 1, 0, 0]), (0.5, 1, [0, 0, 1, 1]), (0.3, 0.6, [0, 0, 1, 0])):
         seen.clear()
-        pipe.generate(PROMPT, control=[Control(control_file, picture, start=start, end=end)], **SMALL)
+        pipe.generate(PROMPT, control=[Control(control_file, image, start=start, end=end)], **SMALL)
         assert seen == steps
 
 
-def test_what_is_repainted_is_told_to_the_network(pipe, control_file, picture):
+def test_what_is_repainted_is_told_to_the_network(pipe, control_file, image):
     mask = torch.zeros(1, 1, 64, 64)
     mask[..., 16:48, 16:48] = 1
-    settings = {**SMALL, "image": picture, "mask": mask, "output": "latents"}
+    settings = {**SMALL, "image": image, "mask": mask, "output": "latents"}
     told = pipe.generate(PROMPT, control=[Control(control_file)], **settings)
-    same = Control(control_file, mask=mask, inpaint_image=picture)
+    same = Control(control_file, mask=mask, inpaint_image=image)
     assert torch.equal(told, pipe.generate(PROMPT, control=[same], **settings))
-    other = Control(control_file, mask=mask, inpaint_image=1 - picture)
+    other = Control(control_file, mask=mask, inpaint_image=1 - image)
     assert not torch.equal(told, pipe.generate(PROMPT, control=[other], **settings))
 
 
-def test_both_halves_of_guidance_are_steered(pipe, control_file, picture):
-    control = [Control(control_file, picture)]
+def test_both_halves_of_guidance_are_steered(pipe, control_file, image):
+    control = [Control(control_file, image)]
     settings = {**SMALL, "guidance_scale": 2.0, "output": "latents", "control": control}
     guided = pipe.generate(PROMPT, "blurry", **settings)
     assert not torch.equal(guided, pipe.generate(PROMPT, "blurry", **{**settings, "control": ()}))
 
 
-def test_one_control_image_for_all_or_one_for_each(pipe, control_file, picture):
-    both = torch.cat((picture, picture.flip(-1)))
+def test_one_control_image_for_all_or_one_for_each(pipe, control_file, image):
+    both = torch.cat((image, image.flip(-1)))
     settings = {**SMALL, "seed": [3, 3], "batch_size": 2, "output": "latents"}
-    one = pipe.generate(PROMPT, control=[Control(control_file, picture)], **settings)
+    one = pipe.generate(PROMPT, control=[Control(control_file, image)], **settings)
     each = pipe.generate(PROMPT, control=[Control(control_file, both)], **settings)
     assert (each[0] - each[1]).abs().mean() > 0.01
     torch.testing.assert_close(one[1], one[0], rtol=0, atol=1e-4)
@@ -175,15 +175,15 @@ def test_bad_control_is_named(settings, words):
         Control(**{**GOOD, **settings})
 
 
-def test_bad_control_files_and_images_are_named(pipe, control_file, picture):
+def test_bad_control_files_and_images_are_named(pipe, control_file, image):
     with pytest.raises(ValueError, match="the control image is a batch of 3 for 1 images"):
-        pipe.generate(PROMPT, control=[Control(control_file, picture.repeat(3, 1, 1, 1))], **SMALL)
+        pipe.generate(PROMPT, control=[Control(control_file, image.repeat(3, 1, 1, 1))], **SMALL)
     with pytest.raises(ValueError, match="needs a control image, or an image to repaint and its mask"):
         pipe.generate(PROMPT, control=[Control(control_file)], **SMALL)
     with pytest.raises(CheckpointError, match="this is a Z-Image transformer, not a Z-Image control network"):
         model = NANO / "transformer" / "diffusion_pytorch_model.safetensors"
-        pipe.generate(PROMPT, control=[Control(model, picture)], **SMALL)
-    old = dataclasses.replace(Control(control_file, picture, mask=picture[:, :1], inpaint_image=picture))
+        pipe.generate(PROMPT, control=[Control(model, image)], **SMALL)
+    old = dataclasses.replace(Control(control_file, image, mask=image[:, :1], inpaint_image=image))
     network = build(pipe.transformer)
     network.config = dataclasses.replace(network.config, in_channels=16, refined="blocks")
     with pytest.raises(ValueError, match=r"this control network \(Union 1.0\) can't repaint"):

@@ -10,7 +10,7 @@ from torch import Tensor
 from zimage_core import inpaint
 
 
-def picture(batch: int = 1, height: int = 120, width: int = 200) -> Tensor:
+def drawn(batch: int = 1, height: int = 120, width: int = 200) -> Tensor:
     return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
@@ -34,7 +34,7 @@ WAYS = [
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_what_is_cut_out_suits_the_model_and_goes_back_where_it_was(way):
     """Unchanged, it gives the image again: but for rounding, and where it was scaled."""
-    image = picture()
+    image = drawn()
     part, hole, crop = inpaint.prepare(image, masked(), **way)
     assert part.shape[2] % 16 == part.shape[3] % 16 == 0 and hole.shape == (1, 1, *part.shape[2:])
     if (pixels := way.get("pixels")) is not None:
@@ -51,7 +51,7 @@ def test_what_is_cut_out_suits_the_model_and_goes_back_where_it_was(way):
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_everything_else_stays_bit_for_bit(way):
-    image = picture(2)
+    image = drawn(2)
     part, _, crop = inpaint.prepare(image, masked().expand(2, 1, 120, 200), **way)
     back = inpaint.finish(1 - part, crop)
     changed = (back != crop.canvas).any(1, keepdim=True)
@@ -72,12 +72,12 @@ def test_shapes_are_kept():
 
 
 def test_the_new_image_fades_in_inwards_from_the_edge_of_the_mask():
-    _, _, crop = inpaint.prepare(picture(), masked(), grow=10, feather=10, crop=False)
+    _, _, crop = inpaint.prepare(drawn(), masked(), grow=10, feather=10, crop=False)
     row = crop.blend[0, 0, 60]
     assert row[79] == 0 and row[80] > 0 and row[95] == 1  # the grown mask begins at 80
     assert (row[80:90].diff() > 0).all()
     whole = torch.ones(1, 1, 120, 200)  # the sides of the image are no edges
-    assert inpaint.prepare(picture(), whole, feather=10, crop=False)[2].blend.min() == 1
+    assert inpaint.prepare(drawn(), whole, feather=10, crop=False)[2].blend.min() == 1
 
 
 def test_fillings():
@@ -104,7 +104,7 @@ def test_fillings():
 
 def test_no_seam_where_colors_came_out_otherwise():
     """A part that is darker all over, and one whose shade changes from left to right."""
-    image = picture() * 0.5 + 0.2
+    image = drawn() * 0.5 + 0.2
     part, hole, crop = inpaint.prepare(image, masked(), crop=False)
     for shade in (torch.full((200,), -0.1), torch.linspace(-0.1, 0.1, 208)[4:204]):
         off = part + F.pad(shade, (0, part.shape[-1] - 200))
@@ -115,7 +115,7 @@ def test_no_seam_where_colors_came_out_otherwise():
 
 
 def test_several_images_for_each_that_was_cut_out():
-    image = picture(2)
+    image = drawn(2)
     part, _, crop = inpaint.prepare(image, masked().expand(2, 1, 120, 200))
     four = inpaint.finish(torch.cat((part, 1 - part)), crop)
     assert torch.equal(four[2:], inpaint.finish(1 - part, crop))
@@ -123,8 +123,8 @@ def test_several_images_for_each_that_was_cut_out():
 
 def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match="the mask is empty"):
-        inpaint.prepare(picture(), torch.zeros(1, 1, 120, 200))
-    part, _, crop = inpaint.prepare(picture(2), masked().expand(2, 1, 120, 200))
+        inpaint.prepare(drawn(), torch.zeros(1, 1, 120, 200))
+    part, _, crop = inpaint.prepare(drawn(2), masked().expand(2, 1, 120, 200))
     for other in (part[:1], part[..., :32], torch.cat((part, part[:1]))):
         with pytest.raises(ValueError, match="as they were cut out"):
             inpaint.finish(other, crop)

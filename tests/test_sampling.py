@@ -11,7 +11,7 @@ from zimage_core.sampling.schedule import sigmas
 
 SCHEDULE = SchedulerConfig(3.0, False, 0.5, 1.15, 256, 4096)
 NOISE = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(0))
-PICTURE = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(1))
+IMAGE = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(1))
 CAPTIONS = [torch.zeros(3, 8), torch.zeros(5, 8)]
 
 
@@ -26,13 +26,13 @@ class Straight:
         self.times.append(t[0].item())
         self.batches.append(len(latents))
         self.dtypes.append(latents.dtype)
-        return (PICTURE - NOISE).repeat(len(latents) // 2, 1, 1, 1).to(latents.dtype)
+        return (IMAGE - NOISE).repeat(len(latents) // 2, 1, 1, 1).to(latents.dtype)
 
 
 def test_it_arrives_at_the_image_and_time_runs_upwards():
     model = Straight()
     result = loop.denoise(model, NOISE, sigmas(8, SCHEDULE, 4), CAPTIONS)
-    assert torch.allclose(result, PICTURE, atol=1e-5)
+    assert torch.allclose(result, IMAGE, atol=1e-5)
     assert model.times == sorted(model.times) and model.times[0] == 0.0 and model.times[-1] == pytest.approx(0.7)
     assert model.batches == [2] * 8
 
@@ -98,7 +98,7 @@ def test_callback_sees_each_step_and_can_cancel():
 
     def callback(step, steps, latents, estimate):
         seen.append((step, steps))
-        assert torch.allclose(estimate, PICTURE, atol=1e-5)
+        assert torch.allclose(estimate, IMAGE, atol=1e-5)
         return step < 3
 
     with pytest.raises(loop.Cancelled, match="after step 3 of 8"):

@@ -49,7 +49,7 @@ class TransformerConfig(BlockConfig):
     t_scale: float  # 1000.0, the model time 0..1 is multiplied by this before its sinusoids
     axes_dims: tuple[int, int, int]  # (32, 48, 48): share of a head for (sequence, row, column)
     in_channels: int  # 16 latent channels
-    patch_size: int  # 2: a token is 2x2 latent cells, 16x16 pixels
+    patch_size: int  # 2: a token is 2x2 latent pixels, 16x16 pixels
     siglip_feat_dim: int | None = None  # of features of reference images, 1152 in Omni; None: it has no part for them
 
     @property
@@ -190,7 +190,7 @@ class VAEConfig:
 
     @property
     def downscale(self) -> int:
-        """Pixels per latent cell along one side: 8."""
+        """Pixels per latent pixel along one side: 8."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod

@@ -45,20 +45,20 @@ def fitted(image: Tensor, height: int, width: int, *, fill: float | None = None)
     return F.pad(image, around, value=0.0 if fill is None else fill) if any(around) else image
 
 
-def covered(mask: Tensor, cell: int) -> Tensor:
-    """A mask [B, 1, H, W] for latents [B, 1, h, w]: of each `cell` x `cell` pixels the most, so that none is missed."""
-    return F.max_pool2d(mask, cell)
+def covered(mask: Tensor, downscale: int) -> Tensor:
+    """A mask [B, 1, H, W] for latents [B, 1, h, w]: of each of their pixels the most, so that none is missed."""
+    return F.max_pool2d(mask, downscale)
 
 
-def hole(image: Tensor, mask: Tensor, cell: int) -> tuple[Tensor, Tensor]:
+def hole(image: Tensor, mask: Tensor, downscale: int) -> tuple[Tensor, Tensor]:
     """What a control network is told of an image [B, 3, H, W] in 0..1 to repaint where mask [B, 1, H, W] is 1.
 
     Gives the image, gray where it is repainted, and a mask [B, 1, h, w] that is 1 where it stays (as VideoX-Fun: from
-    one of all or nothing, the pixel that begins each cell).
+    one of all or nothing, the first pixel of each latent pixel).
     """
     repainted = (mask >= REPAINTED).to(image)
     gray = image * (1 - repainted) + 0.5 * repainted
-    return gray, 1 - repainted[:, :, ::cell, ::cell]
+    return gray, 1 - repainted[:, :, ::downscale, ::downscale]
 
 
 def composed(made: Tensor, image: Tensor, mask: Tensor) -> Tensor:

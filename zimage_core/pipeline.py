@@ -227,18 +227,18 @@ class ZImagePipeline:
         begin = 0 if source is None else left_out(steps, source.strength)
         steering = [self._steering(one, source, batch) for one in control]
 
-        cell = self.vae.config.downscale
+        downscale = self.vae.config.downscale
         levels = sigmas(steps, self.scheduler, self._tokens(height, width))[begin:]
         draws = Noise(seed, batch)
         clean = None if source is None else self._clean(source.image, draws, posterior)
-        latents = draws.draw((self.transformer.config.in_channels, height // cell, width // cell))
+        latents = draws.draw((self.transformer.config.in_channels, height // downscale, width // downscale))
         keep = None
         if clean is not None and source is not None:
             if source.mask is not None:
-                keep = Repaint(clean, latents.to(clean), images.covered(source.mask, cell).to(clean), levels)
+                keep = Repaint(clean, latents.to(clean), images.covered(source.mask, downscale).to(clean), levels)
             latents = noised(clean, latents.to(clean), levels[0])
         shift = shift_of(self.scheduler, self._tokens(height, width))
-        works = [working(one, network, self.encode, cell, (height, width), shift) for one, network in steering]
+        works = [working(one, network, self.encode, downscale, (height, width), shift) for one, network in steering]
 
         encode = partial(self.encode_prompts, max_tokens=max_prompt_tokens, template=reference.template(references))
         seen = reference.seen(references, self.sight, self.transformer, self.dtype, self.encode, self.encode_prompts)

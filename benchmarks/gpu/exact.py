@@ -29,7 +29,7 @@ def run(report: Report, device: torch.device, toy: bool) -> None:
     names = ["core", "nodes", "nodes compiled", "native", "diffusers"]
     cases = step.TOY_CASES[:1] if toy else CASES
     title = "||difference|| / ||float32 on the CPU||"
-    report.table(title, ["weights", "picture", "dtype", *(f">{name}" for name in names)])
+    report.table(title, ["weights", "image", "dtype", *(f">{name}" for name in names)])
     reference = _on_cpu(exact)
     for weights in ("drawn", f"w3 times {INFLATED:.0f}"):
         if weights != "drawn":

@@ -22,7 +22,7 @@ FILE = "bench.safetensors"  # written by the first of these phases, for all of t
 STEPS = 8
 SIZE = 1024
 LEFT = 9  # GiB that a crowded device has left
-RUNS = {False: 5, True: 3}  # pictures after the first, by whether the device is crowded; 24 steps or more
+RUNS = {False: 5, True: 3}  # images after the first, by whether the device is crowded; 24 steps or more
 
 
 @torch.inference_mode()
@@ -45,7 +45,7 @@ def run(report: Report, device: torch.device, toy: bool, base: Path, dynamic: bo
         prompt = [[torch.randn(1, 40, config.cap_feat_dim, generator=generator), {}]]
         times: dict[str, dict[str, list[float]]] = {}
         peaks: dict[str, int] = {}
-        pictures = {}
+        images = {}
         users = _users(pack, prompt, latent, 1 if toy else STEPS)
         if not toy:
             warm = _users(pack, prompt, latent, 1)["ours"]
@@ -54,7 +54,7 @@ def run(report: Report, device: torch.device, toy: bool, base: Path, dynamic: bo
         for name, use in users.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            times[name], pictures[name] = _use(use, device, 1 if toy else RUNS[crowded])
+            times[name], images[name] = _use(use, device, 1 if toy else RUNS[crowded])
             peaks[name] = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
             mm.unload_all_models()
             mm.soft_empty_cache()
@@ -65,7 +65,7 @@ def run(report: Report, device: torch.device, toy: bool, base: Path, dynamic: bo
             cells = [f"{statistics.median(each['load']):.2f}", f"{statistics.median(each['first']):.2f}"]
             cells += [f"{statistics.median(further):.3f}", f"{min(further):.3f}–{max(further):.3f}"]
             report.row("seconds", name, *cells, f"{peaks[name] / 1e6:,.0f}", f"{memory.anonymous() / 1e6:,.0f}")
-        ours, stock = (pictures[name].float() for name in ("ours", "stock"))
+        ours, stock = (images[name].float() for name in ("ours", "stock"))
         off = ((ours - stock).norm() / stock.norm()).item()
         report.remark(f"latents of the two differ by {off:.1e} (their noise levels are not the same to the last digit)")
 
@@ -97,10 +97,10 @@ def _use(use: Use, device: torch.device, runs: int) -> tuple[dict[str, list[floa
     load, sample = use
     taken, model = _seconds(load, device)
     found = {"load": [taken]}
-    taken, picture = _seconds(lambda: sample(model, 1), device)
+    taken, image = _seconds(lambda: sample(model, 1), device)
     found["first"] = [taken]
     further = [_seconds(lambda seed=seed: sample(model, seed), device)[0] for seed in range(2, 2 + runs)]
-    return {**found, "further": further}, picture
+    return {**found, "further": further}, image
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:

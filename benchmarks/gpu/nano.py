@@ -79,11 +79,11 @@ def _core(report: Report, device: torch.device, expected: _Expected, dtypes: Seq
     pipe = pipeline(device, torch.float32, False)
     given = expected(0.0)
     on_cpu = pipeline(torch.device("cpu"), torch.float32, False)
-    picture = on_cpu.decode(given)
-    _judge(report, "core", "picture of the same latents", torch.float32, 0.0, pipe.decode(given.to(device)), picture)
+    image = on_cpu.decode(given)
+    _judge(report, "core", "image of the same latents", torch.float32, 0.0, pipe.decode(given.to(device)), image)
     raw = pipe.vae.unscale(given.to(device))
     whole, banded = pipe.vae.decode(raw), vae_bands.decode(pipe.vae, raw)
-    _judge(report, "core", "picture in bands", torch.float32, 0.0, banded, whole)
+    _judge(report, "core", "image in bands", torch.float32, 0.0, banded, whole)
     features = pipe.encode_prompts([PROMPT])[0]
     _judge(report, "core", "text features", torch.float32, 0.0, features, on_cpu.encode_prompts([PROMPT])[0])
 
@@ -124,11 +124,11 @@ def _nodes(
         _judge(report, "nodes", f"{name}, LoRA", computes, 2.0, sample(changed, 2.0, True), wanted, limit=None)
     vae = pack.bridge.vae.ZImageVAE(SNAPSHOT)
     given = on_cpu.vae.unscale(expected(0.0))
-    picture = on_cpu.decode(expected(0.0)).permute(0, 2, 3, 1)
+    image = on_cpu.decode(expected(0.0)).permute(0, 2, 3, 1)
     for low_memory in ("off", "on"):
         found = pack.vae.ZImageVAEDecode.execute(vae, {"samples": given}, low_memory).args[0]
-        what = "picture" if low_memory == "off" else "picture in bands"
-        _judge(report, "nodes", what, vae.vae_dtype, 0.0, found, picture)
+        what = "image" if low_memory == "off" else "image in bands"
+        _judge(report, "nodes", what, vae.vae_dtype, 0.0, found, image)
     clip = pack.bridge.clip.load_clip(SNAPSHOT)
     ((found, _extra),) = pack.conditioning.ZImageTextEncode.execute(clip, PROMPT, cache=False).args[0]
     _judge(report, "nodes", "text features", torch.float32, 0.0, found, features[False][0][0][0])

@@ -19,7 +19,7 @@ MOST = 12  # kernels of a list
 def look(report: Report, built: dict[str, Any], device: torch.device, toy: bool) -> None:
     """Into one table, a step of each network at two sizes; the longest kernels of some; waits of all."""
     config = built["core"].config
-    columns = ["picture", "", ">kernels", ">busy, ms", ">gaps, ms", ">values read by Python", ">copies across the bus"]
+    columns = ["image", "", ">kernels", ">busy, ms", ">gaps, ms", ">values read by Python", ">copies across the bus"]
     report.table("one step", columns)
     for size in (64,) if toy else SIZES:
         given = step.inputs(step.Case(size, 40), config, device, next(built["core"].parameters()).dtype)

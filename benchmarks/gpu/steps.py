@@ -23,11 +23,11 @@ def run(report: Report, device: torch.device, toy: bool) -> None:
     config = models.geometry(1 if toy else 30, toy)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     built = everybody(models.core(config, device, dtype))
-    report.table("milliseconds", ["picture", *(f">{name}" for name in built), ">floor"])
+    report.table("milliseconds", ["image", *(f">{name}" for name in built), ">floor"])
     ours = [name for name in built if name not in OTHERS]
-    report.table("to the faster of native and diffusers", ["picture", *(f">{name}" for name in ours)])
-    report.table("MB beside the weights", ["picture", *(f">{name}" for name in built)])
-    report.table("differs from core, relative", ["picture", *(f">{name}" for name in built)])
+    report.table("to the faster of native and diffusers", ["image", *(f">{name}" for name in ours)])
+    report.table("MB beside the weights", ["image", *(f">{name}" for name in built)])
+    report.table("differs from core, relative", ["image", *(f">{name}" for name in built)])
     for case in step.TOY_CASES if toy else CASES:
         given = step.inputs(case, config, device, dtype)
         found = step.measure(built, given, 1 if toy else REPEATS)

@@ -291,7 +291,7 @@ def _map_weights(encoder: TextEncoder, component: Component, dtype: torch.dtype,
         layer = encoder.get_submodule(path)
         # ComfyUI's layers for quantized weights hold others in the dtype that they compute in
         held = getattr(layer, "factory_kwargs", {}).get("dtype", dtype)
-        tensors = quantized.kept_tensors(component, name, shape, torch.float32) if packed else {}
+        tensors = quantized.quantized_tensors(component, name, shape, torch.float32) if packed else {}
         if not tensors and not component.packed(name):
             mapped = component.tensor(name, shape)
             tensors = {name: mapped} if mapped.dtype == held else {}
@@ -323,7 +323,7 @@ def encode(clip: comfy.sd.CLIP, text: str, cached: bool = True) -> list[Any]:
     """CONDITIONING of a prompt, checked: a damaged weight is named.
 
     cached: for a prompt that is known, our encoder is neither read nor loaded. Its features are then kept, and given
-    out, in the precision that Z-Image computes in here (`prompts.kept_dtype`), the first time as well; without, they
+    out, in the precision that Z-Image computes in here (`prompts.cache_dtype`), the first time as well; without, they
     are float32's.
     """
     tokens = clip.tokenize(text)
@@ -342,7 +342,7 @@ def encode(clip: comfy.sd.CLIP, text: str, cached: bool = True) -> list[Any]:
         raise not_finite("the text encoder", "float32 with plain attention", text_encoder=clip.cond_stage_model)
     if key is None:
         return conditioning
-    features = conditioning[0][0].to(prompts.kept_dtype())
+    features = conditioning[0][0].to(prompts.cache_dtype())
     if not features.isfinite().all():  # beyond the range of float16
         return conditioning
     prompts.cache().put(key, features)

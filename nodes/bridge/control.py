@@ -23,7 +23,7 @@ from . import vae as bridge_vae
 
 KIND = "zimage_control"  # of patch, among those of a MODEL
 FITS = ("crop", "pad")
-CELL = 8  # pixels along one side of a latent's pixel
+DOWNSCALE = 8  # pixels along one side of a latent's pixel
 Calls = comfy.patcher_extension.WrappersMP
 
 
@@ -76,7 +76,7 @@ class ZImageControlPatch:
         if self._encoded is None:
             given = self.image if self.image is not None else self.inpaint_image
             assert given is not None
-            height, width = (max(2 * CELL, side // (2 * CELL) * 2 * CELL) for side in given.shape[1:3])
+            height, width = (max(2 * DOWNSCALE, side // (2 * DOWNSCALE) * 2 * DOWNSCALE) for side in given.shape[1:3])
             self.encode(height, width)
         assert self._encoded is not None
         return self._encoded
@@ -104,7 +104,7 @@ class ZImageControlPatch:
             image = latents(fitted(self.image[..., :3].movedim(-1, 1), 0.0))
         if self.mask is not None and self.inpaint_image is not None:
             own = fitted(self.inpaint_image[..., :3].movedim(-1, 1), 0.5)
-            gray, keep = images.hole(own, fitted(self.mask.unsqueeze(1), 1.0).to(own), CELL)
+            gray, keep = images.hole(own, fitted(self.mask.unsqueeze(1), 1.0).to(own), DOWNSCALE)
             masked = latents(gray)
         batch = max(len(part) for part in (image, masked) if part is not None)
         image, keep, masked = (None if x is None else x.expand(batch, *x.shape[1:]) for x in (image, keep, masked))
@@ -115,7 +115,7 @@ class ZImageControlPatch:
         """At work on latents [B, 16, h, w] of as many prompts as there are strengths, each for as many images."""
         if not any(strengths) or not self._acts(sigma):
             return None
-        size = (x.shape[-2] * CELL, x.shape[-1] * CELL)
+        size = (x.shape[-2] * DOWNSCALE, x.shape[-1] * DOWNSCALE)
         if self.encoded_image_size != size:  # of a tile, say
             loaded = mm.loaded_models(only_currently_used=True)
             self.encode(*size)
@@ -173,7 +173,7 @@ def _encode_first(
 ) -> Any:
     """Before ComfyUI loads what samples, so that the VAE need not share the device with it."""
     for patch in _patches((model_options or model.model_options).get("transformer_options", {})):
-        patch.encode(noise_shape[-2] * CELL, noise_shape[-1] * CELL)
+        patch.encode(noise_shape[-2] * DOWNSCALE, noise_shape[-1] * DOWNSCALE)
     return executor(model, noise_shape, *args, model_options=model_options, **more)
 
 

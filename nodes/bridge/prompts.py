@@ -47,7 +47,7 @@ def _cache(folder: Path, setting: str) -> PromptCache:
     return PromptCache(folder, int(setting) * 2**20 if setting.strip() else DISK_BYTES)
 
 
-def kept_dtype() -> torch.dtype:
+def cache_dtype() -> torch.dtype:
     """The precision of features that are kept: that in which ComfyUI computes Z-Image on this device.
 
     A transformer begins by casting features to what it computes in, so rounding them to that before changes nothing.
@@ -81,7 +81,7 @@ def key(clip: comfy.sd.CLIP, tokens: Any) -> str | None:
             patches=patches,
             layer=clip.layer_idx,
             device=patcher.load_device.type,
-            kept=str(kept_dtype()),
+            cached=str(cache_dtype()),
             tokens=tokens,
         )
     except TypeError as error:  # embeddings among the tokens

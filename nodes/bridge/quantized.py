@@ -65,12 +65,12 @@ def state_dict(component: Component, dtype: torch.dtype | None, compute_dtype: t
     """What such layers load. dtype: of the weights that are not quantized; None is the file's."""
     state: dict[str, Tensor] = {}
     for name, shape in component.shapes.items():
-        kept = kept_tensors(component, name, shape, compute_dtype)
-        state |= kept or {name: component.tensor(name, shape, dtype=dtype)}
+        found = quantized_tensors(component, name, shape, compute_dtype)
+        state |= found or {name: component.tensor(name, shape, dtype=dtype)}
     return state
 
 
-def kept_tensors(
+def quantized_tensors(
     component: Component, name: str, shape: tuple[int, ...], compute_dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """What a layer loads for a weight that stays as the file has it; nothing where it can't."""

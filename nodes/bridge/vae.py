@@ -55,10 +55,10 @@ class HostAutoencoder(AutoencoderKL):
     patcher: Callable[[], comfy.model_patcher.ModelPatcher | None] = staticmethod(lambda: None)  # that loads it
 
     def decode(self, raw_latents: Tensor) -> Tensor:
-        cell = self.config.downscale
+        downscale = self.config.downscale
         expected = ("batch", self.config.latent_channels, "height/8", "width/8")
         borders.checked("The latent", raw_latents, expected, "It is of another model, or of no image.")
-        shape = (len(raw_latents), 3, *(side * cell for side in raw_latents.shape[-2:]))
+        shape = (len(raw_latents), 3, *(side * downscale for side in raw_latents.shape[-2:]))
         return self._run("decode", raw_latents, shape)
 
     def encode(self, image: Tensor) -> Tensor:
@@ -104,10 +104,10 @@ class HostAutoencoder(AutoencoderKL):
         return self._host_memory(call, shape, dtype)
 
     def _host_memory(self, call: str, shape: tuple[int, ...], dtype: torch.dtype) -> float:
-        cell = self.config.downscale
+        downscale = self.config.downscale
         of_one = (1, *shape[1:])
         if call == "decode":
-            of_one = (1, self.config.latent_channels, shape[2] // cell, shape[3] // cell)
+            of_one = (1, self.config.latent_channels, shape[2] // downscale, shape[3] // downscale)
         return self.host_memory[call](of_one, dtype)
 
     def _free_memory(self, device: torch.device) -> int:

@@ -43,7 +43,7 @@ def assert_shows(png: bytes, prompt: str) -> None:
     """That the nano model drew what the prompt says."""
     background, objects = judge.read(pil_to_tensor(Image.open(io.BytesIO(png)).convert("RGB")) / 255)
     assert f"{background} background" in prompt
-    assert objects and all(f"{seen.colour} {seen.shape}" in prompt for seen in objects), (objects, prompt)
+    assert objects and all(f"{seen.color} {seen.shape}" in prompt for seen in objects), (objects, prompt)
 
 
 # The smallest graph of the nano model says hello.
@@ -69,7 +69,7 @@ def test_the_first_image(chromium: Any, server: Server, frontend: str):
         assert not browser.run(page, SMALL), TOO_SMALL
         browser.queue(page)
         png = browser.saved_image(page)
-        page.wait_for_timeout(1000)  # for the picture to be drawn into its node
+        page.wait_for_timeout(1000)  # for the image to be drawn into its node
         browser.screenshot(page, f"{frontend}/first-image")
         prompt = browser.run(page, "return JSON.stringify((await app.graphToPrompt()).output)")
     assert_shows(png, prompt)
@@ -101,7 +101,7 @@ def test_nothing_is_covered_after_a_run(page: Any, look: Look, frontend: str, na
     browser.queue(page)
     browser.saved_image(page)
     page.wait_for_function("(count) => Object.values(window.app.nodeOutputs).length >= count", arg=images(GRAPHS[name]))
-    page.wait_for_timeout(1000)  # for the pictures to be drawn into their nodes
+    page.wait_for_timeout(1000)  # for the images to be drawn into their nodes
     browser.screenshot(page, f"{frontend}/{look}/{name} after its run")
     after = browser.boxes(page)
     assert after != before, "no preview"

@@ -66,7 +66,7 @@ def test_blueprint_draws(page: Any, frontend: str):
     prompt = browser.run(page, USE_NANO, values)
     browser.queue(page)
     png = browser.saved_image(page)
-    page.wait_for_timeout(1000)  # for the picture to be drawn into its node
+    page.wait_for_timeout(1000)  # for the image to be drawn into its node
     browser.screenshot(page, f"{frontend}/en-{page.renderer}/blueprint after its run")
     assert_shows(png, json.dumps(prompt))
 
@@ -92,7 +92,7 @@ def test_app_mode(page: Any, frontend: str, name: str):
         prompt = browser.run(page, "return JSON.stringify((await app.graphToPrompt()).output)")
         page.get_by_test_id("linear-run-button-icon").click()
         png = browser.saved_image(page)
-        page.wait_for_timeout(1500)  # for the picture to be shown
+        page.wait_for_timeout(1500)  # for the image to be shown
         if name == HELLO:
             assert PROMPT in prompt
             assert_shows(png, prompt)

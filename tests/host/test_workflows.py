@@ -85,7 +85,7 @@ def test_a_workflow_changes_its_first_image(name: str, client: Client):
         seen_background, seen = judge.read(image)
         assert seen_background == background and len(seen) == len(objects), seen
         for one, (color, shape, x, y) in zip(sorted(seen, key=lambda item: item.x), objects, strict=True):
-            assert one.shape == shape and color in (None, one.colour)
+            assert one.shape == shape and color in (None, one.color)
             assert abs(one.x - x) < judge.FOLLOWED and abs(one.y - y) < judge.FOLLOWED
     if name != "zimage_nano_control":  # what was not to be repainted is as it was
         assert torch.equal(images[0][..., :20], images[1][..., :20])
@@ -164,7 +164,7 @@ def test_the_lora_workflow_draws_moons(each_client: Client):
         entry = each_client.run(prompt)
         (image,) = each_client.images(entry)
         objects = judge.read(_pixels(image))[1]
-        seen[strength] = [(item.colour, item.shape) for item in sorted(objects, key=lambda item: item.y)]
+        seen[strength] = [(item.color, item.shape) for item in sorted(objects, key=lambda item: item.y)]
         report = entry["outputs"][workflow.only(prompt, "PreviewAny")]["text"][0]
         assert "122 of 122 keys matched" in report and "trigger words: moon" in report and "rank: 8" in report
     assert seen[1.0] == [("yellow", "moon"), ("white", "star")]

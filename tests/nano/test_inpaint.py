@@ -39,14 +39,14 @@ def test_an_object_gets_the_color_that_is_asked_for_and_all_else_stays(pipe, cou
     for index in range(count):
         scene, rng, image = drawn(index, "repaint")
         (_, shape), item = scene.objects[0], scene.items[0]
-        color = rng.choice([one for one in scenes.COLOURS if one not in (scene.background_name, scene.objects[0][0])])
+        color = rng.choice([one for one in scenes.COLORS if one not in (scene.background_name, scene.objects[0][0])])
         mask, reach = torch.zeros(1, 1, 128, 128), int(item.radius) + MARGIN
         top, left = (max(0, int(at) - reach) for at in (item.y, item.x))
         mask[..., top : int(item.y) + reach, left : int(item.x) + reach] = 1
         prompt = captions.describe(dataclasses.replace(scene, objects=((color, shape),)), rng)
         made = pipe.generate(prompt, image=image, mask=mask, seed=index, steps=8)
         background, objects = judge.read(made[0])
-        right += background == scene.background_name and bool(objects) and objects[0].colour == color
+        right += background == scene.background_name and bool(objects) and objects[0].color == color
         outside = (mask == 0).expand_as(made)
         assert torch.equal(made[outside], image[outside])
     assert right / count >= 0.95

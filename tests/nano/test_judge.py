@@ -14,13 +14,13 @@ from nano import judge, scenes
 
 def truth(count: int, name: str, **options) -> tuple[list[scenes.Scene], torch.Tensor]:
     rng = random.Random(name)
-    drawn = [scenes.sample(rng, allowed=lambda colour, shape: True, **options) for _ in range(count)]
+    drawn = [scenes.sample(rng, allowed=lambda color, shape: True, **options) for _ in range(count)]
     return drawn, scenes.draw(drawn) / 2 + 0.5
 
 
 @pytest.mark.parametrize(
     ("size", "lowest"),
-    # in pictures of 64 pixels the smallest shapes are 16 pixels wide, too few to tell all of them apart
+    # in images of 64 pixels the smallest shapes are 16 pixels wide, too few to tell all of them apart
     [
         ((128, 128), 0.99),
         ((96, 128), 0.99),
@@ -30,31 +30,31 @@ def truth(count: int, name: str, **options) -> tuple[list[scenes.Scene], torch.T
 )
 def test_drawn_truth_is_read_right(size, lowest):
     width, height = size
-    drawn, image = truth(400, f"judge {size}", width=width, height=height)
+    drawn, images = truth(400, f"judge {size}", width=width, height=height)
     said = defaultdict(list)
-    for picture, scene in zip(image, drawn, strict=True):
-        for name, right in judge.mark(picture, scene).items():
+    for image, scene in zip(images, drawn, strict=True):
+        for name, right in judge.mark(image, scene).items():
             said[name].append(right)
     found = {name: sum(right) / len(right) for name, right in said.items()}
-    assert set(found) == {"background", "count", "colour", "shape", "place", "relation", "size", "all"}
+    assert set(found) == {"background", "count", "color", "shape", "place", "relation", "size", "all"}
     assert all(share >= lowest for share in found.values()), found
 
 
 def test_a_little_noise_does_not_confuse_it():
-    drawn, image = truth(100, "noise")
-    noisy = (image + 0.02 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
-    marks = [judge.mark(picture, scene)["all"] for picture, scene in zip(noisy, drawn, strict=True)]
+    drawn, images = truth(100, "noise")
+    noisy = (images + 0.02 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    marks = [judge.mark(image, scene)["all"] for image, scene in zip(noisy, drawn, strict=True)]
     assert sum(marks) >= 97
 
 
 def test_every_wrong_attribute_is_called_wrong():
-    drawn, image = truth(150, "wrong", kind="one")
-    for picture, scene in zip(image, drawn, strict=True):
-        ((colour, shape),) = scene.objects
+    drawn, images = truth(150, "wrong", kind="one")
+    for image, scene in zip(images, drawn, strict=True):
+        ((color, shape),) = scene.objects
         others = {
-            "background": replace(scene, background_name=other(scenes.COLOURS, scene.background_name)),
-            "colour": replace(scene, objects=((other(scenes.COLOURS, colour), shape),)),
-            "shape": replace(scene, objects=((colour, other(scenes.SHAPES, shape)),)),
+            "background": replace(scene, background_name=other(scenes.COLORS, scene.background_name)),
+            "color": replace(scene, objects=((other(scenes.COLORS, color), shape),)),
+            "shape": replace(scene, objects=((color, other(scenes.SHAPES, shape)),)),
             "count": replace(scene, objects=scene.objects * 2),
         }
         if scene.place:
@@ -62,32 +62,32 @@ def test_every_wrong_attribute_is_called_wrong():
         if scene.size:
             others["size"] = replace(scene, size=other(scenes.SIZES, scene.size))
         for attribute, asked in others.items():
-            marks = judge.mark(picture, asked)
+            marks = judge.mark(image, asked)
             assert not marks[attribute], (attribute, scene)
             assert not marks["all"]
             assert all(right for name, right in marks.items() if name not in (attribute, "all")), (marks, scene)
 
 
 def test_a_pair_the_wrong_way_round_is_wrong():
-    drawn, image = truth(60, "pairs", kind="pair")
+    drawn, images = truth(60, "pairs", kind="pair")
     turned = {"left": "right", "right": "left", "above": "below", "below": "above"}
     across = {"left": "above", "right": "below", "above": "left", "below": "right"}
-    for picture, scene in zip(image, drawn, strict=True):
+    for image, scene in zip(images, drawn, strict=True):
         first, second = scene.objects
-        marks = judge.mark(picture, replace(scene, relation=turned[scene.relation]))
-        assert not marks["colour"] or first[0] == second[0]
+        marks = judge.mark(image, replace(scene, relation=turned[scene.relation]))
+        assert not marks["color"] or first[0] == second[0]
         assert not marks["shape"] or first[1] == second[1]
         assert not marks["all"]
-        assert not judge.mark(picture, replace(scene, relation=across[scene.relation]))["relation"]
+        assert not judge.mark(image, replace(scene, relation=across[scene.relation]))["relation"]
 
 
 def test_counts_and_rows_are_told_apart():
-    drawn, image = truth(60, "counts", kind="count")
-    for picture, scene in zip(image, drawn, strict=True):
+    drawn, images = truth(60, "counts", kind="count")
+    for image, scene in zip(images, drawn, strict=True):
         wrong = 5 - len(scene.objects)  # two for three and three for two
-        assert not judge.mark(picture, replace(scene, objects=scene.objects[:1] * wrong))["count"]
+        assert not judge.mark(image, replace(scene, objects=scene.objects[:1] * wrong))["count"]
         turned = "row" if scene.place == "column" else "column"
-        assert not judge.mark(picture, replace(scene, place=turned))["place"]
+        assert not judge.mark(image, replace(scene, place=turned))["place"]
 
 
 def test_nothing_is_not_something():
@@ -107,7 +107,7 @@ def test_noise_and_smears_have_no_shape():
         assert sum(seen.shape is not None for seen in objects) <= max(1, len(objects) // 2)
 
 
-def test_a_colour_of_no_name_has_none():
+def test_a_color_of_no_name_has_none():
     image = torch.tensor([0.35, 0.9, 0.1]).view(3, 1, 1).expand(3, 128, 128)
     assert judge.read(image) == (None, [])
 

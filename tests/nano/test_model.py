@@ -26,9 +26,9 @@ def pipe() -> ZImagePipeline:
 
 @pytest.mark.parametrize("count", FEW_OR_ALL)
 @pytest.mark.parametrize(("which", "guidance"), list(evaluate.BARS))
-def test_pictures_show_what_the_prompts_say(pipe, which, guidance, count):
+def test_images_show_what_the_prompts_say(pipe, which, guidance, count):
     chosen = evaluate.cases(count, held_out=which == "held out")
-    found = evaluate.shares(evaluate.pictures(pipe, chosen, guidance), chosen)
+    found = evaluate.shares(evaluate.images(pipe, chosen, guidance), chosen)
     bars = {name: bar for name, bar in evaluate.BARS[which, guidance].items() if name in found}
     assert bars and not evaluate.failures(found, bars), found
     if count == COUNT:  # what the model card says
@@ -38,11 +38,11 @@ def test_pictures_show_what_the_prompts_say(pipe, which, guidance, count):
 
 
 def test_the_bars_can_fail(pipe):
-    """Pictures of other prompts miss every bar by far."""
+    """Images of other prompts miss every bar by far."""
     chosen = evaluate.cases(12)
-    found = evaluate.shares(evaluate.pictures(pipe, chosen[1:] + chosen[:1], 0.0), chosen)
+    found = evaluate.shares(evaluate.images(pipe, chosen[1:] + chosen[:1], 0.0), chosen)
     missed = {text.split()[0] for text in evaluate.failures(found, evaluate.BARS["seen", 0.0])}
-    assert missed >= {"background", "colour", "shape", "count"}
+    assert missed >= {"background", "color", "shape", "count"}
 
 
 @pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.slow)])
@@ -59,7 +59,7 @@ def test_latents_are_normalised_as_flux_latents_are(pipe):
     assert 0.7 < latents.std() < 1.7
 
 
-def test_previews_with_flux_factors_show_the_colours(pipe):
+def test_previews_with_flux_factors_show_the_colors(pipe):
     rng = random.Random("previews")
     image = scenes.draw([scenes.sample(rng) for _ in range(32)])
     with torch.inference_mode():
@@ -85,12 +85,12 @@ def test_the_snapshot_is_small():
 )
 def test_other_sizes_work_too(pipe, width, height, shape, count):
     chosen = evaluate.cases(count, width=width, height=height)
-    found = evaluate.shares(evaluate.pictures(pipe, chosen, 0.0), chosen)
-    assert found["background"] >= 0.97 and found["colour"] >= 0.95 and found["shape"] >= shape, found
+    found = evaluate.shares(evaluate.images(pipe, chosen, 0.0), chosen)
+    assert found["background"] >= 0.97 and found["color"] >= 0.95 and found["shape"] >= shape, found
 
 
 @pytest.mark.slow
-def test_a_negative_prompt_drives_its_colour_away(pipe):
+def test_a_negative_prompt_drives_its_color_away(pipe):
     """Of a prompt that names no background, the one that the negative prompt names gets rarer."""
     seeds = list(range(60))
     prompts = ["a red circle"] * len(seeds)
@@ -121,23 +121,23 @@ def test_the_seed_decides_what_the_prompt_leaves_open(pipe):
 
 @pytest.mark.parametrize(("count", "rest"), [(6, 6), pytest.param(150, 100, marks=pytest.mark.slow)])
 def test_the_lora_draws_moons_and_leaves_the_rest_alone(count, rest):
-    """At strength 1; at 0, and taken off, every picture is the model's own, bit for bit."""
+    """At strength 1; at 0, and taken off, every image is the model's own, bit for bit."""
     moons, others = train_lora.moon_cases(count), evaluate.cases(rest)
     model = ZImagePipeline.from_pretrained(evaluate.SNAPSHOT)
-    plain = evaluate.pictures(model, moons, 0.0)
+    plain = evaluate.images(model, moons, 0.0)
     assert evaluate.shares(plain, moons)["shape"] <= 0.02
     (opened,) = model.set_loras((train_lora.OUT, 1.0))
-    found = evaluate.shares(evaluate.pictures(model, moons, 0.0), moons)
+    found = evaluate.shares(evaluate.images(model, moons, 0.0), moons)
     assert found["shape"] >= 0.8, found
-    assert all(found.get(name, 1) >= 0.97 for name in ("background", "colour", "count", "place")), found
-    kept = evaluate.shares(evaluate.pictures(model, others, 0.0), others)
+    assert all(found.get(name, 1) >= 0.97 for name in ("background", "color", "count", "place")), found
+    kept = evaluate.shares(evaluate.images(model, others, 0.0), others)
     bars = {name: bar for name, bar in evaluate.BARS["seen", 0.0].items() if name in kept}
     assert bars and not evaluate.failures(kept, bars), kept
     first = moons[: evaluate.BATCH]  # one batch, as above
     model.set_loras((train_lora.OUT, 0.0))
-    assert torch.equal(evaluate.pictures(model, first, 0.0), plain[: len(first)])
+    assert torch.equal(evaluate.images(model, first, 0.0), plain[: len(first)])
     model.set_loras()
-    assert torch.equal(evaluate.pictures(model, first, 0.0), plain[: len(first)])
+    assert torch.equal(evaluate.images(model, first, 0.0), plain[: len(first)])
     report = opened.report()
     assert "122 of 122 keys matched, 61 weights" in report
     assert "text encoder 21" in report and "rank: 8" in report and "trigger words: moon" in report

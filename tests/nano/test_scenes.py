@@ -1,4 +1,4 @@
-"""The data generator: pictures that match their captions, and a training set that evaluation never meets."""
+"""The data generator: images that match their captions, and a training set that evaluation never meets."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from zimage_core.model.tokenizer import WORDS
 from ..helpers import NANO
 
 
-def anything(colour: str, shape: str) -> bool:
+def anything(color: str, shape: str) -> bool:
     return True
 
 
 def test_eight_pairs_are_held_out_one_for_each_shape():
-    pairs = [(c, s) for c in scenes.COLOURS for s in scenes.SHAPES if scenes.held_out(c, s)]
+    pairs = [(c, s) for c in scenes.COLORS for s in scenes.SHAPES if scenes.held_out(c, s)]
     assert len(pairs) == 8
     assert {shape for _, shape in pairs} == set(scenes.SHAPES)
 
@@ -27,7 +27,7 @@ def test_training_scenes_name_no_held_out_pair():
     drawn = [latents.training_scene(0, 128, 128, index) for index in range(2000)]
     assert not any(scenes.held_out(*pair) for scene in drawn for pair in scene.objects)
     assert {pair for scene in drawn for pair in scene.objects} == {
-        (c, s) for c in scenes.COLOURS for s in scenes.SHAPES if not scenes.held_out(c, s)
+        (c, s) for c in scenes.COLORS for s in scenes.SHAPES if not scenes.held_out(c, s)
     }
 
 
@@ -42,22 +42,22 @@ def test_no_evaluation_scene_is_a_training_scene():
 
 
 @pytest.mark.parametrize("size", [(128, 128), (64, 64), (96, 128), (256, 192)])
-def test_a_picture_has_the_scenes_colours(size):
+def test_an_image_has_the_scenes_colors(size):
     width, height = size
-    rng = random.Random(f"colours {size}")
+    rng = random.Random(f"colors {size}")
     drawn = [scenes.sample(rng, width=width, height=height, allowed=anything) for _ in range(40)]
-    image = scenes.draw(drawn)
-    assert image.shape == (40, 3, height, width)
-    assert image.min() >= -1 and image.max() <= 1
-    for picture, scene in zip(image, drawn, strict=True):
-        torch.testing.assert_close(picture[:, 0, 0], torch.tensor(scene.background) * 2 - 1)
+    images = scenes.draw(drawn)
+    assert images.shape == (40, 3, height, width)
+    assert images.min() >= -1 and images.max() <= 1
+    for image, scene in zip(images, drawn, strict=True):
+        torch.testing.assert_close(image[:, 0, 0], torch.tensor(scene.background) * 2 - 1)
         for item in scene.items:
             solid = item.shape != "ring"  # a ring shows the background at its centre
-            inside = picture[:, int(item.y), int(item.x)]
+            inside = image[:, int(item.y), int(item.x)]
             torch.testing.assert_close(inside, torch.tensor(item.rgb if solid else scene.background) * 2 - 1)
 
 
-def test_objects_lie_inside_the_picture_on_the_latent_grid_and_apart():
+def test_objects_lie_inside_the_image_on_the_latent_grid_and_apart():
     rng = random.Random("inside")
     for _ in range(2000):
         scene = scenes.sample(rng, allowed=anything)
@@ -101,8 +101,8 @@ def test_a_full_caption_says_all_that_is_judged():
         scene = scenes.sample(rng, allowed=anything)
         text = captions.describe(scene, rng).lower().replace("grey", "gray")
         assert scene.background_name in text
-        for colour, shape in scene.objects:
-            assert colour in text and shape in text
+        for color, shape in scene.objects:
+            assert color in text and shape in text
         if scene.kind == "one" and scene.place:
             assert any(word in text for word in (scene.place, "middle"))
         if scene.size:

@@ -30,7 +30,7 @@ def parts(pack) -> SimpleNamespace:
 
 def drawn(width: int = 128, place: tuple[float, float] = (64.0, 64.0)) -> Tensor:
     """A red circle on blue, [1, 128, width, 3]."""
-    red, blue = ((channel / 255 for channel in scenes.COLOURS[name]) for name in ("red", "blue"))
+    red, blue = ((channel / 255 for channel in scenes.COLORS[name]) for name in ("red", "blue"))
     item = scenes.Item("circle", tuple(red), *place, 24.0)
     scene = scenes.Scene(width, 128, tuple(blue), (item,), "one", "blue", (("red", "circle"),))
     return (scenes.draw([scene]).movedim(1, -1) + 1) / 2
@@ -71,7 +71,7 @@ def test_an_object_is_repainted_and_nothing_else(pack, parts, sampler):
     outside = (mask == 0).unsqueeze(-1).expand_as(image)
     assert torch.equal(made[outside], image[outside])
     background, objects = judge.read(made[0].movedim(-1, 0))
-    assert background == "blue" and [(seen.colour, seen.shape) for seen in objects] == [("green", "circle")]
+    assert background == "blue" and [(seen.color, seen.shape) for seen in objects] == [("green", "circle")]
 
 
 def test_a_part_of_a_large_image_is_sampled_at_the_models_size(pack, parts):
@@ -85,7 +85,7 @@ def test_a_part_of_a_large_image_is_sampled_at_the_models_size(pack, parts):
     outside = (mask == 0).unsqueeze(-1).expand_as(image)
     assert torch.equal(made[outside], image[outside])
     _, objects = judge.read(made[0, :, 576:704].movedim(-1, 0))
-    assert [(seen.colour, seen.shape) for seen in objects] == [("yellow", "circle")]
+    assert [(seen.color, seen.shape) for seen in objects] == [("yellow", "circle")]
 
 
 def test_extended_sides_are_all_new_and_the_old_ones_stay(pack, parts):

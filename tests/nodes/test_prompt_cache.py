@@ -126,7 +126,7 @@ def test_a_stock_clip_is_encoded_each_time(pack, comfy, user, tmp_path, monkeypa
 
     assert type(clip.cond_stage_model).__name__.startswith("ZImageTEModel")
     ((expected, expected_extra),) = clip.encode_from_tokens_scheduled(clip.tokenize(TEXT))
-    monkeypatch.setattr(pack.bridge.prompts, "kept_dtype", lambda: torch.bfloat16)  # of what is kept
+    monkeypatch.setattr(pack.bridge.prompts, "cache_dtype", lambda: torch.bfloat16)  # of what is kept
     for _ in range(2):
         comfy.model_management.unload_all_models()
         (((features, extra),),) = pack.conditioning.ZImageTextEncode.execute(clip, TEXT).args

@@ -34,7 +34,7 @@ def gpu(comfy, monkeypatch):
 
 
 def test_the_cpu_computes_in_float32(pack):
-    assert pack.bridge.prompts.kept_dtype() == torch.float32
+    assert pack.bridge.prompts.cache_dtype() == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_features_are_kept_in_what_the_transformer_computes_in(pack, gpu, major,
     config = pack.bridge.model.ZImageModelConfig(source)
     supported = config.supported_inference_dtypes
     storage, compute = pack.bridge.model._dtypes(None, source.component, supported, torch.device("cuda"))
-    kept = pack.bridge.prompts.kept_dtype()
+    kept = pack.bridge.prompts.cache_dtype()
     assert kept == expected
     if (compute or storage).itemsize <= kept.itemsize:
         assert kept in (compute or storage, torch.float32)
@@ -73,7 +73,7 @@ def test_the_size_that_the_policy_is_asked_for_is_the_published_one(pack):
 def test_features_are_rounded_once_as_the_transformer_would(pack, comfy, user, model, monkeypatch, dtype):
     clip, transformer = pack.bridge.clip.load_clip(model), pack.bridge.model.load_model(model)
     exact = encode(pack, clip, cache=False)
-    monkeypatch.setattr(pack.bridge.prompts, "kept_dtype", lambda: dtype)
+    monkeypatch.setattr(pack.bridge.prompts, "cache_dtype", lambda: dtype)
     miss = encode(pack, clip)
     hit = encode(pack, clip)
     restart(pack, comfy)
@@ -82,7 +82,7 @@ def test_features_are_rounded_once_as_the_transformer_would(pack, comfy, user, m
     assert not torch.equal(miss, exact) and torch.equal(encode(pack, clip, cache=False), exact)
     (file,) = user.glob("*.safetensors")
     assert file.stat().st_size <= 2.1 * exact.numel() + 300  # a width of 128 makes the header count
-    monkeypatch.setattr(pack.bridge.prompts, "kept_dtype", lambda: torch.float32)
+    monkeypatch.setattr(pack.bridge.prompts, "cache_dtype", lambda: torch.float32)
     assert torch.equal(encode(pack, clip), exact)
 
     transformer.set_model_compute_dtype(dtype)
@@ -100,6 +100,6 @@ def test_features_beyond_float16_are_handed_out_whole(pack, user, model, monkeyp
     clip = pack.bridge.clip.load_clip(model, torch.float32)
     last = clip.cond_stage_model.encoder.model.layers[-2].mlp.down_proj
     last.weight = torch.nn.Parameter(last.weight * 1e7, requires_grad=False)
-    monkeypatch.setattr(pack.bridge.prompts, "kept_dtype", lambda: torch.float16)
+    monkeypatch.setattr(pack.bridge.prompts, "cache_dtype", lambda: torch.float16)
     features = encode(pack, clip)
     assert features.isfinite().all() and features.abs().max() > 65504 and entries(user) == 0

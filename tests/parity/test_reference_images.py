@@ -46,7 +46,7 @@ def pipe(folder):
     return ZImagePipeline.from_pretrained(folder)
 
 
-def pictures():
+def images():
     generator = torch.Generator().manual_seed(3)
     return [torch.rand(1, 3, *size, generator=generator) for size in SIZES]
 
@@ -61,12 +61,12 @@ def test_what_siglip_sees(folder, size):
     """As through transformers' own processor, which rounds pixels to 8 bits."""
     processors = pytest.importorskip("transformers.models.siglip2.image_processing_pil_siglip2")
     processor = processors.Siglip2ImageProcessorPil(patch_size=16, max_num_patches=16)
-    picture = torch.nn.functional.interpolate(pictures()[0][..., ::8, ::8], size, mode="bicubic").clamp(0, 1)
-    given = processor(images=[as_pillow(picture)], return_tensors="pt")
+    image = torch.nn.functional.interpolate(images()[0][..., ::8, ::8], size, mode="bicubic").clamp(0, 1)
+    given = processor(images=[as_pillow(image)], return_tensors="pt")
     rows, columns = given["spatial_shapes"][0].tolist()
     network = Siglip2VisionModel.from_pretrained(folder / "siglip")
     expected = network(**given).last_hidden_state[:, : rows * columns].unflatten(1, (rows, columns))
-    found = Sight(folder / "siglip").features(picture, torch.float32)
+    found = Sight(folder / "siglip").features(image, torch.float32)
     assert found.shape == expected.shape and relative(found, expected) <= 0.02
 
 
@@ -114,7 +114,7 @@ def _tensor(image):
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("guidance", [0.0, 2.0])
 def test_latents_after_three_steps(pipe, omni, count, guidance):
-    pillows = [as_pillow(picture) for picture in pictures()[:count]]
+    pillows = [as_pillow(image) for image in images()[:count]]
     settings = {"width": 96, "height": 64, "guidance_scale": guidance}
     found = pipe.generate(
         PROMPT,
@@ -141,15 +141,15 @@ def test_several_prompts_and_images_of_each(pipe):
     settings = {"width": 64, "height": 64, "steps": 2, "output": "latents", "guidance_scale": 1.5}
     prompts = [PROMPT, "two green stars beside a long list of other things"]
     seeds = [1, 2, 3, 4]
-    found = pipe.generate(prompts, batch_size=2, seed=seeds, references=pictures(), **settings)
+    found = pipe.generate(prompts, batch_size=2, seed=seeds, references=images(), **settings)
     for index, seed in enumerate(seeds):
-        alone = pipe.generate(prompts[index // 2], seed=[seed], references=pictures(), **settings)
+        alone = pipe.generate(prompts[index // 2], seed=[seed], references=images(), **settings)
         assert relative(found[index : index + 1], alone) <= 1e-4
         assert relative(alone, pipe.generate(prompts[index // 2], seed=[seed], **settings)) > 1e-3
 
 
 def test_a_large_image_is_scaled_down(pipe):
-    large = torch.nn.functional.interpolate(pictures()[0], (1100, 1300))
+    large = torch.nn.functional.interpolate(images()[0], (1100, 1300))
     seen = []
     encode, pipe.encode = pipe.encode, lambda image: seen.append(image.shape[-2:]) or encode(image)
     try:
@@ -164,13 +164,13 @@ def test_what_is_missing_is_said(make_snapshot, folder, pipe):
     with pytest.raises(
         ValueError, match="need Z-Image Omni or Edit, and the folder siglip/ in its snapshot is missing"
     ):
-        plain.generate(PROMPT, width=64, height=64, references=pictures())
+        plain.generate(PROMPT, width=64, height=64, references=images())
     plain.sight = Sight(folder / "siglip")
     with pytest.raises(ValueError, match="and a transformer with a siglip part is missing"):
-        plain.generate(PROMPT, width=64, height=64, references=pictures())
+        plain.generate(PROMPT, width=64, height=64, references=images())
     with pytest.raises(
         ValueError, match=r"reference image 2 has shape \[3, 8, 8\], expected \[batch, 3, height, width\]"
     ):
-        pipe.generate(PROMPT, width=64, height=64, references=[pictures()[0], torch.zeros(3, 8, 8)])
+        pipe.generate(PROMPT, width=64, height=64, references=[images()[0], torch.zeros(3, 8, 8)])
     with pytest.raises(CheckpointError, match="this siglip2 encoder can't be read"):
-        Sight(folder / "vae").features(pictures()[0], torch.float32)
+        Sight(folder / "vae").features(images()[0], torch.float32)

@@ -34,7 +34,7 @@ from .captions import Beside, Captions, joined
 from .patchify import SEQ_MULTIPLE, padded
 from .rope import caption_positions
 
-FEATURE_CELL = 8  # a row or column of features spans so many positions
+FEATURE_STRIDE = 8  # a row or column of features spans so many positions
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _embedded_features(
     pads = padded(count) - count
     tokens = model.siglip_embedder(features.to(dtype).movedim(-1, 1).reshape(batch, count, width))
     tokens = torch.cat((tokens, pad.expand(batch, pads, -1).to(tokens)), dim=1)
-    y, x = (torch.linspace(0, side * FEATURE_CELL - 1, side, device=device).floor() for side in (rows, columns))
+    y, x = (torch.linspace(0, side * FEATURE_STRIDE - 1, side, device=device).floor() for side in (rows, columns))
     grid = torch.broadcast_tensors(torch.full((), start + 2.0, device=device), y.view(-1, 1), x)
     places = torch.stack(grid, dim=-1).flatten(0, 1).unsqueeze(0)
     return tokens, nn.functional.pad(places, (0, 0, 0, pads))

@@ -162,7 +162,7 @@ class UpStage(nn.Module):
 
 
 class Mid(nn.Module):
-    """The bottom of both halves: the only place where distant cells see each other."""
+    """The bottom of both halves: the only place where distant places see each other."""
 
     def __init__(self, width: int, make: _Factory):
         super().__init__()
@@ -191,7 +191,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """One head over all cells; its projections are 1x1 convolutions, as the original stores them."""
+    """One head over all places; its projections are 1x1 convolutions, as the original stores them."""
 
     def __init__(self, width: int, make: _Factory):
         super().__init__()
@@ -234,8 +234,8 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Twice the height and width by repeating rows and columns, then a convolution.
 
-    What is repeated need not be multiplied twice. An output cell's three rows are only two of the input's, one of them
-    twice, and so are its columns: with the weights of equal cells added up, 2x2 products remain of 3x3. A float32
+    What is repeated need not be multiplied twice. An output pixel's three rows are only two of the input's, one of them
+    twice, and so are its columns: with the weights of equal places added up, 2x2 products remain of 3x3. A float32
     convolution on a CPU goes this way, in half the time (benchmarks/RESULTS.md).
     """
 
@@ -267,7 +267,7 @@ def pads_with_zeros(conv: nn.Module) -> bool:
 def _upsampled(x: Tensor, weight: Tensor, bias: Tensor, above: int, below: int) -> Tensor:
     """A 3x3 convolution of x [B, C, h, w] with every row and column repeated: [B, C', 2(h - above - below), 2w].
 
-    Which cells are equal differs between even and odd rows and columns: four 2x2 kernels, what they find interleaved.
+    Which places are equal differs between even and odd rows and columns: four 2x2 kernels, what they find interleaved.
     """
     height, width = x.shape[2] - above - below, x.shape[3]
     layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
@@ -318,5 +318,5 @@ class _Factory:
 
 
 def _cells(x: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, 1, h*w, C), the channels of a cell side by side, else SDPA on a CPU stores all scores."""
+    """(B, C, h, w) -> (B, 1, h*w, C), the channels of a place side by side, else SDPA on a CPU stores all scores."""
     return x.flatten(2).transpose(1, 2).contiguous().unsqueeze(1)

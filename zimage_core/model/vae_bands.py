@@ -101,7 +101,7 @@ BAND_MAPS = 8  # of the widest band: 3 to 3.5 were measured on a CPU; a GPU, whi
 def _laid_out(x: Tensor) -> Tensor:
     """A map as this device convolves it best; what is computed from it keeps the layout.
 
-    On a CPU the channels of a cell lie side by side, as oneDNN's kernels read them, which else copy each map there and
+    On a CPU the channels of a place lie side by side, as oneDNN's kernels read them, which else copy each map there and
     back. The plain autoencoder can't have it so, as torch's group norm errs by 6e-3 in this layout at 2048x2048.
     """
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
@@ -139,14 +139,14 @@ def _out(half: Any, x: Map, bands: _Bands) -> Tensor:
 def _resnet(block: networks.ResnetBlock, x: Map, bands: _Bands) -> Stored:
     """A residual block; x is spent. Its own map and the inner one are all that is held."""
     first = Convolved(block.conv1, bands.normed(block.norm1, x))
-    hidden, kept = Stored([]), Stored([])
+    hidden, shortened = Stored([]), Stored([])
     shortcut = block.nin_shortcut
     for top, bottom in bands.of(x.height):
         hidden.bands.append(first.rows(top, bottom))
         if shortcut is not None:
-            kept.bands.append(shortcut(x.rows(top, bottom)))
+            shortened.bands.append(shortcut(x.rows(top, bottom)))
             x.free(bottom - 1)  # the next band's convolution reaches one row up
-    residual = kept if kept.bands else x
+    residual = shortened if shortened.bands else x
     second = Convolved(block.conv2, bands.normed(block.norm2, hidden))
     out = Stored([])
     for top, bottom in bands.of(hidden.height):

@@ -94,13 +94,13 @@ def working(
     control: Control,
     network: ControlNetwork,
     encode: Callable[[Tensor], Tensor],
-    cell: int,
+    downscale: int,
     size: tuple[int, int],
     shift: float,
 ) -> Working:
     """A control with its images encoded.
 
-    encode: images in 0..1 to scaled latents, a pixel of which is `cell` pixels wide. size: (height, width) in pixels.
+    encode: images in 0..1 to scaled latents, of 1 / downscale their sides. size: (height, width) in pixels.
     shift: of the schedule.
     """
     image = keep = masked = None
@@ -108,7 +108,7 @@ def working(
         image = encode(images.fitted(control.image, *size))
     if control.mask is not None and control.inpaint_image is not None:
         own, mask = (images.fitted(x, *size) for x in (control.inpaint_image, control.mask))
-        gray, keep = images.hole(own, mask, cell)
+        gray, keep = images.hole(own, mask, downscale)
         masked = encode(gray)
     latents = control_latents(image, keep, masked, network.config)
     first, last = (shifted(1 - share, shift) for share in (control.start, control.end))

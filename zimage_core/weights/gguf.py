@@ -22,7 +22,7 @@ NUMBERS = {  # number of a type of metadata -> its struct format
 }  # fmt: skip
 STRING, ARRAY = 8, 9
 NESTED = 4  # arrays in arrays that are followed
-KEPT = 8  # values of an array that are kept; longer ones (a tokenizer's, say) are only counted
+MOST_VALUES = 8  # of an array that are read; longer ones (a tokenizer's, say) are only counted
 MAX_NAME = 64 * 1024  # bytes of a key or a tensor's name
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # of a tensor that was reshaped to fit ggml
 AGAIN = "download the file again"
@@ -158,10 +158,10 @@ class _Cursor:
         if kind != ARRAY or depth == NESTED:
             raise self.damaged(f"metadata of type {kind}")
         kind, count = self.number("I"), self.number("Q")
-        if kind in NUMBERS and count > KEPT:
+        if kind in NUMBERS and count > MOST_VALUES:
             self.skip(count * struct.calcsize(f"<{NUMBERS[kind]}"))
             return f"{count} values"
-        if kind == STRING and count > KEPT:
+        if kind == STRING and count > MOST_VALUES:
             for _ in range(count):  # a vocabulary has 150,000
                 self.skip(self.number("Q"))
             return f"{count} values"

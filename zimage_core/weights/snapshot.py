@@ -159,11 +159,11 @@ def part_name(found: re.Match[str], number: int) -> str:
 
 def one_of_each_set(names: Iterable[str]) -> list[str]:
     """The names, of the parts of a set only the first that is there."""
-    kept: dict[tuple[str, str, str] | str, str] = {}
+    first: dict[tuple[str, str, str] | str, str] = {}
     for name in sorted(names):
         found = PART.fullmatch(name)
-        kept.setdefault(name if found is None else (found["name"], found["count"], found["suffix"]), name)
-    return list(kept.values())
+        first.setdefault(name if found is None else (found["name"], found["count"], found["suffix"]), name)
+    return list(first.values())
 
 
 class Snapshot:

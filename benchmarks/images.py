@@ -1,11 +1,11 @@
-"""Whole pictures: through ComfyUI's server with our nodes and with its own, and the nano model beside diffusers.
+"""Whole images: through ComfyUI's server with our nodes and with its own, and the nano model beside diffusers.
 
-    python -m benchmarks.pictures                 # on a CPU: real widths, 2 main layers, 256²
-    python -m benchmarks.pictures --device cuda   # the published geometry at 1024²
-    python -m benchmarks.pictures --words 380     # only through the servers, with prompts of that many words
-    python -m benchmarks.pictures --nano          # only the built-in model, in this process, beside diffusers
+    python -m benchmarks.images                 # on a CPU: real widths, 2 main layers, 256²
+    python -m benchmarks.images --device cuda   # the published geometry at 1024²
+    python -m benchmarks.images --words 380     # only through the servers, with prompts of that many words
+    python -m benchmarks.images --nano          # only the built-in model, in this process, beside diffusers
 
-A server of its own for each, fed the same prompts in the same order with an empty prompt cache: the first picture
+A server of its own for each, fed the same prompts in the same order with an empty prompt cache: the first image
 after the start reads all three models; then other seeds, other prompts, and a prompt that is known. All that twice,
 with short prompts and with long ones. The files have random weights, each in one file as ComfyUI distributes them, and
 lie in the page cache.
@@ -48,7 +48,7 @@ PROMPTS = [
 LONG = "with many small things around it, each told of at length, "  # repeated until a prompt is long
 LONG_WORDS = 380  # that is about 400 tokens
 # what is queued, in order: (row of the table, prompt, seed)
-QUEUE = [("first picture", 0, 1)]
+QUEUE = [("first image", 0, 1)]
 QUEUE += [("new seed", 0, 2), ("new prompt", 1, 3), ("new seed", 1, 4), ("new prompt", 2, 5), ("known prompt", 0, 6)]
 
 
@@ -174,7 +174,7 @@ def session(make: Any, folder: Path, size: int, words: int, args: list[str]) -> 
             started = time.monotonic()
             client.run(prompt, timeout=3600.0)
             found.setdefault(row, []).append(time.monotonic() - started)
-            if row != "first picture":
+            if row != "first image":
                 found.setdefault("sampling, 8 steps", []).append(client.seconds_of(sampler[0]))
                 found.setdefault(f"text encoder, {row}", []).append(sum(map(client.seconds_of, encode)))
     return found, peak[0]
@@ -204,7 +204,7 @@ def servers(a: argparse.Namespace) -> dict[str, str]:
                 f"{a.rounds} servers of each. Memory is anonymous: pages that files back are not counted.\n\n"
             )
             text += side_by_side(makers, Path(folder), size, words, a)
-            tables[f"{'pictures of long prompts' if words else 'pictures'}, {a.device}"] = text
+            tables[f"{'images of long prompts' if words else 'images'}, {a.device}"] = text
     return tables
 
 
@@ -232,8 +232,8 @@ def side_by_side(makers: dict[str, Any], folder: Path, size: int, words: int, a:
 # The nano model
 
 
-def nano_picture(repeats: int, device: torch.device) -> str:
-    """Prompt to picture, 8 steps at 128x128 in float32, ours and diffusers' pipeline on the same snapshot."""
+def nano_image(repeats: int, device: torch.device) -> str:
+    """Prompt to image, 8 steps at 128x128 in float32, ours and diffusers' pipeline on the same snapshot."""
     pipe = ZImagePipeline.from_pretrained(NANO, device=device)
     theirs = importlib.import_module("diffusers").ZImagePipeline.from_pretrained(NANO).to(device)
     theirs.set_progress_bar_config(disable=True)
@@ -259,23 +259,23 @@ def nano_picture(repeats: int, device: torch.device) -> str:
 
         off = (run_ours() - run_theirs()).abs().max().item()
         if not off <= 5e-3:
-            raise AssertionError(f"the two nano pictures differ by {off:.2g}")
+            raise AssertionError(f"the two nano images differ by {off:.2g}")
         times = timing.alternating({"ours": run_ours, "diffusers": run_theirs}, repeats, device)
         medians = [f"{1000 * statistics.median(times[name]):.0f}" for name in times]
         rows.append([f"guidance {guidance:g}", *medians, timing.ratio(times, "ours", "diffusers"), f"{off:.0e}"])
-    text = f"Prompt to picture, {STEPS} steps at 128x128 in float32, milliseconds, medians of {repeats}.\n\n"
-    return text + timing.table(["", ">ours", ">diffusers", ">ours / diffusers (range)", ">pictures differ by"], rows)
+    text = f"Prompt to image, {STEPS} steps at 128x128 in float32, milliseconds, medians of {repeats}.\n\n"
+    return text + timing.table(["", ">ours", ">diffusers", ">ours / diffusers (range)", ">images differ by"], rows)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--layers", type=int, help="main layers; 2 on a CPU, 30 on a GPU unless told")
-    parser.add_argument("--size", type=int, help="of the pictures; 256 on a CPU, 1024 on a GPU unless told")
+    parser.add_argument("--size", type=int, help="of the images; 256 on a CPU, 1024 on a GPU unless told")
     parser.add_argument("--words", type=int, help="only the servers, with prompts of so many; else short and long ones")
     parser.add_argument("--rounds", type=int, default=2, help="servers of each")
-    parser.add_argument("--repeats", type=int, default=15, help="of the nano picture")
-    parser.add_argument("--nano", action="store_true", help="only the nano picture")
+    parser.add_argument("--repeats", type=int, default=15, help="of the nano image")
+    parser.add_argument("--nano", action="store_true", help="only the nano image")
     parser.add_argument("--folder", type=Path, help="where the files are written for a while")
     parser.add_argument("--server-arg", action="append", default=[], help="for ComfyUI's command line; repeatable")
     parser.add_argument("--toy", action="store_true", help="quick and not written down: does the script work?")
@@ -283,7 +283,7 @@ if __name__ == "__main__":
     texts = {}
     if arguments.words is None:
         with torch.inference_mode():
-            texts[f"nano, {arguments.device}"] = nano_picture(arguments.repeats, torch.device(arguments.device))
+            texts[f"nano, {arguments.device}"] = nano_image(arguments.repeats, torch.device(arguments.device))
         print(texts[f"nano, {arguments.device}"], flush=True)
     if not arguments.nano:
         through = servers(arguments)
@@ -291,4 +291,4 @@ if __name__ == "__main__":
         texts |= through
     if not arguments.toy:
         for section, content in texts.items():
-            results.write(section, "pictures", content)
+            results.write(section, "images", content)
