@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import autoencoding, images, inpaint
 from .config import SchedulerConfig
 from .diagnostics import finite
-from .diagnostics.finite import NotFinite, named
+from .diagnostics.finite import NotFinite
 from .errors import CheckpointError
 from .lora import apply as lora_apply
 from .lora import files as lora_files
@@ -324,19 +324,7 @@ class ZImagePipeline:
         safe: torch.dtype | None,
         **networks: nn.Module,
     ) -> Result:
-        """compute(dtype), or compute(safe) where that raises `NotFinite`."""
-        try:
-            return compute(dtype)
-        except NotFinite as error:
-            stage = str(error)
-        return finite.again(
-            stage,
-            named(dtype),
-            None if safe is None else named(safe),
-            lambda: compute(safe or dtype),
-            allowed=self.safe_retry,
-            **networks,
-        )
+        return finite.tried(compute, dtype, safe, allowed=self.safe_retry, **networks)
 
     @torch.inference_mode()
     def encode_prompts(

@@ -79,6 +79,23 @@ def again(
     raise CheckpointError(f"{fault}; computed again in {safe}, {second} gave such values, too. {ADVICE}")
 
 
+def tried(
+    compute: Callable[[torch.dtype], Result],
+    dtype: torch.dtype,
+    safe: torch.dtype | None,
+    *,
+    allowed: bool,
+    **networks: nn.Module,
+) -> Result:
+    """compute(dtype), or `again` as compute(safe) where that raises `NotFinite`."""
+    try:
+        return compute(dtype)
+    except NotFinite as error:
+        stage = str(error)
+    way = None if safe is None else named(safe)
+    return again(stage, named(dtype), way, lambda: compute(safe or dtype), allowed=allowed, **networks)
+
+
 def not_finite(stage: str = "", ran: str = "", **networks: nn.Module) -> CheckpointError:
     """Why networks, by kind, put out numbers that are not finite, where there is no safer way to compute them.
 
