@@ -144,6 +144,15 @@ class ZImagePipeline:
         self._text_encoder = None if isinstance(encoder, UnreadEncoder) else encoder
         self._plain.pop("text_encoder", None)
 
+    def release_text_encoder(self) -> None:
+        """Gives its memory back, if its files can be read again; they are when a prompt is not in `prompt_cache`."""
+        if self._unread is None or self._text_encoder is None:
+            return
+        self._text_encoder = None
+        self._plain.pop("text_encoder", None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def set_loras(self, *files: tuple[str | Path, float]) -> list[lora_files.Lora]:
         """Puts exactly these LoRA files, each with its strength, onto transformer and text encoder; none takes all off.
 
