@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from . import image_files, options
+from .batch import command as batch
 from .errors import CheckpointError
 from .model.tokenizer import without_halves
 from .pipeline import ZImagePipeline
@@ -21,7 +22,7 @@ from .weights.snapshot import open_component
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; 0 if it succeeded, 2 if the input was wrong, 130 if it was interrupted."""
+    """Runs one command; 0 if it succeeded, 1 if some of a batch failed, 2 for wrong input, 130 if interrupted."""
     args = _parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in another encoding
@@ -173,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help=f"of the --control in the same place, {STRENGTH:g} if not given",
     )
+    batch.add_to(commands)
     return parser
 
 

@@ -1,0 +1,232 @@
+"""`python -m zimage_core batch PROMPTS --output FOLDER`: its options, and one run from the file to the folder."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .. import options
+from . import names
+from .folder import Folder, NoRoom
+from .identity import Fingerprints, of_model
+from .plan import Model, Task, tasks
+from .progress import Bar, Lines, Progress, Quiet
+from .reading import BadRows, Fault, Record, extension_of, records
+from .results import Results
+from .rows import COLUMNS, Row, checked
+
+ALL_DONE, SOME_FAILED, INTERRUPTED = 0, 1, 130  # exit statuses; 2 is for what was wrong with the input
+# Columns that are options, too, for the rows that leave them out; `options.add_sampling` has those of `generate`
+HELP = {
+    "cfg_normalization": "cap the norm of guided steps at this many times the unguided one; false is off",
+    "cfg_truncation": "where guidance stops, as a share of the way to the image; from 1 it never does",
+    "images": "images of a row, each with the next seed",
+    "max_prompt_tokens": "tokens of a prompt that are read, its template included",
+    "image": "image to begin with; its size is made if none is given",
+    "strength": "share of the steps to run on the image: 0.6, with a mask 1",
+    "mask": "image, white where the image is repainted, black where it stays as it is",
+    "control": "Fun-Controlnet-Union file to steer with",
+    "control_image": "what it follows (edges, depth, pose, ...)",
+    "control_strength": "of the control, 0.8 if not given",
+}
+SHARED = ("width", "height", "steps", "guidance_scale", "negative_prompt")
+
+
+def add_to(commands: Any) -> None:
+    """Adds the command to those of a parser."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        "batch",
+        help="make many images, of a file of prompts",
+        description="Makes an image of each row of a file. The same command again makes what is missing. Options are "
+        "for the rows that leave that column out.",
+    )
+    command.set_defaults(run=run, interrupted="interrupted before the first image; nothing is lost")
+    add = command.add_argument
+    add("prompts", metavar="PROMPTS", help=".jsonl, .csv or .txt (a prompt a line), or - for standard input")
+    add("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where images and results.jsonl go")
+    add(
+        "--name",
+        default=names.DEFAULT,
+        metavar="TEMPLATE",
+        help=f"of each file, with the fields {', '.join(names.FIELDS)}; its extension (.png, .webp, .jpg) chooses the "
+        f"format; default: {names.DEFAULT.replace('%', '%%')}",
+    )
+    add("--seed", type=options.seed, default=0, help="of the first image, each further one gets the next; default: 0")
+    add(
+        "--batch-size",
+        type=options.positive,
+        metavar="N",
+        help="images sampled together at most; 1: each is bit for bit what generate makes; default: what is fastest",
+    )
+    for switch, told in (
+        ("--skip-bad", "go on without rows that are wrong, and list them"),
+        ("--redo-changed", "make images again whose row or settings have changed since"),
+        ("--retry-failed", "try rows that fail once more at the end"),
+        ("--quiet", "tell errors and a last line only"),
+        ("--json", "tell one JSON object a line on standard output"),
+    ):
+        add(switch, action="store_true", help=told)
+    for column, told in HELP.items():
+        add(f"--{column.replace('_', '-')}", type=_of_column(column), metavar="X", help=told)
+    options.add_model(command)
+    options.add_sampling(command)
+
+
+def _of_column(column: str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return COLUMNS[column](text, Path.cwd())
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+    return read
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 if all images are there, 1 if some failed or there was no room, 130 if interrupted. Raises ValueError."""
+    template = names.Template(args.name)
+    found, rows, faults = _rows(args)
+    folder = Folder(args.output)
+    prints = Fingerprints()
+    model_folder = options.model_folder(args)
+    device, dtype = options.device(args)
+    settings = {
+        "model": str(model_folder),
+        **{part: None if (place := getattr(args, part)) is None else str(place) for part in PARTS},
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "prompt_cache": None if args.prompt_cache is None else str(args.prompt_cache),
+        "safe_retry": not args.no_safe_retry,
+        "batch_size": args.batch_size,
+    }
+    model = _model(settings, options.model_name(model_folder), prints)
+    planned = tasks(rows, template, args.seed, model, prints, _counts(found, args.images or 1))
+    with folder.lock():
+        results = Results(folder)
+        try:
+            if results.torn:
+                told = f"the last line of results.jsonl was unfinished ({results.torn} bytes) and is cut off"
+                print(f"note: {told}; its image is looked for", file=sys.stderr)
+            pending = results.pending(planned, args.redo_changed)
+            folder.clean(task.file for task in planned)
+            kind: type[Progress] = Lines if args.json else Quiet if args.quiet else Bar
+            progress = kind(planned, pending)
+            for fault in faults:
+                progress.note(f"left out: {fault}")
+            status = _make(settings, pending, folder, results, progress, args.retry_failed)
+        finally:
+            results.close()
+    return status
+
+
+PARTS = ("transformer", "text_encoder", "vae", "tokenizer")
+
+
+def _rows(args: argparse.Namespace) -> tuple[list[Record], list[Row], list[Fault]]:
+    """All rows as they stand in the file, those that can be made, and what is wrong with those that are left out."""
+    if args.prompts == "-":
+        source, raw, extension, base = "standard input", sys.stdin.buffer.read(), None, Path.cwd()
+    else:
+        path = Path(args.prompts)
+        extension = extension_of(path)
+        source, raw, base = str(path), path.read_bytes(), path.absolute().parent
+    found = records(raw, source, extension)
+    defaults = {name: value for name in (*SHARED, *HELP) if (value := getattr(args, name)) is not None}
+    defaults["loras"] = tuple((os.path.abspath(path), strength) for path, strength in args.lora)
+    missing = [path for path, _ in defaults["loras"] if not os.path.isfile(path)]
+    if missing:
+        raise ValueError(f"--lora: there is no such file ({missing[0]})")
+    rows, faults = checked(found, base, defaults)
+    if faults and not args.skip_bad:
+        raise BadRows(faults, source)
+    if not rows:
+        raise BadRows(faults, f"{source}, in which no row is right")
+    return found, rows, faults
+
+
+def _counts(found: Sequence[Record], default: int) -> dict[int, int]:
+    """Images of each row, those that are left out included, so that the seeds of the others don't depend on them."""
+    counts = {}
+    for record in found:
+        try:
+            counts[record.number] = COLUMNS["images"](record.values.get("images") or default, Path())
+        except ValueError:
+            counts[record.number] = default
+    return counts
+
+
+def _model(settings: dict[str, Any], name: str, prints: Fingerprints) -> Model:
+    from ..weights.snapshot import open_component
+
+    parts = {part: settings[part] for part in PARTS if part != "tokenizer"}
+    identity = of_model(settings["model"], parts, settings["tokenizer"], settings["dtype"], prints)
+    return Model(name, identity, open_component(settings["vae"] or settings["model"], "vae").config.sample_size)
+
+
+def _make(
+    settings: dict[str, Any],
+    pending: Sequence[Task],
+    folder: Folder,
+    results: Results,
+    progress: Progress,
+    retry: bool,
+) -> int:
+    from .maker import Maker, Settings
+    from .run import outcomes
+
+    status = SOME_FAILED
+    try:
+        with interruptible() as stopped:
+            maker = Maker(Settings(**settings)) if pending else None
+            progress.begin()
+            for attempt in range(2 if retry else 1):
+                again = {(one.row, one.image) for one in progress.failed}
+                todo = pending if attempt == 0 else [task for task in pending if task.place in again]
+                if maker is None or not todo or stopped():
+                    break
+                for outcome in outcomes(maker.make(todo, stopped), folder):
+                    results.record(outcome)
+                    progress.saw(outcome)
+            if stopped() and progress.done < progress.images:
+                progress.end("interrupted")
+                print("interrupted; run the same command again to go on", file=sys.stderr)
+                return INTERRUPTED
+    except NoRoom as error:
+        progress.end("stopped")
+        print(f"error: {error.strerror} ({error.filename})", file=sys.stderr)
+        return SOME_FAILED
+    except BaseException:
+        progress.close()
+        raise
+    status = SOME_FAILED if progress.failed else ALL_DONE
+    progress.end("failed" if progress.failed else "done")
+    return status
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Whether Control-C was pressed, inside of which it raises nothing; pressed again, it ends the process at once."""
+    pressed = False
+
+    def press(*_: object) -> None:
+        nonlocal pressed
+        if pressed:
+            os._exit(INTERRUPTED)  # what is half written is removed by the next run
+        pressed = True
+        os.write(2, b"\ninterrupted: the step that runs is finished and images are saved; again ends at once\n")
+
+    try:
+        before = signal.signal(signal.SIGINT, press)
+    except ValueError:  # only the main thread may listen
+        yield lambda: False
+        return
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
