@@ -51,7 +51,7 @@ class Progress:
         """The model is loaded: from now on the time counts for what is left."""
 
     def note(self, text: str) -> None:
-        """Something to be known that is no error."""
+        """Something to be known that is no image's."""
 
     def end(self, status: str) -> None:
         """status: "done", "failed" (some images), "interrupted" or "stopped"."""
@@ -81,6 +81,9 @@ class Quiet(Progress):
         super().saw(outcome)
         if outcome.status == FAILED:
             print(failure(outcome), file=sys.stderr)
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr)
 
 
 class Bar(Quiet):

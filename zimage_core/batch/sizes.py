@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 
 MOST = 8  # more images of the size that Z-Image is made for leave no faster
-# Four steps of nano on the slow core that this was written on took 119, 69, 59, 34 and 36 ms an image for 1, 2, 4, 8 and
-# 16 images of 64x64 (16 tokens), 123, 82, 65, 61 and 54 of 128x128 (64 tokens), and 219, 206, 188, 191 and 190 of 256x256
-# (256 tokens): beyond about 1024 tokens a batch gains nothing.
+# Four steps of nano on a slow core took 119, 69, 59, 34 and 36 ms an image for 1, 2, 4, 8 and 16 images of 64x64 (16
+# tokens), 123, 82, 65, 61 and 54 of 128x128 (64 tokens), and 219, 206, 188, 191 and 190 of 256x256 (256 tokens): beyond
+# about 1024 tokens a batch gains nothing.
 CPU_TOKENS = 1024
 KEPT_FREE = 0.1  # share of the memory that is free beside a batch of one, for what varies
 
