@@ -45,7 +45,7 @@ def read(path: Path, channels: int = 3) -> Tensor:
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """(width, height) as `read` gives it, from the file's head. Raises ValueError, naming the file, or OSError."""
+    """(width, height) as `read` gives it, without the pixels of most formats. Raises ValueError or OSError."""
     from PIL import Image, UnidentifiedImageError
 
     try:

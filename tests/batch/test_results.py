@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from zimage_core.__main__ import main
-
 from ..helpers import ROOT
+from .making import SMALL, Run
 
 PROMPTS = ["a red circle", "a blue square", "a green star"]
-OPTIONS = ["--cpu", "-s", "2", "--width", "32", "--height", "32", "--quiet", "--batch-size", "1"]
-
-
-class Run:
-    """A file of prompts and its folder."""
-
-    def __init__(self, folder: Path):
-        self.file, self.out = folder / "p.txt", folder / "out"
-        self.journal = self.out / "results.jsonl"
-        self.write(PROMPTS)
-
-    def write(self, prompts: list[str]) -> None:
-        self.file.write_text("\n".join(prompts) + "\n")
-
-    def __call__(self, *options: str) -> int:
-        return main(["batch", str(self.file), "--output", str(self.out), *OPTIONS, *options])
-
-    def lines(self) -> list[dict]:
-        return [json.loads(line) for line in self.journal.read_text().splitlines()]
-
-    def images(self) -> dict[str, bytes]:
-        paths = [path for path in self.out.rglob("*") if path.suffix in (".png", ".jpg", ".webp")]
-        return {path.relative_to(self.out).as_posix(): path.read_bytes() for path in paths}
 
 
 @pytest.fixture
 def run(tmp_path) -> Run:
-    return Run(tmp_path)
+    return Run(tmp_path, PROMPTS, *SMALL, "--batch-size", "1")
 
 
 def test_a_line_for_each_image(run, capsys):
@@ -89,6 +63,11 @@ def test_a_torn_last_line_is_cut_off_and_told(run, capsys):
         assert run.lines()[2]["seconds"] == 0  # its image was there, and not made again
 
 
+GOOD = (
+    '{"row": %d, "image": 1, "file": "%s", "seed": 0, "seconds": 1.5, "status": "done", "error": null, "key": "0123"}'
+)
+
+
 @pytest.mark.parametrize(
     "line, words",
     [
@@ -101,9 +80,9 @@ def test_a_torn_last_line_is_cut_off_and_told(run, capsys):
     ],
 )
 def test_a_damaged_line_in_the_middle_is_an_error(run, capsys, line, words):
-    run.write(PROMPTS[:2])
-    assert run() == 0
-    first, second = run.journal.read_text().splitlines()
+    first = GOOD % (1, "000001_0.png")
+    second = GOOD % (2, "000002_1.png")
+    run.out.mkdir()
     bad = {"ROW": first.replace('"row": 1', '"row": "1"'), "STATUS": first.replace('"000001_0.png"', "null")}
     text = "\n".join([first, bad.get(line, line), second, ""])
     run.journal.write_text(text)
@@ -126,14 +105,14 @@ def test_changed_rows_are_refused_and_made_again_when_told_to(run, capsys):
     run.write([PROMPTS[0], "a yellow ring", PROMPTS[2]])
     assert run() == 2
     told = capsys.readouterr().err
-    assert "1 images" in told and "row 2 (000002_1.png)" in told and "--redo-changed" in told
+    assert "1 image is made with other settings" in told and "row 2 (000002_1.png)" in told and "--redo-changed" in told
     assert run.images() == made
     assert run("--redo-changed") == 0
     again = run.images()
     assert {name for name in made if made[name] != again[name]} == {"000002_1.png"} and made.keys() == again.keys()
     assert Image.open(run.out / "000002_1.png").text["parameters"].startswith("a yellow ring\n")
     assert run("--guidance-scale", "1") == 2
-    assert "3 images in" in capsys.readouterr().err
+    assert "3 images are made with other settings" in capsys.readouterr().err
     assert run() == 0
 
 
@@ -156,7 +135,7 @@ def test_an_image_without_a_line_is_taken_if_it_is_this_one(run, capsys, extensi
     run.journal.unlink()
     (run.out / f"2.{extension}").write_bytes(made[f"2.{extension}"][:-300])  # the head is whole
     assert run(*name) == 2
-    assert "1 files in" in capsys.readouterr().err and not run.journal.read_bytes()
+    assert "1 image is in the way" in capsys.readouterr().err and not run.journal.read_bytes()
     (run.out / f"2.{extension}").write_bytes(made[f"2.{extension}"])
     assert run(*name, "--seed", "1") == 2  # complete, but of another seed
 
@@ -167,7 +146,11 @@ def test_files_in_the_way_are_not_overwritten(run, capsys):
     (run.out / "000003_2.png").symlink_to("nowhere")
     assert run() == 2
     told = capsys.readouterr().err
-    assert "2 files in" in told and "row 2 (000002_1.png), row 3 (000003_2.png)" in told and "Move them away" in told
+    assert (
+        "2 images are in the way" in told
+        and "row 2 (000002_1.png), row 3 (000003_2.png)" in told
+        and "Move it away" in told
+    )
     assert (run.out / "000002_1.png").read_text() == "mine" and not (run.out / "000001_0.png").exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,57 +171,39 @@ class Maker:
         side = self.pipe.vae.config.downscale * self.pipe.transformer.config.patch_size
         copies = 2 if first.row.guidance_scale > 0 else 1
         tokens = (first.height // side) * (first.width // side) * copies
-        waiting = list(tasks)
         if not first.row.alone and self.sizes.most != 1:  # captions are padded to the longest
-            waiting.sort(key=lambda task: self._length((task.row.prompt, task.row.max_prompt_tokens)))
-        while waiting:
+            tasks = sorted(tasks, key=lambda task: self._length((task.row.prompt, task.row.max_prompt_tokens)))
+        waiting = deque(tasks)
+        halves: list[list[Task]] = []  # of a batch that failed, to find the image that it is about
+        while waiting or halves:
             if stop():
                 raise Cancelled
-            count = 1 if first.row.alone else min(self.sizes.next(tokens), len(waiting))
-            batch = waiting[:count]
+            if halves:
+                batch = halves.pop()
+            else:
+                count = 1 if first.row.alone else min(self.sizes.next(tokens), len(waiting))
+                batch = [waiting.popleft() for _ in range(count)]
+            failure, made = "", []
             try:
-                with self.sizes.measuring(tokens, count):
+                with self.sizes.measuring(tokens, len(batch)):
                     made = list(self._batch(batch, stop))
             except Cancelled:
                 raise
             except Exception as error:
-                short = is_out_of_memory(error)
-                told = _told(error)
-                del error  # and the tensors that its frames hold
-                if count == 1:
-                    yield Made(batch[0], None, 0.0, OUT_OF_MEMORY.format(told) if short else told)
-                    del waiting[0]
-                elif short:
-                    self.sizes.lower(tokens, count // 2)
-                    logger.warning(
-                        "%d images of this size don't fit in memory together; %d are tried", count, count // 2
-                    )
-                else:
-                    half = count // 2  # to find the one that it is about
-                    yield from self._split(batch[:half], stop)
-                    yield from self._split(batch[half:], stop)
-                    del waiting[:count]
-                _make_room()
+                failure, short = _told(error), is_out_of_memory(error)
+            yield from made
+            if not failure:
                 continue
-            yield from made
-            del waiting[:count]
-
-    def _split(self, batch: Sequence[Task], stop: Stop) -> Iterator[Made]:
-        try:
-            made = list(self._batch(batch, stop))
-        except Cancelled:
-            raise
-        except Exception as error:
-            told = _told(error)
-        else:
-            yield from made
-            return
-        if len(batch) == 1:
-            yield Made(batch[0], None, 0.0, told)
-            return
-        half = len(batch) // 2
-        yield from self._split(batch[:half], stop)
-        yield from self._split(batch[half:], stop)
+            _make_room()  # here, where no traceback holds tensors any more
+            half = len(batch) // 2
+            if not half:
+                yield Made(batch[0], None, 0.0, OUT_OF_MEMORY.format(failure) if short else failure)
+            elif short:
+                self.sizes.lower(tokens, half)
+                waiting.extendleft(reversed(batch))
+                logger.warning("%d images of this size don't fit in memory together; %d are tried", len(batch), half)
+            else:
+                halves += [batch[half:], batch[:half]]
 
     def _batch(self, batch: Sequence[Task], stop: Stop) -> Iterator[Made]:
         """Sampled together, decoded one by one."""

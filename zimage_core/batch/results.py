@@ -86,7 +86,7 @@ class Results:
         """
         changed = [task for task in tasks if self._is_changed(task)]
         if changed and not redo_changed:
-            raise ValueError(_listed(changed, f"images in {self.folder.path} were made with other settings", CHANGED))
+            raise ValueError(_listed(changed, "made with other settings", self.folder, CHANGED))
         open_ = [task for task in tasks if not self._is_done(task)]
         there = [task for task in open_ if self.folder.exists(task.file)]
         adopted = [task for task in there if self.folder.holds(task.file, task.parameters)]
@@ -95,7 +95,7 @@ class Results:
             task for task in there if task.place not in own and task.place not in self._owners.get(same(task.file), ())
         ]
         if in_the_way:
-            raise ValueError(_listed(in_the_way, f"files in {self.folder.path} are in the way", IN_THE_WAY))
+            raise ValueError(_listed(in_the_way, "in the way", self.folder, IN_THE_WAY))
         for task in adopted:
             self.record(Outcome.done(task, 0.0))
         return [task for task in open_ if task.place not in own]
@@ -136,15 +136,14 @@ class Results:
 
 
 CHANGED = (
-    "Make them again by --redo-changed, put the prompts and options back as they were, or give another folder by "
-    "--output."
+    "Make what has changed again by --redo-changed, put the prompts and options back as they were, or give another "
+    "folder by --output."
 )
-IN_THE_WAY = (
-    "They are not of these rows, so they are not overwritten. Move them away, or give another folder by --output."
-)
+IN_THE_WAY = "What is not of these rows is not overwritten. Move it away, or give another folder by --output."
 
 
-def _listed(tasks: Sequence[Task], what: str, advice: str) -> str:
+def _listed(tasks: Sequence[Task], what: str, folder: Folder, advice: str) -> str:
     shown = ", ".join(f"row {task.row.number} ({task.file})" for task in tasks[:SHOWN])
     more = f" and {len(tasks) - SHOWN} more" if len(tasks) > SHOWN else ""
-    return f"{len(tasks)} {what}: {shown}{more}. {advice}"
+    count = f"{len(tasks)} {'image is' if len(tasks) == 1 else 'images are'}"
+    return f"{count} {what} in {folder.path}: {shown}{more}. {advice}"
