@@ -85,7 +85,6 @@ def test_help_loads_no_model_code():
         "transformers",
         "PIL",
         "PIL.Image",
-        "tqdm",
         "zimage_core.batch.maker",
         "zimage_core.batch.run",
     }
