@@ -122,7 +122,9 @@ def test_a_new_row_is_made_beside_the_old_ones(run):
     assert run() == 0 and [line["row"] for line in run.lines()] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("extension", ["png", "jpg", "webp"])
+@pytest.mark.parametrize(
+    "extension", ["png", pytest.param("jpg", marks=pytest.mark.slow), pytest.param("webp", marks=pytest.mark.slow)]
+)
 def test_an_image_without_a_line_is_taken_if_it_is_this_one(run, capsys, extension):
     run.write([*PROMPTS[:2], "x" * 40_000 + "\u00e9\U0001f600"])
     name = ("--name", "{row}." + extension)

@@ -15,7 +15,7 @@ from .. import image_files
 
 LOCK = ".results.lock"
 HALF = ".zimage-*.half"  # images that are being written
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_ROOM = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 class NoRoom(OSError):
