@@ -301,7 +301,7 @@ def test_batches_that_do_not_fit_are_halved_and_no_row_is_lost(monkeypatch, capl
 
 @pytest.mark.slow
 def test_a_process_with_little_memory_loses_no_row(tmp_path):
-    """With a bound of the system that a batch of 48 does not fit into; what libraries keep of it may be missed later."""
+    """A batch of 48 does not fit into a bound of the system, and what libraries keep of it may be missed later."""
     code = (
         "import sys, resource, json\n"
         "from zimage_core.batch.maker import Maker, Settings\n"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
-from zimage_core.batch.identity import Fingerprints
+from zimage_core.batch.identity import Fingerprints, of_model
 from zimage_core.batch.names import LONGEST, Template
 from zimage_core.batch.plan import Model, Task, tasks
 from zimage_core.batch.rows import Row
+
+from ..helpers import NANO
 
 MODEL = Model("nano", "0", 128)
 VALUES = {"row": 3, "image": 2, "seed": 7, "width": 64, "height": 32, "steps": 8, "name": "fox", "prompt": "A red fox!"}
@@ -123,3 +128,31 @@ def test_keys_tell_what_changes_an_image_and_nothing_else(tmp_path):
         large.write_bytes(bytes(20 * 2**20) + middle * 2**20 + bytes(20 * 2**20))
         prints.append(Fingerprints().of(large))
     assert prints[0] != prints[1]
+
+
+def test_a_model_is_known_by_its_content_wherever_it_lies(tmp_path):
+    def identity(model: Path, **parts: str) -> str:
+        return of_model(
+            model, {**dict.fromkeys(("transformer", "text_encoder", "vae")), **parts}, None, "float32", Fingerprints()
+        )
+
+    own = identity(NANO)
+    moved = Path(shutil.copytree(NANO, tmp_path / "moved"))
+    assert identity(moved) == own == identity(moved, vae=str(NANO))
+    for file in (
+        "tokenizer/tokenizer.json",
+        "scheduler/scheduler_config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ):
+        path = moved / file
+        before = path.read_bytes()
+        changed = (
+            before[:-1] + bytes([before[-1] ^ 1]) if path.suffix == ".safetensors" else before.replace(b"3.0", b"4.0")
+        )
+        path.write_bytes(changed if changed != before else before + b"\n")
+        assert identity(moved) != own, file
+        path.write_bytes(before)
+    assert identity(moved) == own
+    assert (
+        of_model(moved, dict.fromkeys(("transformer", "text_encoder", "vae")), None, "bfloat16", Fingerprints()) != own
+    )

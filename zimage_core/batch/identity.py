@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..weights.snapshot import open_component, schedule_of
+from ..weights.snapshot import open_component, schedule_of, snapshot_folder
 
 WHOLE = 16 * 2**20  # bytes up to which all of a file is hashed
 PIECES, PIECE = 64, 64 * 2**10  # of a larger one: so many places, so many bytes at each
@@ -58,7 +58,8 @@ def of_model(
     place = Path(tokenizer) if tokenizer else places["text_encoder"]
     if not tokenizer and place.is_file():
         place = Path(model)
-    for folder in (place, place / "tokenizer", place.parent / "tokenizer"):
+    root = snapshot_folder(place) or place.parent
+    for folder in (place, place / "tokenizer", root / "tokenizer"):
         if (folder / "tokenizer.json").is_file():
             told["tokenizer"] = prints.of(folder / "tokenizer.json")
             break

@@ -136,6 +136,8 @@ def _of_json(number: int, line: int, content: str) -> Record:
         if half := next((text for text in _texts(name, value) if _has_half(text)), None):
             shown = half.encode("ascii", "backslashreplace").decode()
             return fault(f"{shown[:LENGTH]!r} holds half a character (a lone surrogate); write it whole")
+        if any("\0" in text for text in _texts(name, value)):
+            return fault(f"{name} holds a NUL, which no text holds; leave it out")
     return Record(number, line, values)
 
 

@@ -100,8 +100,8 @@ def _file(value: Any, folder: Path) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError("expected the name of a file")
     path = Path(os.path.abspath(folder / value.strip()))
-    if not path.is_file():
-        found = "that is a folder" if path.is_dir() else "there is no such file"
+    if not os.path.isfile(path):  # which takes a name that no system could have, too
+        found = "that is a folder" if os.path.isdir(path) else "there is no such file"
         raise ValueError(f"{found} ({path}); relative names begin at {folder}")
     return str(path)
 
