@@ -153,15 +153,19 @@ class Maker:
             while waiting:
                 if stop():
                     raise Cancelled
+                failed = short = False
                 try:
                     self.pipe.encode_prompts(waiting[:together], limit)
-                except Exception:
-                    if together > 1:
-                        together //= 2
-                        _make_room()
-                        continue
-                    # it will be told of the rows that need it, when they are made
-                del waiting[:together]
+                except Exception as error:
+                    failed, short = True, is_out_of_memory(error)
+                if failed:
+                    _make_room()
+                if failed and together > 1:
+                    together //= 2
+                    continue
+                del waiting[:together]  # one that fails alone is told of the rows that need it, when they are made
+                if failed and not short:
+                    together = self._encoded_together
 
     # Images
 
@@ -194,6 +198,7 @@ class Maker:
             yield from made
             if not failure:
                 continue
+            self.pipe.release_text_encoder()  # which a prompt that can't be encoded has had read again
             _make_room()  # here, where no traceback holds tensors any more
             half = len(batch) // 2
             if not half:
