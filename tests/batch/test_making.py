@@ -72,6 +72,7 @@ def builds(monkeypatch) -> list[UnreadEncoder]:
     return found
 
 
+@pytest.mark.slow
 def test_an_image_is_that_of_generate_bit_for_bit(tmp_path, control_file, encoder_lora):
     """With --batch-size 1, whatever the other rows are, and resumed or not."""
     begun = tmp_path / "begun.png"
@@ -241,6 +242,7 @@ def poisoned(tmp_path) -> Path:
     return model
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_is_recorded_and_the_rest_goes_on(tmp_path, capsys, poisoned):
     broken = tmp_path / "broken.jpg"
     Image.effect_noise((64, 64), 80).convert("RGB").save(broken)

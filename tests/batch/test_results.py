@@ -170,6 +170,7 @@ def test_rows_that_changed_places_do_not_overwrite_each_other(run):
     assert run(*names, "--redo-changed") == 2 and run.images() == made
 
 
+@pytest.mark.slow
 def test_one_run_at_a_time(run, capsys):
     run.out.mkdir()
     code = (
