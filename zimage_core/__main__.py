@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import random
 import sys
@@ -14,6 +15,7 @@ from . import image_files, options
 from .batch import command as batch
 from .errors import CheckpointError
 from .model.tokenizer import without_halves
+from .parallel.team import Team
 from .pipeline import ZImagePipeline
 from .prompts.cache import PromptCache
 from .sampling import request
@@ -37,10 +39,32 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def generate(args: argparse.Namespace) -> int:
+    """An image, by this process or by all that torchrun has started."""
+    team = Team.of_environment(args.cpu)
+    if team is None:
+        return _generate(args, None)
+    try:
+        with contextlib.nullcontext() if team.leads else contextlib.redirect_stdout(io.StringIO()):
+            status = _generate(args, team)
+    except (CheckpointError, ValueError, OSError) as error:
+        if team.leads:
+            raise
+        print(f"process {team.rank}: error: {error}", file=sys.stderr)  # perhaps of this machine alone
+        return 2
+    team.leave()
+    return status
+
+
+def _generate(args: argparse.Namespace, team: Team | None) -> int:
+    leads = team is None or team.leads
     started = time.perf_counter()
     output = args.output or Path(f"zimage-{datetime.now():%Y%m%d-%H%M%S}.png")
     image_files.check_output(output)  # before the weights are read: nobody waits for an image that can't be saved
-    folder = options.model_folder(args)
+    folder = options.model_folder(args) if leads else None
+    seed = random.randrange(2**32) if args.seed is None else args.seed
+    if team is not None:
+        seed = team.told(seed)
+    folder = folder or options.model_folder(args)  # here once the first process has it: two can't download it
     parts = {"transformer": args.transformer, "text_encoder": args.text_encoder, "vae": args.vae}
     size = None if args.image else open_component(args.vae or folder, "vae").config.sample_size
     image = None if args.image is None else image_files.read(args.image)
@@ -48,8 +72,7 @@ def generate(args: argparse.Namespace) -> int:
     control = _controls(args)
     width, height = (given or size for given in (args.width, args.height))
     width, height = request.size(width, height, image)
-    seed = random.randrange(2**32) if args.seed is None else args.seed
-    device, dtype = options.device(args)
+    device, dtype = options.device(args, None if team is None else team.device)
 
     print(f"Prompt    {args.prompt}")
     if args.negative_prompt:
@@ -59,6 +82,8 @@ def generate(args: argparse.Namespace) -> int:
         if place is not None:
             print(f"  {kind.replace('_', ' ')}: {place}")
     print(f"Settings  {width}x{height}, {args.steps} steps, guidance {args.guidance_scale:g}, seed {seed}, {device}")
+    if team is not None:
+        print(f"Together  {team.size} processes")
     if args.image:
         print(f"Image     {args.image}, strength {request.strength_of(args.strength, mask):g}")
     if args.mask:
@@ -78,9 +103,10 @@ def generate(args: argparse.Namespace) -> int:
         prompt_cache=cache,
         safe_retry=not args.no_safe_retry,
     )
+    pipe.team = team
     for (_, strength), file in zip(args.lora, pipe.set_loras(*args.lora), strict=True):
         print("\n  ".join([f"LoRA      strength {strength:g}", *file.report().splitlines()]))
-    with options.bar(total=args.steps, desc="Sampling", unit="step") as bar:
+    with options.bar(total=args.steps, desc="Sampling", unit="step", disable=not leads) as bar:
 
         def advance(step: int, steps: int, *_: object) -> None:
             bar.total = steps  # fewer where it begins with an image
@@ -98,8 +124,11 @@ def generate(args: argparse.Namespace) -> int:
             strength=args.strength,
             mask=mask,
             control=control,
+            output="image" if leads else "latents",
             callback=advance,
         )  # [1, 3, H, W]
+    if not leads:
+        return 0
     parameters = image_files.parameters(
         args.prompt,
         args.negative_prompt,

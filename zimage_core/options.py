@@ -118,9 +118,9 @@ def model_name(folder: Path) -> str:
     return "Z-Image-Nano" if folder == NANO else folder.name
 
 
-def device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """Where it runs, and in what."""
-    found = torch.device("cpu") if args.cpu else best_device()
+def device(args: argparse.Namespace, own: torch.device | None = None) -> tuple[torch.device, torch.dtype]:
+    """Where it runs, and in what. own: the device that this process was given."""
+    found = own or (torch.device("cpu") if args.cpu else best_device())
     return found, torch.float32 if found.type == "cpu" else torch.bfloat16
 
 

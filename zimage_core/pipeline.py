@@ -252,9 +252,7 @@ class ZImagePipeline:
         encode = partial(self.encode_prompts, max_tokens=max_prompt_tokens, template=reference.template(references))
         seen = reference.seen(references, self.sight, self.transformer, self.dtype, self.encode, self.encode_prompts)
         features = request.repeat(encode(prompts), batch_size)  # B x [L_i, 2560]
-        negative_features: list[Tensor] = []
-        if guidance_scale > 0:
-            negative_features = request.repeat(encode(negatives), batch_size)
+        negative_features = request.repeat(encode(negatives), batch_size) if guidance_scale > 0 else []
 
         together = None if self.team is None else self.team.model(self.transformer, guidance_scale > 0)
 

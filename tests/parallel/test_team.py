@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from zimage_core import image_files
 from zimage_core.backends.operations import Tokens
 from zimage_core.config import TransformerConfig
 from zimage_core.model.transformer import ZImageTransformer
@@ -18,7 +19,7 @@ from zimage_core.parallel.sequence import DividedShare
 from zimage_core.parallel.team import Team
 from zimage_core.weights.specs import PUBLISHED_TRANSFORMER
 
-from ..helpers import relative
+from ..helpers import ROOT, relative
 
 CASES = 27
 SIZES = {
@@ -92,3 +93,27 @@ def test_a_process_without_a_gpu_of_its_own_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="process 2 of this machine has no GPU, there are 2; start as many"):
         Team.of_environment()
+
+
+@pytest.mark.slow
+def test_torchrun_makes_the_image_of_one_process(tmp_path):
+    """Guided, so two processes share two prompts. The first speaks and saves; an error ends all."""
+    options = ["generate", "two red stars on a blue background", "--steps", "2", "-g", "2", "--seed", "3", "--cpu"]
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "zimage_core"]
+
+    def run(start: list[str], *more: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *start, *options, *more]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+    alone, both = (
+        run(["-m", "zimage_core"], "-o", str(tmp_path / "1.png")),
+        run(together, "-o", str(tmp_path / "2.png")),
+    )
+    assert alone.returncode == both.returncode == 0, both.stderr
+    assert both.stdout.count("Saved") == both.stdout.count("Prompt ") == 1 and "2 processes" in both.stdout
+    images = [image_files.read(tmp_path / f"{name}.png") for name in (1, 2)]
+    assert (images[0] - images[1]).abs().max() <= 1.5 / 255 and images[0].std() > 0.1
+    failed = run(together, "-o", str(tmp_path / "3.png"), "--model", str(tmp_path / "missing"))
+    assert failed.returncode != 0 and "error: " in failed.stderr and "missing" in failed.stderr
+    assert not (tmp_path / "3.png").exists()
