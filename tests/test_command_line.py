@@ -99,6 +99,8 @@ def test_images_masks_and_control(tmp_path, capsys, control_file):
         ),
         (["--image", "IMG", "--strength", "0"], "strength is 0.0, expected more than 0"),
         (["--control", "TEXT", "--control-image", "IMG"], "text.png"),
+        (["--reference", "IMG"], "reference images need Z-Image Omni or Edit"),
+        (["--reference", "TEXT"], "text.png is no image that can be read"),
     ],
 )
 def test_wrong_images_are_told_in_one_line(tmp_path, capsys, options, words):

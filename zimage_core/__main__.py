@@ -70,6 +70,7 @@ def _generate(args: argparse.Namespace, team: Team | None) -> int:
     image = None if args.image is None else image_files.read(args.image)
     mask = None if args.mask is None else image_files.read(args.mask, 1)
     control = _controls(args)
+    references = [image_files.read(path) for path in args.reference]
     width, height = (given or size for given in (args.width, args.height))
     width, height = request.size(width, height, image)
     device, dtype = options.device(args, None if team is None else team.device)
@@ -90,6 +91,8 @@ def _generate(args: argparse.Namespace, team: Team | None) -> int:
         print(f"Mask      {args.mask}")
     for one, shown in zip(control, args.control_image or [None] * len(control), strict=True):
         print(f"Control   {one.path}, strength {one.strength:g}" + (f", of {shown}" if shown else ""))
+    for path in args.reference:
+        print(f"Reference {path}")
     if args.negative_prompt and args.guidance_scale <= 0:
         print("Note      the negative prompt has no effect without guidance (--guidance-scale above 0)")
 
@@ -124,6 +127,7 @@ def _generate(args: argparse.Namespace, team: Team | None) -> int:
             strength=args.strength,
             mask=mask,
             control=control,
+            references=references,
             output="image" if leads else "latents",
             callback=advance,
         )  # [1, 3, H, W]
@@ -140,6 +144,7 @@ def _generate(args: argparse.Namespace, team: Team | None) -> int:
         loras=args.lora,
         strength=request.strength_of(args.strength, mask) if args.image else None,
         control=_with_strengths(args),
+        references=args.reference,
     )
     image_files.save(made[0], output, parameters)
     print(f"Saved     {output} ({time.perf_counter() - started:.1f} s)")
@@ -202,6 +207,14 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="S",
         help=f"of the --control in the same place, {STRENGTH:g} if not given",
+    )
+    add(
+        "--reference",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="IMG",
+        help="image that Z-Image Omni or Edit sees beside the prompt; repeatable",
     )
     batch.add_to(commands)
     return parser

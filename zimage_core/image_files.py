@@ -127,6 +127,7 @@ def parameters(
     loras: Sequence[tuple[Path, float]] = (),
     strength: float | None = None,
     control: Sequence[tuple[Path, float]] = (),
+    references: Sequence[Path] = (),
     key: str | None = None,
 ) -> str:
     """What an image says of itself, in the form that other programs show.
@@ -142,6 +143,7 @@ def parameters(
         + "".join(f", LoRA: {path.name}:{weight:g}" for path, weight in loras)
         + (f", Denoising strength: {strength:g}" if strength is not None else "")
         + "".join(f", Control: {path.name}:{weight:g}" for path, weight in control)
+        + "".join(f", Reference: {path.name}" for path in references)
         + (f", Key: {key}" if key is not None else "")
     )
     return "\n".join(lines)

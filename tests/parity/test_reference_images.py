@@ -10,6 +10,7 @@ from diffusers import ZImagePipeline as TextToImage
 from PIL import Image
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
+from zimage_core.__main__ import main
 from zimage_core.errors import CheckpointError
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.sampling.reference import Sight
@@ -174,3 +175,15 @@ def test_what_is_missing_is_said(make_snapshot, folder, pipe):
         pipe.generate(PROMPT, width=64, height=64, references=[images()[0], torch.zeros(3, 8, 8)])
     with pytest.raises(CheckpointError, match="this siglip2 encoder can't be read"):
         Sight(folder / "vae").features(images()[0], torch.float32)
+
+
+def test_the_command_takes_them(folder, pipe, tmp_path):
+    pillow = as_pillow(images()[0])
+    pillow.save(tmp_path / "seen.png")
+    options = ["-m", str(folder), "--reference", str(tmp_path / "seen.png"), "-o", str(tmp_path / "made.png"), "--cpu"]
+    asked = ["--width", "64", "--height", "48", "--steps", "2", "--seed", "4"]
+    assert main(["generate", PROMPT, *options, *asked]) == 0
+    expected = pipe.generate(PROMPT, width=64, height=48, steps=2, seed=4, references=[_tensor(pillow)])
+    made = Image.open(tmp_path / "made.png")
+    assert (_tensor(made) - expected).abs().max() <= 0.51 / 255
+    assert "Reference: seen.png" in made.text["parameters"]
