@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...zimage_core.config import TransformerConfig
@@ -21,16 +22,11 @@ def of(config: TransformerConfig, batch: int, conds: Mapping[str, Any]) -> Refer
     latents = conds.get("ref_latents") or ()
     if not len(latents):
         return None
+    wanted = ("batch", config.in_channels, "height/8", "width/8")
     for number, latent in enumerate(latents, 1):
-        what = f"The latent of reference image {number}"
-        wanted = ("batch", config.in_channels, "height/8", "width/8")
-        borders.checked(what, latent, wanted, "Encode the image with Z-Image's VAE.")
-        height, width = latent.shape[-2:]
-        if height % config.patch_size or width % config.patch_size:
-            raise ValueError(
-                f"{what} is {8 * width}x{8 * height} pixels; both must be divisible by 16. Scale or crop the image to "
-                "such a size, and switch auto_resize_images off where the node has it: it makes sizes divisible by 8."
-            )
+        borders.checked(
+            f"The latent of reference image {number}", latent, wanted, "Encode the image with Z-Image's VAE."
+        )
     pieces = [borders.checked("A piece of the prompt", x, borders.FEATURES) for x in conds.get("ref_contexts") or ()]
     features = list(conds.get("siglip_feats") or ()) if config.siglip_feat_dim is not None else []
     for found in features:
@@ -40,7 +36,7 @@ def of(config: TransformerConfig, batch: int, conds: Mapping[str, Any]) -> Refer
         )
     count = len(latents)
     return References(
-        [_fitted(x, batch) for x in latents],
+        [_fitted(_even(x, config.patch_size), batch) for x in latents],
         [_fitted(x, batch) for x in pieces[:count]],
         [_fitted(x, batch) for x in pieces[count:]],
         [_fitted(x, batch) for x in features[:count]],
@@ -62,6 +58,12 @@ def check_vision(conds: Mapping[str, Any]) -> None:
                 f"The CLIP vision output has {count} tokens for an image of {width}x{height}, expected one for each "
                 "16x16 pixels. Connect the siglip2 encoder that belongs to the model, or none."
             )
+
+
+def _even(latent: Tensor, patch: int) -> Tensor:
+    """With its last row and column repeated where they are odd, as TextEncodeZImageOmni's own resizing makes them."""
+    height, width = latent.shape[-2:]
+    return F.pad(latent, (0, -width % patch, 0, -height % patch), mode="replicate")
 
 
 def _fitted(x: Tensor, batch: int) -> Tensor:
