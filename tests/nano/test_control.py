@@ -16,7 +16,6 @@ from zimage_core.sampling.control import Control
 
 from ..helpers import NANO
 
-COUNTS = [40, pytest.param(300, marks=pytest.mark.slow)]
 FILE = train_control.OUT
 AT_ONCE = 20
 
@@ -31,8 +30,13 @@ def drawn(count: int, name: str, **options: object) -> list[scenes.Scene]:
     return [scenes.sample(random.Random(f"{name} {index}"), **options) for index in range(count)]
 
 
+def colors(scene: scenes.Scene) -> str:
+    """Of an object and the background; position, count and shape are left open."""
+    return f"{scene.objects[0][0]} shapes on a {scene.background_name} background"
+
+
 def a_color(scene: scenes.Scene) -> str:
-    """All else is left open."""
+    """The background may become the same, and then nothing is to be seen."""
     return scene.objects[0][0]
 
 
@@ -43,7 +47,7 @@ def another_shape(scene: scenes.Scene) -> str:
 
 
 def made(
-    pipe: ZImagePipeline, chosen: list[scenes.Scene], strength: float, said: Callable = a_color, **settings: object
+    pipe: ZImagePipeline, chosen: list[scenes.Scene], strength: float, said: Callable = colors, **settings: object
 ) -> Tensor:
     """Images of these scenes' outlines; said: the prompt of each."""
     found = []
@@ -60,19 +64,27 @@ def test_the_file_is_small_and_open():
     assert Path(FILE).suffix == ".safetensors"
 
 
-@pytest.mark.parametrize("said", [a_color, another_shape])
-@pytest.mark.parametrize("count", COUNTS)
-def test_position_count_and_shape_follow_the_outlines(pipe, count, said):
+@pytest.mark.parametrize(
+    "said, count, least",
+    [
+        (colors, 40, 0.95),
+        pytest.param(colors, 120, 0.95, marks=pytest.mark.slow),
+        pytest.param(a_color, 120, 0.85, marks=pytest.mark.slow),
+        pytest.param(another_shape, 120, 0.9, marks=pytest.mark.slow),
+    ],
+)
+def test_position_count_and_shape_follow_the_outlines(pipe, said, count, least):
     chosen = drawn(count, "follow")
     steered, free = (made(pipe, chosen, strength, said) for strength in (1.0, 0.0))
     follow = [judge.follows(image, scene) for image, scene in zip(steered, chosen, strict=True)]
     chance = [judge.follows(image, scene) for image, scene in zip(free, chosen, strict=True)]
-    assert sum(follow) / count >= 0.88
+    print(f"{said.__name__}: {sum(follow)} of {count} follow, without the outlines {sum(chance)}")
+    assert sum(follow) / count >= least
     assert sum(chance) / count <= 0.1
 
 
 def test_no_strength_is_no_control(pipe):
     (scene,) = drawn(1, "follow")
     settings = {"width": 128, "height": 128, "steps": 8, "seed": [0], "output": "latents"}
-    plain = pipe.generate([scene.objects[0][0]], **settings)
+    plain = pipe.generate([colors(scene)], **settings)
     assert torch.equal(made(pipe, [scene], 0.0, output="latents"), plain)
