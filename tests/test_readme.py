@@ -8,6 +8,7 @@ import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -70,7 +71,7 @@ def links(page: Path) -> Iterator[tuple[str, str]]:
     for target in re.findall(r"\]\(([^)]+)\)", TEXT[page]):
         if not target.startswith("https://"):
             path, _, anchor = target.partition("#")
-            yield path, anchor
+            yield unquote(path), anchor
 
 
 def anchors(page: Path) -> set[str]:
@@ -100,7 +101,8 @@ def test_every_page_is_reached_from_the_readme():
 def test_workflows_that_are_named_exist():
     for page in PAGES:
         for name in re.findall(r"\bzimage_(?:nano|turbo|base)_\w+", TEXT[page]):
-            assert (ROOT / "workflows" / f"{name}.json").is_file(), f"{name} in {page}"
+            stem = f"{name.removesuffix('_api')}_api"
+            assert (ROOT / "workflows" / "api" / f"{stem}.json").is_file(), f"{name} in {page}"
 
 
 def test_the_readme_is_short_and_says_early_what_was_not_done():

@@ -12,6 +12,7 @@ import browser
 import cards
 import layouts
 import pytest
+import workflow_page
 from PIL import Image
 
 from .helpers import ROOT
@@ -121,3 +122,10 @@ def test_files_can_be_fetched_from_the_dialog_and_the_note(name: str):
             offered += 1
     if "nano" not in name.lower() and any("z_image" in str(node["widgets_values"]) for node in graph["nodes"]):
         assert offered >= (1 if "gguf" in name.lower() else 3)
+
+
+def test_the_page_of_workflows_is_up_to_date():
+    """Else: .venv/bin/python .ci/workflow_page.py, with the folder of screenshots where a graph has changed."""
+    assert workflow_page.PAGE.read_text(encoding="utf-8") == workflow_page.text()
+    shots = {path.stem for path in workflow_page.SCREENSHOTS.iterdir()}
+    assert shots == {workflow_page.slug(path.stem) for path in (ROOT / "workflows").glob("*.json")}

@@ -21,7 +21,7 @@ from .conftest import Look
 pytestmark = pytest.mark.slow
 GRAPHS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "workflows").glob("*.json")}
 SMALL, TOO_SMALL = "return app.canvas.low_quality", "opens so small that the canvas draws no text"
-LOADERS = ("ZImageTransformerLoader", "ZImageTextEncoderLoader", "ZImageVAELoader")
+LOADERS = ("ZImageTransformerLoader", "ZImageTextEncoderLoader", "ZImageVAELoader", "ZImageControlNet")
 
 
 def models(graph: dict[str, Any]) -> list[str]:
