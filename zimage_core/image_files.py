@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,38 @@ def encoded(image: Tensor, extension: str, parameters: str) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format=kind, **settings)
     return file.getvalue()
+
+
+def stamped(raw: bytes, extension: str, parameters: str) -> bytes:
+    """The file of an image that somebody else has encoded, with these parameters instead of any of its own.
+
+    A PNG that is to be one stays as it is but for them, its other texts too; anything else is encoded anew.
+    Raises ValueError for what is no image.
+    """
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(raw)) as file:
+            kind = file.format
+            file.load()  # all of it is there
+            pixels = None if kind == "PNG" == FORMATS[extension.lower()] else np.array(file.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"it is no image that can be read ({error})") from error
+    if pixels is not None:
+        return encoded(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255, extension, parameters)
+    pieces, place, added = [raw[:8]], 8, False
+    while place < len(raw):
+        length, name = int.from_bytes(raw[place : place + 4], "big"), raw[place + 4 : place + 8]
+        chunk = raw[place : place + length + 12]
+        place += length + 12
+        if name == b"IDAT" and not added:
+            body = b"iTXtparameters\0\0\0\0\0" + _whole(parameters).encode()
+            pieces += [(len(body) - 4).to_bytes(4, "big"), body, zlib.crc32(body).to_bytes(4, "big")]
+            added = True
+        if not (name in (b"tEXt", b"zTXt", b"iTXt") and chunk[8:].startswith(b"parameters\0")):
+            pieces.append(chunk)
+    return b"".join(pieces)
 
 
 def holds(path: Path, parameters: str) -> bool:

@@ -9,33 +9,21 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .. import options
 from . import names
 from .folder import Folder, NoRoom
+from .given import HELP, SHARED, check_faults, counts, read
 from .identity import Fingerprints, of_model
 from .plan import Model, Task, tasks
 from .progress import Bar, Lines, Progress, Quiet
-from .reading import BadRows, Fault, Record, extension_of, records
-from .results import Results
+from .reading import Fault, Record
+from .results import NoServer, Outcome, Results
 from .rows import COLUMNS, Row, checked
 
+Stop = Callable[[], bool]  # whether to leave off after the step that runs
 ALL_DONE, SOME_FAILED, INTERRUPTED = 0, 1, 130  # exit statuses; 2 is for what was wrong with the input
-# Columns that are options, too, for the rows that leave them out; `options.add_sampling` has those of `generate`
-HELP = {
-    "cfg_normalization": "cap the norm of guided steps at this many times the unguided one; false is off",
-    "cfg_truncation": "where guidance stops, as a share of the way to the image; from 1 it never does",
-    "images": "images of a row, each with the next seed",
-    "max_prompt_tokens": "tokens of a prompt that are read, its template included",
-    "image": "image to begin with; its size is made if none is given",
-    "strength": "share of the steps to run on the image: 0.6, with a mask 1",
-    "mask": "image, white where the image is repainted, black where it stays as it is",
-    "control": "Fun-Controlnet-Union file to steer with",
-    "control_image": "what it follows (edges, depth, pose, ...)",
-    "control_strength": "of the control, 0.8 if not given",
-}
-SHARED = ("width", "height", "steps", "guidance_scale", "negative_prompt")
 
 
 def add_to(commands: Any) -> None:
@@ -74,8 +62,30 @@ def add_to(commands: Any) -> None:
         add(switch, action="store_true", help=told)
     for column, told in HELP.items():
         add(f"--{column.replace('_', '-')}", type=_of_column(column), metavar="X", help=told)
+    add(
+        "--comfyui",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="let this running ComfyUI make the images, by --workflow; repeatable",
+    )
+    add("--workflow", type=Path, metavar="FILE", help="what the servers run, in API format")
+    add(
+        "--map",
+        action="append",
+        default=[],
+        metavar="COLUMN=TITLE.INPUT",
+        help="the node's input that a column fills, where it isn't clear; repeatable",
+    )
+    add(
+        "--comfyui-patience",
+        type=options.positive,
+        metavar="SECONDS",
+        help="how long to wait while no server answers; default: 600",
+    )
     options.add_model(command)
     options.add_sampling(command)
+    command.set_defaults(steps=None, guidance_scale=None)  # those of `Row`, for servers those of the workflow
 
 
 def _of_column(column: str) -> Callable[[str], Any]:
@@ -88,11 +98,77 @@ def _of_column(column: str) -> Callable[[str], Any]:
     return read
 
 
+class Work(Protocol):
+    """What makes the images of a run."""
+
+    def tasks(self, done: Sequence[Outcome]) -> list[Task]:
+        """All that there are to be. done: what the journal tells of earlier runs."""
+
+    def start(self, folder: Folder, progress: Progress) -> Callable[[Sequence[Task], Stop], Iterator[Outcome]]:
+        """Loads what is needed; then what becomes of each task is yielded, once its image is saved."""
+
+    @property
+    def told(self) -> str:
+        """What Control-C brings about."""
+
+
 def run(args: argparse.Namespace) -> int:
     """0 if all images are there, 1 if some failed or there was no room, 130 if interrupted. Raises ValueError."""
     template = names.Template(args.name)
-    found, rows, faults = _rows(args)
+    work: Work
+    if args.comfyui:
+        from .remote_run import prepared
+
+        work, faults = prepared(args, template, read(args, needed=None))
+    else:
+        remote_only = [f"--{name}" for name in ("workflow", "map", "comfyui_patience") if getattr(args, name)]
+        if remote_only:
+            raise ValueError(
+                f"{remote_only[0].replace('_', '-')} is for ComfyUI servers; add --comfyui http://host:8188"
+            )
+        work, faults = _local(args, template)
     folder = Folder(args.output)
+    with folder.lock():
+        results = Results(folder)
+        try:
+            if results.torn:
+                told = f"the last line of results.jsonl was unfinished ({results.torn} bytes) and is cut off"
+                print(f"note: {told}; its image is looked for", file=sys.stderr)
+            planned = work.tasks(results.latest)
+            pending = results.pending(planned, args.redo_changed)
+            folder.clean(task.file for task in planned)
+            kind: type[Progress] = Lines if args.json else Quiet if args.quiet else Bar
+            progress = kind(planned, pending)
+            for fault in faults:
+                progress.note(f"left out: {fault}")
+            status = _make(work, pending, folder, results, progress, args.retry_failed)
+        finally:
+            results.close()
+    return status
+
+
+class Local:
+    """On this machine, by one maker."""
+
+    told = "the step that runs is finished and images are saved"
+
+    def __init__(self, settings: dict[str, Any], planned: list[Task]):
+        self._settings = settings
+        self._planned = planned
+
+    def tasks(self, done: Sequence[Outcome]) -> list[Task]:
+        return self._planned
+
+    def start(self, folder: Folder, progress: Progress) -> Callable[[Sequence[Task], Stop], Iterator[Outcome]]:
+        from .maker import Maker, Settings
+        from .run import outcomes
+
+        maker = Maker(Settings(**self._settings))
+        return lambda todo, stopped: outcomes(maker.make(todo, stopped), folder)
+
+
+def _local(args: argparse.Namespace, template: names.Template) -> tuple[Local, list[Fault]]:
+    found, rows, faults = _rows(args)
     prints = Fingerprints()
     model_folder = options.model_folder(args)
     device, dtype = options.device(args)
@@ -106,23 +182,7 @@ def run(args: argparse.Namespace) -> int:
         "batch_size": args.batch_size,
     }
     model = _model(settings, options.model_name(model_folder), prints)
-    planned = tasks(rows, template, args.seed, model, prints, _counts(found, args.images or 1))
-    with folder.lock():
-        results = Results(folder)
-        try:
-            if results.torn:
-                told = f"the last line of results.jsonl was unfinished ({results.torn} bytes) and is cut off"
-                print(f"note: {told}; its image is looked for", file=sys.stderr)
-            pending = results.pending(planned, args.redo_changed)
-            folder.clean(task.file for task in planned)
-            kind: type[Progress] = Lines if args.json else Quiet if args.quiet else Bar
-            progress = kind(planned, pending)
-            for fault in faults:
-                progress.note(f"left out: {fault}")
-            status = _make(settings, pending, folder, results, progress, args.retry_failed)
-        finally:
-            results.close()
-    return status
+    return Local(settings, tasks(rows, template, args.seed, model, prints, counts(found, args.images or 1))), faults
 
 
 PARTS = ("transformer", "text_encoder", "vae", "tokenizer")
@@ -130,35 +190,15 @@ PARTS = ("transformer", "text_encoder", "vae", "tokenizer")
 
 def _rows(args: argparse.Namespace) -> tuple[list[Record], list[Row], list[Fault]]:
     """All rows as they stand in the file, those that can be made, and what is wrong with those that are left out."""
-    if args.prompts == "-":
-        source, raw, extension, base = "standard input", sys.stdin.buffer.read(), None, Path.cwd()
-    else:
-        path = Path(args.prompts)
-        extension = extension_of(path)
-        source, raw, base = str(path), path.read_bytes(), path.absolute().parent
-    found = records(raw, source, extension)
+    found, source, base = read(args)
     defaults = {name: value for name in (*SHARED, *HELP) if (value := getattr(args, name)) is not None}
     defaults["loras"] = tuple((os.path.abspath(path), strength) for path, strength in args.lora)
     missing = [path for path, _ in defaults["loras"] if not os.path.isfile(path)]
     if missing:
         raise ValueError(f"--lora: there is no such file ({missing[0]})")
     rows, faults = checked(found, base, defaults)
-    if faults and not args.skip_bad:
-        raise BadRows(faults, source)
-    if not rows:
-        raise BadRows(faults, f"{source}, in which no row is right")
+    check_faults(rows, faults, source, args.skip_bad)
     return found, rows, faults
-
-
-def _counts(found: Sequence[Record], default: int) -> dict[int, int]:
-    """Images of each row, those that are left out included, so that the seeds of the others don't depend on them."""
-    counts = {}
-    for record in found:
-        try:
-            counts[record.number] = COLUMNS["images"](record.values.get("images") or default, Path())
-        except ValueError:
-            counts[record.number] = default
-    return counts
 
 
 def _model(settings: dict[str, Any], name: str, prints: Fingerprints) -> Model:
@@ -170,27 +210,19 @@ def _model(settings: dict[str, Any], name: str, prints: Fingerprints) -> Model:
 
 
 def _make(
-    settings: dict[str, Any],
-    pending: Sequence[Task],
-    folder: Folder,
-    results: Results,
-    progress: Progress,
-    retry: bool,
+    work: Work, pending: Sequence[Task], folder: Folder, results: Results, progress: Progress, retry: bool
 ) -> int:
-    from .maker import Maker, Settings
-    from .run import outcomes
-
     status = SOME_FAILED
     try:
-        with interruptible() as stopped:
-            maker = Maker(Settings(**settings)) if pending else None
+        with interruptible(work.told) as stopped:
+            outcomes = work.start(folder, progress) if pending else None
             progress.begin()
             for attempt in range(2 if retry else 1):
                 again = {(one.row, one.image) for one in progress.failed}
                 todo = pending if attempt == 0 else [task for task in pending if task.place in again]
-                if maker is None or not todo or stopped():
+                if outcomes is None or not todo or stopped():
                     break
-                for outcome in outcomes(maker.make(todo, stopped), folder):
+                for outcome in outcomes(todo, stopped):
                     results.record(outcome)
                     progress.saw(outcome)
             if stopped() and progress.done < progress.images:
@@ -201,6 +233,10 @@ def _make(
         progress.end("stopped")
         print(f"error: {error.strerror} ({error.filename})", file=sys.stderr)
         return SOME_FAILED
+    except NoServer as error:
+        progress.end("stopped")
+        print(f"error: {error}", file=sys.stderr)
+        return SOME_FAILED
     except BaseException:
         progress.close()
         raise
@@ -210,8 +246,11 @@ def _make(
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Whether Control-C was pressed, inside of which it raises nothing; pressed again, it ends the process at once."""
+def interruptible(told: str) -> Iterator[Callable[[], bool]]:
+    """Whether Control-C was pressed, inside of which it raises nothing; pressed again, it ends the process at once.
+
+    told: what the first brings about.
+    """
     pressed = False
 
     def press(*_: object) -> None:
@@ -219,7 +258,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         if pressed:
             os._exit(INTERRUPTED)  # what is half written is removed by the next run
         pressed = True
-        os.write(2, b"\ninterrupted: the step that runs is finished and images are saved; again ends at once\n")
+        os.write(2, f"\ninterrupted: {told}; again ends at once\n".encode())
 
     try:
         before = signal.signal(signal.SIGINT, press)

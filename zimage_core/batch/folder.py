@@ -57,6 +57,13 @@ class Folder:
                     half.unlink(missing_ok=True)
                 raise
 
+    def text(self, name: str) -> str | None:
+        """What a file says, None if there is none."""
+        try:
+            return self._at(name).read_text(encoding="utf-8")
+        except (FileNotFoundError, UnicodeDecodeError):
+            return None
+
     def clean(self, names: Iterable[str]) -> int:
         """Removes what killed runs left half written beside these files; how many that was. Only under the lock."""
         count = 0

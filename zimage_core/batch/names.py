@@ -44,6 +44,11 @@ class Template:
         if not self.extension or outline.lower() == self.extension:
             raise ValueError(f"--name {text!r}: end it with one of {', '.join(EXTENSIONS)}")
 
+    @property
+    def fields(self) -> set[str]:
+        """Those that it uses."""
+        return {field for _, field, _ in self._pieces if field is not None}
+
     def _check(self, field: str, spec: str) -> None:
         try:
             format("text" if field in ("name", "prompt") else 1, spec)

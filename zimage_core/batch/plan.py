@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,16 +65,34 @@ def tasks(
     Raises ValueError where two images would have one name.
     """
     made: list[Task] = []
+    for row, seeds in numbered(rows, seed, counts):
+        made += _of_row(row, seeds, template, model, prints)
+    check_names(made)
+    return made
+
+
+def numbered(
+    rows: Sequence[Row], seed: int, counts: Mapping[int, int] | None = None
+) -> Iterator[tuple[Row, list[int]]]:
+    """Each row with the seeds of its images: see `tasks`."""
     running, number = 0, 1
     for row in rows:
         for skipped in range(number, row.number):
             running += (counts or {}).get(skipped, 1)
         number = row.number + 1
         begin = seed + running if row.seed is None else row.seed
-        made += _of_row(row, [(begin + image) % 2**64 for image in range(row.images)], template, model, prints)
+        yield row, [(begin + image) % 2**64 for image in range(row.images)]
         running += row.images
-    _check_names(made)
-    return made
+
+
+def named(row: Row, seeds: Sequence[int], size: tuple[int, int], template: Template) -> list[str]:
+    """The files of the images of a row."""
+    told = {**dataclasses.asdict(row), "width": size[0], "height": size[1], "name": row.name or f"{row.number:06}"}
+    values = [{**told, "row": row.number, "image": image, "seed": seed} for image, seed in enumerate(seeds, 1)]
+    names = [template.name(one) for one in values]
+    if len({*map(same, names)}) < len(names):
+        names = [template.name(one, f"_{one['image']}") for one in values]
+    return names
 
 
 def _of_row(row: Row, seeds: list[int], template: Template, model: Model, prints: Fingerprints) -> list[Task]:
@@ -83,14 +101,7 @@ def _of_row(row: Row, seeds: list[int], template: Template, model: Model, prints
         width, height = image_files.size_of(Path(row.image))
         own = (max(16, width // 16 * 16), max(16, height // 16 * 16))  # as `sampling.request.size`
     width, height = row.width or own[0], row.height or own[1]
-    values = [
-        {**dataclasses.asdict(row), "row": row.number, "image": image, "seed": seed, "width": width, "height": height}
-        | {"name": row.name or f"{row.number:06}"}
-        for image, seed in enumerate(seeds, 1)
-    ]
-    names = [template.name(one) for one in values]
-    if len({*map(same, names)}) < len(names):
-        names = [template.name(one, f"_{one['image']}") for one in values]
+    names = named(row, seeds, (width, height), template)
     told = {name: value for name, value in dataclasses.asdict(row).items() if name not in NOT_IN_THE_IMAGE}
     told |= {name: prints.of(value) for name in FILES if (value := told[name]) is not None}
     told["loras"] = [(prints.of(path), strength) for path, strength in row.loras]
@@ -118,7 +129,8 @@ def _of_row(row: Row, seeds: list[int], template: Template, model: Model, prints
     return made
 
 
-def _check_names(made: Sequence[Task]) -> None:
+def check_names(made: Sequence[Task]) -> None:
+    """Raises ValueError where two images would have one name."""
     owners: dict[str, list[Task]] = {}
     for task in made:
         owners.setdefault(same(task.file), []).append(task)

@@ -27,6 +27,7 @@ class Progress:
         self._left = Counter(task.row.number for task in pending)  # row -> images that are not done
         self.rows = len({task.row.number for task in tasks})
         self.done = self.images - len(pending)
+        self._places = {task.place for task in tasks}
         self._failed: dict[tuple[int, int], Outcome] = {}
 
     @property
@@ -40,6 +41,10 @@ class Progress:
 
     def saw(self, outcome: Outcome) -> None:
         place = (outcome.row, outcome.image)
+        if place not in self._places:  # an image more than was planned: a workflow may give several
+            self._places.add(place)
+            self.images += 1
+            self._left[outcome.row] += 1
         if outcome.status == DONE:
             self.done += 1
             self._left[outcome.row] -= 1
@@ -99,6 +104,7 @@ class Bar(Quiet):
         if outcome.status == FAILED:
             self._bar.write(failure(outcome), file=sys.stderr)
         Progress.saw(self, outcome)
+        self._bar.total = self.images
         self._show()
         self._bar.update(self.done - before)
 

@@ -58,9 +58,9 @@ class Record:
     fault: Fault | None = None
 
 
-def records(raw: bytes, source: str, extension: str | None) -> list[Record]:
+def records(raw: bytes, source: str, extension: str | None, needed: str | None = "prompt") -> list[Record]:
     """All rows of a file. extension: ".jsonl", ".csv" or ".txt"; None: JSON lines if it begins with {, else text.
-
+    needed: a column that a CSV must have.
     Raises ValueError, naming the source, for what is no such file.
     """
     text = _decoded(raw, source)
@@ -69,7 +69,7 @@ def records(raw: bytes, source: str, extension: str | None) -> list[Record]:
     if extension not in FORMATS:
         raise ValueError(f"{source}: unknown format {extension!r}; name it .jsonl, .csv or .txt (a prompt a line)")
     if extension == ".csv":
-        found = list(_of_csv(text, source))
+        found = list(_of_csv(text, source, needed))
     else:
         lines = ((number, line) for number, line in enumerate(_lines(text), 1) if line.strip())
         make = _of_json if extension == ".jsonl" else _of_text
@@ -155,7 +155,7 @@ def _has_half(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _of_csv(text: str, source: str) -> Iterator[Record]:
+def _of_csv(text: str, source: str, needed: str | None) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)  # a prompt is as long as it is; a quote without its end is told as such
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     head: list[str] | None = None
@@ -166,7 +166,7 @@ def _of_csv(text: str, source: str) -> Iterator[Record]:
             if not any(cell.strip() for cell in cells):
                 continue
             if head is None:
-                head = _head(cells, source)
+                head = _head(cells, source, needed)
                 continue
             number += 1
             if len(cells) > len(head):
@@ -181,14 +181,15 @@ def _of_csv(text: str, source: str) -> Iterator[Record]:
         ) from None
 
 
-def _head(cells: list[str], source: str) -> list[str]:
+def _head(cells: list[str], source: str, needed: str | None) -> list[str]:
     head = [cell.strip() for cell in cells]
-    if "prompt" not in head:
+    if needed not in head:
         for mark, name in ((";", "semicolons"), ("\t", "tabs")):
             if len(head) == 1 and mark in head[0]:
                 raise ValueError(f"{source}: its columns are apart by {name}; save it with commas between them")
+    if needed is not None and needed not in head:
         raise ValueError(
-            f"{source}: its first line has no column 'prompt' (it has {', '.join(map(repr, head))[:200]}); name the "
+            f"{source}: its first line has no column {needed!r} (it has {', '.join(map(repr, head))[:200]}); name the "
             "columns there, or use .txt for a prompt a line"
         )
     for name in head:

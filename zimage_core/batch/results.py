@@ -26,6 +26,10 @@ TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+class NoServer(OSError):
+    """None of the servers that make the images answers any more."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of one image: a line of the journal. file: None unless it is done."""
@@ -69,6 +73,15 @@ class Results:
         if whole < len(raw):
             self.torn = len(raw) - whole
             self._journal.cut(whole)
+
+    @property
+    def latest(self) -> list[Outcome]:
+        """The last line of each image."""
+        return [*self._latest.values()]
+
+    def owns(self, task: Task) -> bool:
+        """Whether a file of this name is of this image, so that it may be replaced."""
+        return task.place in self._owners.get(same(task.file), ())
 
     def record(self, outcome: Outcome) -> None:
         """Writes its line, which counts from now on. Raises OSError, and then there is none of it."""
