@@ -77,7 +77,7 @@ class Server:
     Every method raises `Gone` where the server isn't there.
     """
 
-    def __init__(self, address: str, timeout: float = TIMEOUT):
+    def __init__(self, address: str):
         """Raises ValueError for what is no address."""
         text = address if "://" in address else f"http://{address}"
         parts = urllib.parse.urlsplit(text)
@@ -88,7 +88,7 @@ class Server:
         if not whole or parts.query or parts.fragment:
             raise ValueError(f"--comfyui {address!r} is no address of a server; write it as http://host:8188")
         self.url = text.rstrip("/")
-        self.timeout = timeout
+        self.timeout = TIMEOUT
         # What is in this house is asked directly, whatever the environment says about the rest of the world.
         near = _is_near(parts.hostname or "")
         self._open = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * near).open
