@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import signal
 import subprocess
 import sys
@@ -333,6 +335,58 @@ def test_control_c_takes_back_own_prompts_only(tmp_path, one):
     assert [item[1] for item in one.pending] == [theirs] and "interrupted" in out
     one.held = False
     assert run() == 0 and len(run.images()) == 4 and sorted(texts(one))[:4] == ["a", "b", "c", "d"]
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment_lose_nothing_and_queue_nothing_twice(tmp_path, two):
+    """SIGKILL, six times at random moments: each row has been run once, and its image is there whole."""
+    for server in two:
+        server.seconds = 0.15
+    rows = [f"a {number}" for number in range(100)]
+    run = run_of(tmp_path, rows, *two)
+    chance = random.Random(os.environ["FUZZ_SEED"])
+    for _ in range(6):
+        process = subprocess.Popen([sys.executable, "-m", "zimage_core", *run.command], cwd=ROOT)
+        made = len(two[0].ran) + len(two[1].ran)
+        soon(lambda made=made: len(two[0].ran) + len(two[1].ran) > made + 2, 60)
+        time.sleep(chance.random() * 0.4)
+        process.kill()
+        process.wait(30)
+        for path in run.out.glob("*.png"):
+            Image.open(path).load()
+    assert run() == 0 and len(run.images()) == 100 and not [*run.out.glob("*.half")]
+    assert sorted(texts(two[0]) + texts(two[1])) == sorted(rows)
+    lines = [line["row"] for line in run.lines()]
+    assert sorted(lines) == [*range(1, 101)]
+
+
+@pytest.mark.slow
+def test_a_second_control_c_ends_at_once(tmp_path, one):
+    """While a server hangs, for which the first one waits a while."""
+    hanging = threading.Event()
+
+    def before(path):
+        if path == "/queue" and one.posted:
+            hanging.set()
+            time.sleep(20)
+
+    one.before = before
+    run = run_of(tmp_path, ["a", "b"], one)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zimage_core", *run.command],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=HEARD,
+    )
+    assert hanging.wait(60)
+    process.send_signal(signal.SIGINT)
+    assert "again ends at once" in process.stderr.readline() + process.stderr.readline()
+    time.sleep(1)
+    assert process.poll() is None
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130 and time.monotonic() - began < 2
 
 
 def test_events_as_json(tmp_path, one, capsys):
