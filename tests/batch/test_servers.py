@@ -112,7 +112,9 @@ def test_several_images_of_a_prompt(tmp_path, one, capsys):
     (run.out / "000003_2_2.png").write_text("mine")
     run.write(["a", "b", "c"])
     assert run() == 1 and "000003_2_2.png is in the way" in capsys.readouterr().err
-    assert (run.out / "000003_2_2.png").read_text() == "mine"
+    assert run() == 2 and (run.out / "000003_2_2.png").read_text() == "mine"  # it is known to be wanted by now
+    (run.out / "000003_2_2.png").unlink()
+    assert run() == 0 and len(run.images()) == 9
 
 
 def test_what_is_shown_is_taken_where_nothing_is_saved(tmp_path, one):

@@ -10,7 +10,7 @@ from .graph import Nodes, Target, Workflow, identity
 from .names import Template
 from .plan import Task, check_names, named, numbered
 from .remote_rows import Columns, Filled
-from .results import DONE, Outcome
+from .results import Outcome
 
 
 class Plan:
@@ -61,13 +61,13 @@ class Plan:
         """Which image of its prompt it is, from 1."""
         return (task.image - 1) // task.row.images + 1
 
-    def with_known(self, done: Sequence[Outcome]) -> list[Task]:
-        """All tasks, with the further images that earlier runs found out: a deleted one is made again, too."""
+    def with_known(self, latest: Sequence[Outcome]) -> list[Task]:
+        """All tasks, with the further images that earlier runs found out: they may be deleted, or have failed."""
         tasks = {task.place: task for task in self.tasks}
         found = {place: [task] for place, task in tasks.items()}
-        for outcome in done:
+        for outcome in latest:
             filled = self._filled.get(outcome.row)
-            if filled is None or outcome.status != DONE or outcome.image <= filled.row.images:
+            if filled is None or outcome.image <= filled.row.images:
                 continue
             images = filled.row.images
             first = (outcome.row, (outcome.image - 1) % images + 1)
