@@ -32,6 +32,7 @@ class StandIn:
         self.after: Callable[[str], Any] = lambda path: None  # called before each answer; True: it gets lost
         self.ran: list[dict] = []
         self.posted: list[dict] = []
+        self.viewed: list[str] = []  # where the images were that it was asked for
         self.pending: list[list] = []
         self.running: list[list] = []
         self.history: dict[str, dict] = {}
@@ -163,6 +164,7 @@ class StandIn:
             prompt = path.rpartition("/")[2]
             return 200, {prompt: self.history[prompt]} if prompt in self.history else {}
         if path == "/view":
+            self.viewed.append(query["type"])
             return (200, self._files[query["filename"]]) if query["filename"] in self._files else (404, {})
         assert path == "/prompt"
         if "refused" in json.dumps(body["prompt"]):

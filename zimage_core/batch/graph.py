@@ -189,9 +189,7 @@ class Workflow:
             if content["class_type"] in classes:
                 yield node
             elif {"positive", "negative"} <= inputs.keys() and name in ("positive", "negative"):
-                # what changes both, such as a control network: its outputs are in the order of its inputs
-                side = ("positive", "negative")[link[1]] if link[1] < 2 else name
-                waiting.append((inputs[side], side))
+                waiting.append((inputs[name], name))  # what changes both, such as a control network
             elif content["class_type"] in SAMPLERS:
                 waiting.append((inputs.get("latent_image"), name))
             else:
