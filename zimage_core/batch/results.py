@@ -79,10 +79,6 @@ class Results:
         """The last line of each image."""
         return [*self._latest.values()]
 
-    def owns(self, task: Task) -> bool:
-        """Whether a file of this name is of this image, so that it may be replaced."""
-        return task.place in self._owners.get(same(task.file), ())
-
     def record(self, outcome: Outcome) -> None:
         """Writes its line, which counts from now on. Raises OSError, and then there is none of it."""
         self._journal.append(json.dumps(dataclasses.asdict(outcome), ensure_ascii=False).encode() + b"\n")
