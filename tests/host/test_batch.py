@@ -199,8 +199,8 @@ def test_a_server_that_is_killed_loses_nothing(tmp_path: Path, host: Server, sec
         assert image.info["parameters"].startswith(f"{text}\n") and image.info["parameters"].endswith(line["key"])
         _, color, shape, _, _, ground, _ = text.split()
         background, seen = judge.read(read(run.out / line["file"])[0])
-        right += (background, [(one.colour, one.shape) for one in seen]) == (ground, [(color, shape)])
-    assert {"white", "black", "gray"} <= {*scenes.COLOURS} and right >= 50
+        right += (background, [(one.color, one.shape) for one in seen]) == (ground, [(color, shape)])
+    assert {"white", "black", "gray"} <= {*scenes.COLORS} and right >= 50
     assert run("--name", "{row}.png") == 0 and len(run.lines()) == 60  # nothing is left to do
     single = run_of(tmp_path, rows[17:26], host.url, name="single")
     assert single("--name", "{row}.png") == 0
