@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("step", "control", "compiling", "text", "vae", "starting", "images")
+PARTS = ("step", "control", "compiling", "text", "vae", "starting", "batch", "images")
 
 
 def succeeds(part: str, settings: list[str], here: bool) -> bool:

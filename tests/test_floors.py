@@ -47,6 +47,8 @@ LAZY = {  # inside functions only: the pack's optional extras
     "zimage_core/options": {"tqdm"},
     "zimage_core/image_files": {"PIL"},
     "zimage_core/weights/gguf_dequant": {"gguf"},
+    "zimage_core/batch/ray_run": {"ray"},
+    "zimage_core/batch/uri_folder": {"pyarrow", "fsspec"},
 }
 HOST = {
     "comfy",

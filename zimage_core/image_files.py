@@ -7,7 +7,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -123,7 +123,7 @@ def stamped(raw: bytes, extension: str, parameters: str) -> bytes:
     return b"".join(pieces)
 
 
-def holds(path: Path, parameters: str) -> bool:
+def holds(path: Path | BinaryIO, parameters: str) -> bool:
     """Whether a file is a whole image that carries these parameters, as `encoded` writes them."""
     from PIL import Image
 

@@ -120,7 +120,12 @@ def model_name(folder: Path) -> str:
 
 def device(args: argparse.Namespace, own: torch.device | None = None) -> tuple[torch.device, torch.dtype]:
     """Where it runs, and in what. own: the device that this process was given."""
-    found = own or (torch.device("cpu") if args.cpu else best_device())
+    return precision(own or ("cpu" if args.cpu else best_device()))
+
+
+def precision(device: str | torch.device) -> tuple[torch.device, torch.dtype]:
+    """A device, and in what it computes."""
+    found = torch.device(device)
     return found, torch.float32 if found.type == "cpu" else torch.bfloat16
 
 

@@ -34,7 +34,9 @@ def test_the_example_makes_what_the_page_says(tmp_path, monkeypatch):
 def test_options_columns_and_fields_are_those_of_the_page():
     (commands,) = [action for action in _parser()._actions if action.choices]
     declared = {option for action in commands.choices["batch"]._actions for option in action.option_strings}
-    assert {*re.findall(r"`(--?[\w-]+)`", part("Options"))} == declared - {"-h", "--help"}
+    named = {*re.findall(r"`(--?[\w-]+)`", part("Options"))}
+    named |= {*re.findall(r"^\| `(--ray[\w-]*)`", part("On a cluster"), flags=re.MULTILINE)}
+    assert named == declared - {"-h", "--help"}
     columns = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", part("The file"), flags=re.MULTILINE)
     assert {name for cell in columns for name in re.findall(r"\w+", cell)} == {*COLUMNS}
     assert {*re.findall(r"`\{(\w+)\}`", part("Names"))} == {*FIELDS}

@@ -7,20 +7,24 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import options
 from . import names
-from .folder import Folder, NoRoom
+from .folder import Lost, NoRoom, Store
 from .given import HELP, SHARED, check_faults, counts, read
 from .identity import Fingerprints, of_model
 from .plan import Model, Task, tasks
 from .progress import Bar, Lines, Progress, Quiet
 from .reading import Fault, Record
-from .results import NoServer, Outcome, Results
+from .results import Outcome, Results
 from .rows import COLUMNS, Row, checked
+from .uri_folder import opened
+
+if TYPE_CHECKING:
+    from .ray_run import Cluster
 
 Stop = Callable[[], bool]  # whether to leave off after the step that runs
 ALL_DONE, SOME_FAILED, INTERRUPTED = 0, 1, 130  # exit statuses; 2 is for what was wrong with the input
@@ -37,7 +41,13 @@ def add_to(commands: Any) -> None:
     command.set_defaults(run=run, interrupted="interrupted before the first image; nothing is lost")
     add = command.add_argument
     add("prompts", metavar="PROMPTS", help=".jsonl, .csv or .txt (a prompt a line), or - for standard input")
-    add("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where images and results.jsonl go")
+    add(
+        "-o",
+        "--output",
+        required=True,
+        metavar="FOLDER",
+        help="where images and results.jsonl go; a URI such as s3://bucket/folder, too",
+    )
     add(
         "--name",
         default=names.DEFAULT,
@@ -83,6 +93,38 @@ def add_to(commands: Any) -> None:
         metavar="SECONDS",
         help="how long to wait while no server answers; default: 600",
     )
+    ray = command.add_argument_group("on a Ray cluster")
+    ray.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="make the images there: at auto or host:port, or without an address on this machine alone",
+    )
+    ray.add_argument(
+        "--ray-actors",
+        type=options.positive,
+        metavar="N",
+        help="processes that hold the model; default: one for each GPU, or without GPUs one for each machine",
+    )
+    ray.add_argument(
+        "--ray-gpus",
+        type=_amount,
+        metavar="F",
+        help="GPUs of each, 0.5 for two on one; default: 1 where the cluster has GPUs, else 0",
+    )
+    ray.add_argument(
+        "--ray-cpus",
+        type=_amount,
+        metavar="C",
+        help="CPUs of each; default: 1 beside a GPU, else all of the smallest machine, shared by --ray-actors",
+    )
+    ray.add_argument(
+        "--ray-tries",
+        type=options.positive,
+        metavar="N",
+        help="an image whose worker died so often is given up; default: 3",
+    )
     options.add_model(command)
     options.add_sampling(command)
     command.set_defaults(steps=None, guidance_scale=None)  # those of `Row`, for servers those of the workflow
@@ -98,14 +140,27 @@ def _of_column(column: str) -> Callable[[str], Any]:
     return read
 
 
+def _amount(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1024 or (value > 1 and not value.is_integer()):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a share (0 to 1) nor a whole number")
+    return value
+
+
+Making = Callable[[Sequence[Task], Stop], Iterator[Outcome]]  # of tasks, what became of each, once it is saved
+
+
 class Work(Protocol):
     """What makes the images of a run."""
 
     def tasks(self, done: Sequence[Outcome]) -> list[Task]:
         """All that there are to be. done: what the journal tells of earlier runs."""
 
-    def start(self, folder: Folder, progress: Progress) -> Callable[[Sequence[Task], Stop], Iterator[Outcome]]:
-        """Loads what is needed; then what becomes of each task is yielded, once its image is saved."""
+    def start(self, folder: Store, progress: Progress) -> Making:
+        """Loads what is needed."""
 
     @property
     def told(self) -> str:
@@ -115,36 +170,31 @@ class Work(Protocol):
 def run(args: argparse.Namespace) -> int:
     """0 if all images are there, 1 if some failed or there was no room, 130 if interrupted. Raises ValueError."""
     template = names.Template(args.name)
-    work: Work
-    if args.comfyui:
-        from .remote_run import prepared
-
-        work, faults = prepared(args, template, read(args, needed=None))
-    else:
-        remote_only = [f"--{name}" for name in ("workflow", "map", "comfyui_patience") if getattr(args, name)]
-        if remote_only:
-            raise ValueError(
-                f"{remote_only[0].replace('_', '-')} is for ComfyUI servers; add --comfyui http://host:8188"
-            )
-        work, faults = _local(args, template)
-    folder = Folder(args.output)
-    with folder.lock():
+    with ExitStack() as ending:
+        work, faults = _servers(args, template) if args.comfyui else _models(args, template, ending.enter_context)
+        folder = opened(args.output)
+        ending.enter_context(folder.lock())
         results = Results(folder)
-        try:
-            if results.torn:
-                told = f"the last line of results.jsonl was unfinished ({results.torn} bytes) and is cut off"
-                print(f"note: {told}; its image is looked for", file=sys.stderr)
-            planned = work.tasks(results.latest)
-            pending = results.pending(planned, args.redo_changed)
-            folder.clean(task.file for task in planned)
-            kind: type[Progress] = Lines if args.json else Quiet if args.quiet else Bar
-            progress = kind(planned, pending)
-            for fault in faults:
-                progress.note(f"left out: {fault}")
-            status = _make(work, pending, folder, results, progress, args.retry_failed)
-        finally:
-            results.close()
-    return status
+        ending.callback(results.close)
+        if results.torn:
+            told = f"the last line of results.jsonl was unfinished ({results.torn} bytes) and is cut off"
+            print(f"note: {told}; its image is looked for", file=sys.stderr)
+        planned = work.tasks(results.latest)
+        pending = results.pending(planned, args.redo_changed)
+        folder.clean(task.file for task in planned)
+        kind: type[Progress] = Lines if args.json else Quiet if args.quiet else Bar
+        progress = kind(planned, pending)
+        for fault in faults:
+            progress.note(f"left out: {fault}")
+        return _make(work, pending, folder, results, progress, args.retry_failed)
+
+
+def _servers(args: argparse.Namespace, template: names.Template) -> tuple[Work, list[Fault]]:
+    from .remote_run import prepared
+
+    if args.ray is not None:
+        raise ValueError("--comfyui and --ray can't be used together; leave one of them out")
+    return prepared(args, template, read(args, needed=None))
 
 
 class Local:
@@ -159,7 +209,7 @@ class Local:
     def tasks(self, done: Sequence[Outcome]) -> list[Task]:
         return self._planned
 
-    def start(self, folder: Folder, progress: Progress) -> Callable[[Sequence[Task], Stop], Iterator[Outcome]]:
+    def start(self, folder: Store, progress: Progress) -> Making:
         from .maker import Maker, Settings
         from .run import outcomes
 
@@ -167,11 +217,34 @@ class Local:
         return lambda todo, stopped: outcomes(maker.make(todo, stopped), folder)
 
 
-def _local(args: argparse.Namespace, template: names.Template) -> tuple[Local, list[Fault]]:
+class OnCluster(Local):
+    """On the machines of a Ray cluster, by a maker for each actor."""
+
+    told = "the workers are ended, saved images stay"
+
+    def __init__(self, settings: dict[str, Any], planned: list[Task], cluster: Cluster):
+        super().__init__(settings, planned)
+        self._cluster = cluster
+
+    def start(self, folder: Store, progress: Progress) -> Making:
+        from .maker import Settings
+
+        return lambda todo, stopped: self._cluster.make(Settings(**self._settings), folder, todo, stopped)
+
+
+def _models(
+    args: argparse.Namespace, template: names.Template, entered: Callable[[AbstractContextManager[Cluster]], Cluster]
+) -> tuple[Work, list[Fault]]:
+    """Here or on a cluster, which `entered` ends with the run."""
+    for name in ("workflow", "map", "comfyui_patience"):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} is for ComfyUI servers; add --comfyui http://host:8188")
     found, rows, faults = _rows(args)
+    wanted = _wanted(args)
+    cluster = None if wanted is None else entered(_cluster(wanted))
     prints = Fingerprints()
     model_folder = options.model_folder(args)
-    device, dtype = options.device(args)
+    device, dtype = options.device(args) if cluster is None else options.precision(cluster.device(args.cpu))
     settings = {
         "model": str(model_folder),
         **{part: None if (place := getattr(args, part)) is None else str(place) for part in PARTS},
@@ -182,10 +255,30 @@ def _local(args: argparse.Namespace, template: names.Template) -> tuple[Local, l
         "batch_size": args.batch_size,
     }
     model = _model(settings, options.model_name(model_folder), prints)
-    return Local(settings, tasks(rows, template, args.seed, model, prints, counts(found, args.images or 1))), faults
+    planned = tasks(rows, template, args.seed, model, prints, counts(found, args.images or 1))
+    return Local(settings, planned) if cluster is None else OnCluster(settings, planned, cluster), faults
 
 
 PARTS = ("transformer", "text_encoder", "vae", "tokenizer")
+
+
+def _wanted(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What is asked of a cluster, by the names of `ray_run.Wanted`; None where --ray is not given."""
+    given = {name: value for name in RAY if (value := getattr(args, f"ray_{name}")) is not None}
+    if args.ray is not None:
+        return {"address": args.ray, **given}
+    if given:
+        raise ValueError(f"--ray-{next(iter(given))} is for a Ray cluster; add --ray")
+    return None
+
+
+RAY = ("actors", "gpus", "cpus", "tries")
+
+
+def _cluster(wanted: dict[str, Any]) -> Cluster:
+    from .ray_run import Cluster, Wanted
+
+    return Cluster(Wanted(**wanted))
 
 
 def _rows(args: argparse.Namespace) -> tuple[list[Record], list[Row], list[Fault]]:
@@ -209,9 +302,7 @@ def _model(settings: dict[str, Any], name: str, prints: Fingerprints) -> Model:
     return Model(name, identity, open_component(settings["vae"] or settings["model"], "vae").config.sample_size)
 
 
-def _make(
-    work: Work, pending: Sequence[Task], folder: Folder, results: Results, progress: Progress, retry: bool
-) -> int:
+def _make(work: Work, pending: Sequence[Task], folder: Store, results: Results, progress: Progress, retry: bool) -> int:
     status = SOME_FAILED
     try:
         with interruptible(work.told) as stopped:
@@ -233,7 +324,7 @@ def _make(
         progress.end("stopped")
         print(f"error: {error.strerror} ({error.filename})", file=sys.stderr)
         return SOME_FAILED
-    except NoServer as error:
+    except Lost as error:
         progress.end("stopped")
         print(f"error: {error}", file=sys.stderr)
         return SOME_FAILED

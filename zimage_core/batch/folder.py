@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import sys
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from .. import image_files
 
@@ -22,8 +23,37 @@ class NoRoom(OSError):
     """The disk is full, or the quota used up: nothing more can be written, whichever row it is."""
 
 
+class Lost(OSError):
+    """Those who make the images do not answer any more."""
+
+
 class Busy(ValueError):
     """Another run works in this folder."""
+
+
+class Log(Protocol):
+    """What `Journal` is."""
+
+    def read(self) -> bytes: ...
+    def cut(self, length: int) -> None: ...
+    def append(self, line: bytes) -> None: ...
+    def close(self) -> None: ...
+
+
+class Store(Protocol):
+    """What `Folder` is, and `uri_folder.RemoteFolder` in another file system."""
+
+    def told(self, name: str = "") -> str: ...
+    def exists(self, name: str) -> bool: ...
+    def text(self, name: str) -> str | None: ...
+    def holds(self, name: str, parameters: str) -> bool: ...
+    def write(self, name: str, content: bytes) -> None: ...
+    def touch(self, name: str) -> None: ...
+    def listed(self, name: str) -> list[str]: ...
+    def remove(self, name: str) -> None: ...
+    def clean(self, names: Iterable[str]) -> int: ...
+    def journal(self, name: str) -> Log: ...
+    def lock(self) -> contextlib.AbstractContextManager[None]: ...
 
 
 class Folder:
@@ -31,6 +61,10 @@ class Folder:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(os.path.abspath(path))
+
+    def told(self, name: str = "") -> str:
+        """Where a file lies, or the folder, for people."""
+        return str(self._at(name) if name else self.path)
 
     def exists(self, name: str) -> bool:
         return os.path.lexists(self._at(name))
@@ -63,6 +97,26 @@ class Folder:
             return self._at(name).read_text(encoding="utf-8")
         except (FileNotFoundError, UnicodeDecodeError):
             return None
+
+    def touch(self, name: str) -> None:
+        """Makes an empty file, and the folders that it lies in."""
+        self._at(name).parent.mkdir(parents=True, exist_ok=True)
+        self._at(name).touch()
+
+    def listed(self, name: str) -> list[str]:
+        """The names of what lies in a folder below this one; none if it isn't there."""
+        try:
+            return os.listdir(self._at(name))
+        except FileNotFoundError:
+            return []
+
+    def remove(self, name: str) -> None:
+        """A file, or a folder and all in it, if it is there."""
+        place = self._at(name)
+        if place.is_dir():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            place.unlink(missing_ok=True)
 
     def clean(self, names: Iterable[str]) -> int:
         """Removes what killed runs left half written beside these files; how many that was. Only under the lock."""

@@ -42,6 +42,7 @@ class Settings:
     prompt_cache: str | None = None
     safe_retry: bool = True
     batch_size: int | None = None  # images sampled together at most; None: as many as is fastest
+    keep_text_encoder: bool = False  # in memory beside the transformer, for one who makes few tasks at a time
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Maker:
             vae=settings.vae,
         )
         self.sizes = Sizes(settings.batch_size, self.pipe.device)
+        self._keeps_encoder = settings.keep_text_encoder
         self._loras: tuple[tuple[str, float], ...] = ()
         self._loras_encode = False  # whether they change the text encoder
         self._lengths: dict[Wish, int] = {}
@@ -88,7 +90,7 @@ class Maker:
     def make(self, tasks: Sequence[Task], stop: Stop = lambda: False) -> Iterator[Made]:
         """Each task once, in an order of its own, unless `stop` ends it: then the rest is left out."""
         try:
-            by_loras = _grouped(tasks, lambda task: task.row.loras)
+            by_loras = grouped(tasks, lambda task: task.row.loras)
             for window in windows([task for group in by_loras for task in group], self._wishes, self._bytes):
                 yield from self._window(window, stop)
                 self.features.clear()
@@ -99,7 +101,7 @@ class Maker:
             self.features.clear()
 
     def _window(self, tasks: Sequence[Task], stop: Stop) -> Iterator[Made]:
-        for group in _grouped(tasks, lambda task: task.row.loras):
+        for group in grouped(tasks, lambda task: task.row.loras):
             if stop():
                 raise Cancelled
             try:
@@ -109,8 +111,8 @@ class Maker:
                 continue
             # where no LoRA changes the text encoder, it is read once for all of the window
             self._encode(group if self._loras_encode else tasks, stop)
-            self.pipe.release_text_encoder()
-            for alike in _grouped(group, _kind):
+            self._release()
+            for alike in grouped(group, kind_of):
                 yield from self._alike(alike, stop)
 
     def _set_loras(self, loras: tuple[tuple[str, float], ...]) -> None:
@@ -167,6 +169,10 @@ class Maker:
                 if failed and not short:
                     together = self._encoded_together
 
+    def _release(self) -> None:
+        if not self._keeps_encoder:
+            self.pipe.release_text_encoder()
+
     # Images
 
     def _alike(self, tasks: Sequence[Task], stop: Stop) -> Iterator[Made]:
@@ -198,7 +204,7 @@ class Maker:
             yield from made
             if not failure:
                 continue
-            self.pipe.release_text_encoder()  # which a prompt that can't be encoded has had read again
+            self._release()  # which a prompt that can't be encoded has had read again
             _make_room()  # here, where no traceback holds tensors any more
             half = len(batch) // 2
             if not half:
@@ -278,7 +284,7 @@ def _seen(task: Task) -> dict[str, Any]:
     return found
 
 
-def _kind(task: Task) -> Any:
+def kind_of(task: Task) -> Any:
     """What must be the same in one batch; a task that is made alone has a kind of its own."""
     row = task.row
     guidance = (row.guidance_scale, row.cfg_normalization, row.cfg_truncation)
@@ -286,7 +292,7 @@ def _kind(task: Task) -> Any:
     return task.width, task.height, row.steps, guidance, row.max_prompt_tokens, own
 
 
-def _grouped(tasks: Iterable[Task], kind: Callable[[Task], Any]) -> list[list[Task]]:
+def grouped(tasks: Iterable[Task], kind: Callable[[Task], Any]) -> list[list[Task]]:
     """Those of one kind together, in the order of their first."""
     groups: dict[Any, list[Task]] = {}
     for task in tasks:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from .. import image_files
-from .folder import Folder, NoRoom
+from .folder import Lost, NoRoom, Store
 from .given import HELP, SHARED, Read, check_faults, counts
 from .graph import Nodes, Workflow
 from .names import Template, same
@@ -21,7 +21,7 @@ from .progress import Progress
 from .reading import Fault
 from .remote_plan import Plan
 from .remote_rows import checked, resolved
-from .results import NoServer, Outcome
+from .results import Outcome
 from .servers import Gone, Server
 from .worker import Orders, Said, Worker
 
@@ -130,7 +130,7 @@ class Remote:
         self._owned = {((one.row, one.image), one.file) for one in done}
         return found
 
-    def start(self, folder: Folder, progress: Progress) -> Callable[[Sequence[Task], Stop], Iterator[Outcome]]:
+    def start(self, folder: Store, progress: Progress) -> Callable[[Sequence[Task], Stop], Iterator[Outcome]]:
         client = folder.text(CLIENT)
         if not client:
             client = uuid.uuid4().hex
@@ -159,7 +159,7 @@ class Remote:
         return [*found.values()]
 
     def _outcomes(
-        self, todo: Sequence[Task], stopped: Stop, folder: Folder, progress: Progress, client: str
+        self, todo: Sequence[Task], stopped: Stop, folder: Store, progress: Progress, client: str
     ) -> Iterator[Outcome]:
         pool = Pool(self.jobs(todo))
         heard: queue.Queue[Said] = queue.Queue(WAITING)
@@ -188,7 +188,7 @@ class Remote:
         for said in left:
             yield from self._said(said, pool, folder, progress)
 
-    def _said(self, said: Said, pool: Pool, folder: Folder, progress: Progress) -> Iterator[Outcome]:
+    def _said(self, said: Said, pool: Pool, folder: Store, progress: Progress) -> Iterator[Outcome]:
         if said.note is not None:
             progress.note(said.note)
         if said.job is None:
@@ -213,7 +213,7 @@ class Remote:
     def _is_known(self, job: Job, output: int) -> bool:
         return (job.task.row.number, (output - 1) * job.task.row.images + job.task.image) in self._known
 
-    def _saved(self, task: Task, raw: bytes | None, said: Said, folder: Folder) -> Outcome:
+    def _saved(self, task: Task, raw: bytes | None, said: Said, folder: Store) -> Outcome:
         planned = task.place in self._known
         self._known.add(task.place)
         if raw is None:
@@ -230,7 +230,7 @@ class Remote:
             return Outcome.failed(task, said.seconds, f"it can't be saved: {type(error).__name__}: {error}")
         return Outcome.done(task, said.seconds)
 
-    def _is_in_the_way(self, task: Task, folder: Folder) -> bool:
+    def _is_in_the_way(self, task: Task, folder: Store) -> bool:
         """Whether the name of an image that nobody had planned is that of something else."""
         if same(task.file) in self._names:
             return True
@@ -238,13 +238,13 @@ class Remote:
         return folder.exists(task.file) and not own
 
     def _check(self, workers: Sequence[Worker]) -> None:
-        """Raises NoServer once all have been away for longer than anybody waits."""
+        """Raises Lost once all have been away for longer than anybody waits."""
         if all(worker.useless for worker in workers):
-            raise NoServer("no server that is left can run this workflow; see above, then run the same command again")
+            raise Lost("no server that is left can run this workflow; see above, then run the same command again")
         if all(worker.away for worker in workers):
             away = time.monotonic() - max(worker.seen for worker in workers)
             if away > self._patience:
-                raise NoServer(
+                raise Lost(
                     f"no server has answered for {away:.0f} s; start one, then run the same command again: it goes on "
                     "where this run stopped"
                 )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .folder import Folder
+from .folder import Store
 from .names import same
 from .plan import SHOWN, Task
 
@@ -24,10 +24,6 @@ TYPES: dict[str, tuple[type, ...]] = {
     "error": (str, type(None)),
     "key": (str,),
 }
-
-
-class NoServer(OSError):
-    """None of the servers that make the images answers any more."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ class Results:
     Raises ValueError, naming the line, for a journal that is damaged.
     """
 
-    def __init__(self, folder: Folder):
+    def __init__(self, folder: Store):
         self.folder = folder
         self.torn = 0  # bytes of a last line that a kill left unfinished, and that were cut off
         self._journal = folder.journal(NAME)
@@ -138,7 +134,7 @@ class Results:
         except (ValueError, RecursionError) as error:
             self.close()
             raise ValueError(
-                f"{self.folder.path / NAME}, line {number} is damaged ({error}); delete this line: its image is then "
+                f"{self.folder.told(NAME)}, line {number} is damaged ({error}); delete this line: its image is then "
                 "known by its own text, or made again"
             ) from None
         return Outcome(**values)
@@ -151,8 +147,8 @@ CHANGED = (
 IN_THE_WAY = "What is not of these rows is not overwritten. Move it away, or give another folder by --output."
 
 
-def _listed(tasks: Sequence[Task], what: str, folder: Folder, advice: str) -> str:
+def _listed(tasks: Sequence[Task], what: str, folder: Store, advice: str) -> str:
     shown = ", ".join(f"row {task.row.number} ({task.file})" for task in tasks[:SHOWN])
     more = f" and {len(tasks) - SHOWN} more" if len(tasks) > SHOWN else ""
     count = f"{len(tasks)} {'image is' if len(tasks) == 1 else 'images are'}"
-    return f"{count} {what} in {folder.path}: {shown}{more}. {advice}"
+    return f"{count} {what} in {folder.told()}: {shown}{more}. {advice}"

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from .. import image_files
-from .folder import Folder, NoRoom
+from .folder import NoRoom, Store
 from .maker import Made
 from .results import Outcome
 
 WAITING = 4  # images that wait to be saved at most, before sampling waits for them
 
 
-def save(folder: Folder, made: Made) -> Outcome:
+def save(folder: Store, made: Made) -> Outcome:
     """Writes the image of a task whole, and says what became of it. Raises `NoRoom` where the disk is full."""
     task = made.task
     if made.image is None:
@@ -29,7 +29,7 @@ def save(folder: Folder, made: Made) -> Outcome:
     return Outcome.done(task, made.seconds)
 
 
-def outcomes(images: Iterable[Made], folder: Folder) -> Iterator[Outcome]:
+def outcomes(images: Iterable[Made], folder: Store) -> Iterator[Outcome]:
     """What became of each image, once it is saved, in the order in which they are made.
 
     Closed early or by an error, it waits for the image that is being written.

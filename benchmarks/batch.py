@@ -1,0 +1,150 @@
+"""Images per second of `batch`: its plain loop, and Ray with one worker and with two, each on a core of its own.
+
+    python -m benchmarks.batch            # the nano model at 128², 8 steps; two free cores
+
+Start-up is left out: the loop is warm, and with Ray the clock runs from when each worker has answered once, and
+until the last answer but one of two workers, so that none is idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from zimage_core.batch.folder import Folder
+from zimage_core.batch.identity import Fingerprints
+from zimage_core.batch.maker import Maker, Settings
+from zimage_core.batch.names import Template
+from zimage_core.batch.plan import Model, Task, tasks
+from zimage_core.batch.ray_run import CHUNK, Cluster, Wanted
+from zimage_core.batch.ray_worker import Worker
+from zimage_core.batch.rows import Row
+from zimage_core.batch.run import outcomes
+
+from . import models, results, timing
+
+NANO = models.ROOT / "nano" / "snapshot"
+COLUMNS = ["", ">images per second", ">of the plain loop", ">of one worker"]
+CORES = "ZIMAGE_BENCH_CORES"  # a folder in which each worker takes a core
+
+
+class Pinned(Worker):
+    """On a core that no other worker has; it begins when all have the model."""
+
+    def _load(self) -> Maker:
+        folder = Path(os.environ[CORES])
+        for core in sorted(os.sched_getaffinity(0)):
+            try:
+                (folder / str(core)).touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            pin(core)
+            break
+        maker = super()._load()
+        (folder / f"ready-{os.getpid()}").touch()
+        while len([*folder.glob("ready-*")]) < int((folder / "count").read_text()):
+            time.sleep(0.02)
+        return maker
+
+
+def pin(core: int) -> None:
+    """All threads of this process that run, and those that they will start."""
+    torch.set_num_threads(1)
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), {core})
+
+
+def planned(count: int, side: int, steps: int) -> list[Task]:
+    rows = [Row(number, f"a red star number {number}", steps=steps) for number in range(1, count + 1)]
+    return tasks(rows, Template("{row}.png"), 0, Model("nano", "0", side), Fingerprints())
+
+
+def plain(todo: list[Task], settings: Settings) -> float:
+    """Images per second of the loop that a local run is, on one core."""
+    pin(min(os.sched_getaffinity(0)))
+    with tempfile.TemporaryDirectory() as place:
+        maker = Maker(settings)
+        list(outcomes(maker.make(todo[:CHUNK]), Folder(Path(place) / "warm")))
+        began = time.perf_counter()
+        made = list(outcomes(maker.make(todo), Folder(place)))
+        took = time.perf_counter() - began
+    assert {one.status for one in made} == {"done"}
+    return len(made) / took
+
+
+def plain_elsewhere() -> float:
+    """That, in a process of its own: this one must not be pinned, and what has Ray in it can't be forked."""
+    command = [sys.executable, "-m", "benchmarks.batch", "--plain", *sys.argv[1:]]
+    done = subprocess.run(command, cwd=models.ROOT, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def workers(cluster: Cluster, todo: list[Task], settings: Settings, count: int) -> float:
+    """Images per second of so many workers."""
+    with tempfile.TemporaryDirectory() as place:
+        for left in Path(os.environ[CORES]).iterdir():
+            left.unlink()
+        (Path(os.environ[CORES]) / "count").write_text(str(count))
+        cluster.wanted = Wanted(actors=count, cpus=1, gpus=0)
+        times = []
+        for outcome in cluster.make(settings, Folder(place), todo, lambda: False):
+            assert outcome.status == "done", outcome
+            times.append(time.perf_counter())
+    assert len(times) == len(todo)
+    # answers come a chunk at a time: the first and the last of each worker are left out
+    begin, end = CHUNK * count - 1, len(times) - 1 - CHUNK * (count - 1)
+    return (end - begin) / (times[end] - times[begin])
+
+
+def main(a: argparse.Namespace) -> None:
+    side, steps, count = (32, 1, 8 * CHUNK) if a.toy else (128, a.steps, a.images)
+    todo = planned(count, side, steps)
+    settings = Settings(str(NANO), batch_size=a.batch_size)
+    if a.plain:
+        print(plain(todo, settings))
+        return
+    found: dict[str, list[float]] = {"plain loop": [], "Ray, 1 worker": [], "Ray, 2 workers": []}
+    with tempfile.TemporaryDirectory() as cores:
+        os.environ[CORES] = cores  # before Ray's processes are started
+        with Cluster(Wanted(actors=2, cpus=1, gpus=0)) as cluster:
+            cluster.worker = Pinned
+            for _ in range(a.repeats):
+                found["plain loop"].append(plain_elsewhere())
+                found["Ray, 1 worker"].append(workers(cluster, todo, settings, 1))
+                found["Ray, 2 workers"].append(workers(cluster, todo, settings, 2))
+                print({name: round(rates[-1], 2) for name, rates in found.items()}, file=sys.stderr, flush=True)
+    rows = []
+    for name, rates in found.items():
+        cells = [f"{statistics.median(rates):.2f} ({min(rates):.2f}–{max(rates):.2f})"]
+        cells.append("" if name == "plain loop" else timing.ratio(found, name, "plain loop"))
+        cells.append(timing.ratio(found, name, "Ray, 1 worker") if name == "Ray, 2 workers" else "")
+        rows.append([name, *cells])
+    load = f"{a.busy}. " if a.busy else ""
+    text = (
+        f"{count} images of the nano model at {side}², {steps} steps, float32, batches of {a.batch_size}, a core for "
+        f"each worker (the driver and Ray's own processes share both), start-up left out, medians of {a.repeats} and "
+        f"ranges. {load}\n\n{timing.table(COLUMNS, rows)}"
+    )
+    print(text)
+    if not a.toy:
+        results.write("batch, cpu", "batch", text)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=320, help="for each rate")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--busy", default="", metavar="TEXT", help="what else the machine did, to be told beside")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--plain", action="store_true", help="tell the rate of the plain loop alone, once")
+    parser.add_argument("--toy", action="store_true", help="tiny and not written down: does the script work?")
+    main(parser.parse_args())
