@@ -67,15 +67,23 @@ def test_all_columns_by_json_and_by_csv(tmp_path):
         "control": "control.safetensors",
         "control_image": "image.png",
         "control_strength": 0,
+        "references": "image.png|image.png",
     }
     image = str(tmp_path / "image.png")
     loras = ((str(tmp_path / "one.safetensors"), 0.5), (str(tmp_path / "two.safetensors"), 1.0))
     expected = Row(
         **{**asked, "number": 1, "cfg_normalization": 1.0, "control_strength": 0.0, "loras": loras}
-        | {"image": image, "mask": image, "control_image": image, "control": str(tmp_path / "control.safetensors")}
+        | {
+            "references": (image, image),
+            "image": image,
+            "mask": image,
+            "control_image": image,
+            "control": str(tmp_path / "control.safetensors"),
+        }
     )
     assert rows_of(json.dumps(asked), ".jsonl", tmp_path) == [expected]
     listed = {**asked, "loras": [["one.safetensors", 0.5], "two.safetensors"], "width": 512.0}
+    listed["references"] = ["image.png", "image.png"]
     assert rows_of(json.dumps(listed), ".jsonl", tmp_path) == [expected]
     cells = ['"' + str(value).replace('"', '""') + '"' for value in asked.values()]
     assert rows_of(",".join(asked) + "\r\n" + ",".join(cells) + "\r\n", ".csv", tmp_path) == [expected]
@@ -125,6 +133,8 @@ def test_standard_input_is_json_if_it_begins_so(text, prompts):
         ("control_strength", 0.5, "it is for a control file, and the row has none"),
         ("control", "test_rows.py", "it has nothing to follow"),
         ("max_prompt_tokens", 0, "a whole number from 1"),
+        ("references", "none.png", "there is no such file"),
+        ("references", {"a": 1}, "expected images, several apart by |"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_told_with_its_place(column, value, words):

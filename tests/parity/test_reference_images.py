@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy
 import pytest
 import torch
@@ -187,3 +189,8 @@ def test_the_command_takes_them(folder, pipe, tmp_path):
     made = Image.open(tmp_path / "made.png")
     assert (_tensor(made) - expected).abs().max() <= 0.51 / 255
     assert "Reference: seen.png" in made.text["parameters"]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": PROMPT, "references": ["seen.png"], "seed": 4}))
+    out = tmp_path / "batch"
+    assert main(["batch", str(tmp_path / "rows.jsonl"), "-o", str(out), "-m", str(folder), "--cpu", *asked[:6]]) == 0
+    of_row = Image.open(out / "000001_4.png")
+    assert of_row.tobytes() == made.tobytes() and "Reference: seen.png" in of_row.text["parameters"]

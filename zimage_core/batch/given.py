@@ -23,6 +23,7 @@ HELP = {
     "control": "Fun-Controlnet-Union file to steer with",
     "control_image": "what it follows (edges, depth, pose, ...)",
     "control_strength": "of the control, 0.8 if not given",
+    "references": "images that Z-Image Omni or Edit sees beside the prompt, several apart by |",
 }
 SHARED = ("width", "height", "steps", "guidance_scale", "negative_prompt")
 

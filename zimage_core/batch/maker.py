@@ -273,9 +273,9 @@ def _make_room() -> None:
 def _seen(task: Task) -> dict[str, Any]:
     """The images of a task that is made alone."""
     row = task.row
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"references": [image_files.read(Path(path)) for path in row.references]}
     if row.image is not None:
-        found = {"image": image_files.read(Path(row.image)), "strength": row.strength}
+        found |= {"image": image_files.read(Path(row.image)), "strength": row.strength}
         if row.mask is not None:
             found["mask"] = image_files.read(Path(row.mask), 1)
     if row.control is not None:

@@ -104,6 +104,7 @@ def _of_row(row: Row, seeds: list[int], template: Template, model: Model, prints
     names = named(row, seeds, (width, height), template)
     told = {name: value for name, value in dataclasses.asdict(row).items() if name not in NOT_IN_THE_IMAGE}
     told |= {name: prints.of(value) for name in FILES if (value := told[name]) is not None}
+    told["references"] = [prints.of(path) for path in row.references]
     told["loras"] = [(prints.of(path), strength) for path, strength in row.loras]
     told |= {"model": model.identity, "width": width, "height": height}
     strength = None
@@ -123,6 +124,7 @@ def _of_row(row: Row, seeds: list[int], template: Template, model: Model, prints
             loras=[(Path(path), weight) for path, weight in row.loras],
             strength=strength,
             control=[] if row.control is None else [(Path(row.control), row.control_strength)],
+            references=[Path(path) for path in row.references],
             key=key,
         )
         made.append(Task(row, image, seed, width, height, file, key, parameters))

@@ -41,6 +41,7 @@ NOT_HERE = {  # options of the local run -> what to do instead
     "max_prompt_tokens": "the workflow's nodes decide",
     "image": "put a LoadImage node into the workflow, and its image into a column such as 'Load Image.image'",
     "mask": "put a mask into the workflow",
+    "references": "put TextEncodeZImageOmni into the workflow",
     "strength": "name the sampler's denoise as a column, such as 'Sampler.denoise'",
     **{name: "put a control node into the workflow" for name in ("control", "control_image", "control_strength")},
 }

@@ -43,11 +43,12 @@ class Row:
     control: str | None = None
     control_image: str | None = None
     control_strength: float = CONTROL_STRENGTH
+    references: tuple[str, ...] = ()
 
     @property
     def alone(self) -> bool:
         """Whether it is made by itself: images to see differ from row to row."""
-        return self.image is not None or self.control is not None
+        return self.image is not None or self.control is not None or bool(self.references)
 
 
 Read = Callable[[Any, Path], Any]  # (a value of the file, the folder of relative paths) -> that of a Row; or ValueError
@@ -115,20 +116,28 @@ def _image(value: Any, folder: Path) -> str:
     return path
 
 
-def _loras(value: Any, folder: Path) -> tuple[tuple[str, float], ...]:
-    told = 'expected "file:strength", several apart by |, or a JSON list of them'
+def _images(value: Any, folder: Path) -> tuple[str, ...]:
+    return tuple(_image(one, folder) for one in _several(value, "expected images, several apart by |, or a JSON list"))
+
+
+def _several(value: Any, told: str) -> list[Any]:
+    """Parts between |, or of a JSON list. Raises ValueError, saying what is told."""
     if isinstance(value, str):
-        if value.strip().startswith("["):
-            try:
-                value = json.loads(value)
-            except ValueError:
-                raise ValueError(told) from None
-        else:
-            value = [part for part in value.split("|") if part.strip()]
+        if not value.strip().startswith("["):
+            return [part for part in value.split("|") if part.strip()]
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ValueError(told) from None
     if not isinstance(value, list):
         raise ValueError(told)
+    return value
+
+
+def _loras(value: Any, folder: Path) -> tuple[tuple[str, float], ...]:
+    told = 'expected "file:strength", several apart by |, or a JSON list of them'
     found = []
-    for one in value:
+    for one in _several(value, told):
         pair = one if isinstance(one, list) and len(one) == 2 else None
         if pair is None and not isinstance(one, str):
             raise ValueError(told)
@@ -163,6 +172,7 @@ COLUMNS: dict[str, Read] = {
     "control": _file,
     "control_image": _image,
     "control_strength": _number(-1e6, 1e6, "a number; 0 switches it off"),
+    "references": _images,
 }
 
 
