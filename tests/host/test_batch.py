@@ -23,6 +23,8 @@ from ..batch.making import Run
 from ..batch.stand_in import INFO
 from ..helpers import ROOT
 
+pytestmark = pytest.mark.slow  # tests/batch/test_servers.py has servers that stand in, checked against real ones here
+
 API = ROOT / "workflows" / "api"
 NANO = API / "zimage_nano_txt2img_api.json"
 WORDS = [
@@ -168,7 +170,6 @@ def test_the_examples_of_the_page(tmp_path: Path, host: Server, monkeypatch):
     assert texts == ["a green star", "a yellow star"]
 
 
-@pytest.mark.slow
 def test_a_server_that_is_killed_loses_nothing(tmp_path: Path, host: Server, second: Server, capsys):
     """60 rows over two servers, one of which is killed in the middle and stays away."""
     rows = [{"prompt": text, "seed": 100 + number} for number, text in enumerate(WORDS)]
@@ -208,7 +209,6 @@ def test_a_server_that_is_killed_loses_nothing(tmp_path: Path, host: Server, sec
         assert pixels(single.out / f"{number + 1}.png") == pixels(run.out / f"{number + 18}.png")
 
 
-@pytest.mark.slow
 def test_a_run_waits_for_its_server_and_finishes(tmp_path: Path, second: Server, capsys):
     rows = [{"prompt": text, "width": 64, "height": 64} for text in WORDS[:24]]
     run = run_of(tmp_path, rows, second.url)
