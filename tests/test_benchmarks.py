@@ -121,7 +121,8 @@ def test_an_unknown_part_is_refused():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (
         done.returncode == 2
-        and "there is no benchmark stop; there are step, control, compiling, text, vae, starting, batch, images" in done.stderr
+        and "there is no benchmark stop; there are step, control, compiling, text, vae, starting, batch, images"
+        in done.stderr
     )
 
 

@@ -23,7 +23,8 @@ from ..batch.making import Run
 from ..batch.stand_in import INFO
 from ..helpers import ROOT
 
-pytestmark = pytest.mark.slow  # tests/batch/test_servers.py has servers that stand in, checked against real ones here
+# In tests/batch/test_servers.py servers stand in, which are checked against real ones here
+pytestmark = pytest.mark.slow
 
 API = ROOT / "workflows" / "api"
 NANO = API / "zimage_nano_txt2img_api.json"
