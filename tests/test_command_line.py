@@ -20,6 +20,7 @@ from .helpers import ROOT
 def test_an_image_from_a_shell(tmp_path):
     out = tmp_path / "new folder" / "cat.png"
     command = [sys.executable, "-X", "importtime", "-m", "zimage_core", "generate", "a red circle", "--seed", "3"]
+    command += ["--lora", "nano/zimage_nano_moon.safetensors"]
     done = subprocess.run([*command, "-o", out, "--cpu"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert str(out) in done.stdout and "128x128, 8 steps, guidance 0, seed 3" in done.stdout

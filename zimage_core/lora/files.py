@@ -289,6 +289,8 @@ def _read(files: TensorFiles, key: str) -> Tensor:
 def _check(path: Path, module: str, adapter: Adapter, target: Target, shape: Shape) -> None:
     """That the adapter's change has the size of the weight, tried on tensors without values."""
     expected = (target.rows(shape[0])[1], *shape[1:])
+    if _fits(adapter, expected):
+        return
     tensors = {part: torch.empty_like(tensor, device="meta") for part, tensor in adapter.tensors.items()}
     try:
         found = tuple(
@@ -304,6 +306,14 @@ def _check(path: Path, module: str, adapter: Adapter, target: Target, shape: Sha
             "the LoRA is for a model of another size (Lumina 2, say), choose one made for this model",
             path,
         )
+
+
+def _fits(adapter: Adapter, expected: Shape) -> bool:
+    """Whether a plain LoRA does, as nearly all are: torch takes seconds to get ready for tensors without values."""
+    if adapter.family != "LoRA" or adapter.tensors.keys() != {"down", "up"}:
+        return False
+    down, up = (adapter.tensors[part].flatten(1).shape for part in ("down", "up"))
+    return up[1] == down[0] and (up[0], down[1]) == expected
 
 
 def _refusal(files: TensorFiles) -> str:
