@@ -135,6 +135,7 @@ def main(folder: Path, sizes: list[int]) -> None:
             if (child := os.fork()) == 0:
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
                 os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+                os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the machine calls itself
                 team = Team.of_environment(cpu=True)
                 assert team is not None
                 save(folder, pipe, control, team)
