@@ -23,7 +23,7 @@ from ..batch.making import Run
 from ..batch.stand_in import INFO
 from ..helpers import ROOT
 
-# In tests/batch/test_servers.py servers stand in, which are checked against real ones here
+# In tests/batch servers stand in, which are checked against real ones here
 pytestmark = pytest.mark.slow
 
 API = ROOT / "workflows" / "api"
