@@ -54,12 +54,18 @@ def test_processes_together_make_what_one_makes(made, size):
         assert relative(made[size][case], alone) <= 1e-5, case
 
 
-@pytest.mark.parametrize("guided", [False, True])
-def test_heads_that_processes_cannot_share_are_an_error_that_says_how_many_can(guided):
+@pytest.mark.parametrize(
+    "guided, size, fitting",
+    [
+        (False, 4, "without guidance start 2, 3, 5, 6, 10, 15 or 30"),
+        (True, 8, "start 2, 3, 4, 5, 6, 10, 12, 15, 20, 30 or 60"),
+    ],
+)
+def test_heads_that_processes_cannot_share_are_an_error_that_says_how_many_can(guided, size, fitting):
     config = TransformerConfig(**{**PUBLISHED_TRANSFORMER, **SIZES})
     transformer = ZImageTransformer(config, device="meta")
-    team = Team(0, 8 if guided else 4, torch.device("cpu"))
-    with pytest.raises(ValueError, match="share the 30 heads.* start 2, 3, 5, 6, 10, 15 or 30"):
+    team = Team(0, size, torch.device("cpu"))
+    with pytest.raises(ValueError, match=f"share the 30 heads.*{fitting}"):
         team.model(transformer, guided)
 
 

@@ -183,6 +183,8 @@ class ZImageTransformer(nn.Module):
         beside = captions.beside
         if controls and beside:
             raise ValueError("reference images and control networks can't be used together; remove one of them")
+        if patch_tokens is not None and shares is not Share:
+            raise ValueError("tokens that are shared out can't be patched; run without `shares`")
         # patches know clean images where ComfyUI has them, before the one that is made
         last = captions_first or patch_tokens is not None and bool(beside)
         if last and len(captions.lengths) > 1:

@@ -75,14 +75,13 @@ class Team:
         guided: whether there will be captions for and against. Raises ValueError where heads can't be shared so.
         """
         heads = transformer.config.n_heads
-        branches = 2 if guided and self.size % 2 == 0 else 1
+        branches = _branches(self.size, guided)
         ways = self.size // branches
         if heads % ways:
-            fitting = [str(n) for n in range(2, heads + 1) if heads % n == 0]
-            twice = ", and with guidance twice as many of each" if not guided else " on each of two prompts"
+            fitting = [str(n) for n in range(2, 2 * heads + 1) if heads % (n // _branches(n, guided)) == 0]
             raise ValueError(
-                f"{self.size} processes can't share the {heads} heads of this transformer"
-                f"{' and two prompts' if branches == 2 else ''}; start {_or(fitting)}{twice}"
+                f"{self.size} processes can't share the {heads} heads of this transformer; "
+                f"{'with' if guided else 'without'} guidance start {', '.join(fitting[:-1])} or {fitting[-1]}"
             )
         branch, place = divmod(self.rank, ways)
         for number in range(branches):  # all processes make all groups, in one order
@@ -153,5 +152,6 @@ def _of(own: slice, strength: float | Tensor) -> float | Tensor:
     return strength[own] if isinstance(strength, Tensor) and len(strength) > 1 else strength
 
 
-def _or(numbers: Sequence[str]) -> str:
-    return numbers[0] if len(numbers) == 1 else f"{', '.join(numbers[:-1])} or {numbers[-1]}"
+def _branches(size: int, guided: bool) -> int:
+    """Among how many groups of processes the prompts are shared out."""
+    return 2 if guided and size % 2 == 0 else 1
