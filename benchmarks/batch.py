@@ -33,6 +33,7 @@ from . import models, results, timing
 
 NANO = models.ROOT / "nano" / "snapshot"
 COLUMNS = ["", ">images per second", ">of the plain loop", ">of one worker"]
+TWICE = "plain loop, twice at once"  # what two cores could give
 CORES = "ZIMAGE_BENCH_CORES"  # a folder in which each worker takes a core
 
 
@@ -67,9 +68,9 @@ def planned(count: int, side: int, steps: int) -> list[Task]:
     return tasks(rows, Template("{row}.png"), 0, Model("nano", "0", side), Fingerprints())
 
 
-def plain(todo: list[Task], settings: Settings) -> float:
+def plain(todo: list[Task], settings: Settings, core: int) -> float:
     """Images per second of the loop that a local run is, on one core."""
-    pin(min(os.sched_getaffinity(0)))
+    pin(core)
     with tempfile.TemporaryDirectory() as place:
         maker = Maker(settings)
         list(outcomes(maker.make(todo[:CHUNK]), Folder(Path(place) / "warm")))
@@ -80,11 +81,13 @@ def plain(todo: list[Task], settings: Settings) -> float:
     return len(made) / took
 
 
-def plain_elsewhere() -> float:
-    """That, in a process of its own: this one must not be pinned, and what has Ray in it can't be forked."""
-    command = [sys.executable, "-m", "benchmarks.batch", "--plain", *sys.argv[1:]]
-    done = subprocess.run(command, cwd=models.ROOT, capture_output=True, text=True, check=True)
-    return float(done.stdout)
+def plain_elsewhere(count: int) -> float:
+    """That of so many at once, added up, each in a process of its own: what has Ray in it can't be forked."""
+    command = [sys.executable, "-m", "benchmarks.batch", *sys.argv[1:], "--plain"]
+    cores = sorted(os.sched_getaffinity(0))[:count]
+    begun = [subprocess.Popen([*command, str(core)], cwd=models.ROOT, stdout=subprocess.PIPE) for core in cores]
+    rates = [float(process.communicate()[0]) for process in begun]
+    return sum(rates)
 
 
 def workers(cluster: Cluster, todo: list[Task], settings: Settings, count: int) -> float:
@@ -108,16 +111,17 @@ def main(a: argparse.Namespace) -> None:
     side, steps, count = (32, 1, 8 * CHUNK) if a.toy else (128, a.steps, a.images)
     todo = planned(count, side, steps)
     settings = Settings(str(NANO), batch_size=a.batch_size)
-    if a.plain:
-        print(plain(todo, settings))
+    if a.plain is not None:
+        print(plain(todo, settings, a.plain))
         return
-    found: dict[str, list[float]] = {"plain loop": [], "Ray, 1 worker": [], "Ray, 2 workers": []}
+    found: dict[str, list[float]] = {name: [] for name in ("plain loop", TWICE, "Ray, 1 worker", "Ray, 2 workers")}
     with tempfile.TemporaryDirectory() as cores:
         os.environ[CORES] = cores  # before Ray's processes are started
         with Cluster(Wanted(actors=2, cpus=1, gpus=0)) as cluster:
             cluster.worker = Pinned
             for _ in range(a.repeats):
-                found["plain loop"].append(plain_elsewhere())
+                found["plain loop"].append(plain_elsewhere(1))
+                found[TWICE].append(plain_elsewhere(2))
                 found["Ray, 1 worker"].append(workers(cluster, todo, settings, 1))
                 found["Ray, 2 workers"].append(workers(cluster, todo, settings, 2))
                 print({name: round(rates[-1], 2) for name, rates in found.items()}, file=sys.stderr, flush=True)
@@ -145,6 +149,6 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--busy", default="", metavar="TEXT", help="what else the machine did, to be told beside")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--plain", action="store_true", help="tell the rate of the plain loop alone, once")
+    parser.add_argument("--plain", type=int, metavar="CORE", help="tell the rate of the plain loop alone, once")
     parser.add_argument("--toy", action="store_true", help="tiny and not written down: does the script work?")
     main(parser.parse_args())

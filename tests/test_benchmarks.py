@@ -116,6 +116,15 @@ def test_an_earlier_commit_is_compared():
     )
 
 
+@pytest.mark.slow
+def test_batches_are_measured_beside_the_plain_loop():
+    command = [sys.executable, "-m", "benchmarks.batch", "--toy", "--repeats", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {line.split(" | ")[0].strip("| ") for line in done.stdout.splitlines() if line.startswith("| ")}
+    assert {"plain loop", "plain loop, twice at once", "Ray, 1 worker", "Ray, 2 workers"} <= rows
+
+
 def test_an_unknown_part_is_refused():
     command = [sys.executable, "-m", "benchmarks", "stop"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
