@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import peak_memory
 import two_devices
 from fake_accelerator import DEVICE
 from inside import load_pack
@@ -151,7 +152,6 @@ def detected(kind: str) -> Iterator[None]:
     """The host knows Z-Image by a width that these files don't have, and Turbo's weights to bear float16."""
     import comfy.model_detection
     import comfy.supported_models
-    import peak_memory
 
     with peak_memory.detected_as_z_image():
         by_width = comfy.model_detection.model_config_from_unet
@@ -254,7 +254,6 @@ def make_files(folder: Path) -> None:
     import comfy.ldm.models.autoencoder
     import comfy.ops
     import comfy.text_encoders.llama as llama
-    import peak_memory
 
     peak_memory.TOY = {"dim": 256, "n_heads": 2, "n_layers": 1, "n_refiner_layers": 1, "cap_feat_dim": 128}
     with peak_memory.detected_as_z_image():
