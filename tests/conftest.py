@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import math
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -113,7 +115,18 @@ LONGEST = [
 SCRIPTED = [f"tests/nodes/test_{name}.py" for name in ("memory", "packed_paging", "vae")]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what `-m` says
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("one_in") and not item.get_closest_marker("slow"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for those in cases.values():
+        (n,) = those[0].get_closest_marker("one_in").args
+        those.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))  # any order that is none of the parameters'
+        for item in those[math.ceil(len(those) / n) :]:
+            item.add_marker("slow")
+
     def place(item: pytest.Item) -> int:
         return next((n for n, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST))
 

@@ -83,6 +83,7 @@ def _no_global_hooks():
     torch.nn.modules.module._global_forward_hooks.clear()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.usefixtures("_no_global_hooks")
 @pytest.mark.parametrize(
     ("path", "change"),

@@ -43,6 +43,7 @@ def test_the_command_line_downloads_when_told_to(hub, tmp_path, monkeypatch, cap
     assert "is no repository" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_line_stops_at_once(hub, tmp_path):
     """Control-C: nothing looks complete, and the next run goes on."""
     hub.speed = 2e6

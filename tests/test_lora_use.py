@@ -54,6 +54,7 @@ def large(family: str, out: int, width: int) -> dict[str, Tensor]:
     }[family]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "family", "LoRA, LoHa, LoKr, GLoRA, OFT, BOFT, diff, DoRA by rows, DoRA by columns".split(", ")
 )

@@ -39,6 +39,7 @@ def tensors(shape, width, rows):
     return x, torch.randn(rows, width, generator=generator) / width**0.5, torch.randn(rows, generator=generator)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)

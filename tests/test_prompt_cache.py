@@ -232,6 +232,7 @@ def hammer_in_three(folder: Path) -> list[int]:
         return pool.starmap(hammer, [(folder, seed, 500) for seed in range(3)], chunksize=1)
 
 
+@pytest.mark.slow
 def test_servers_that_share_a_folder(tmp_path):
     """Three processes read, write and evict the same few entries; one more of each fails if a value is wrong."""
     script = "import sys, logging; logging.basicConfig(); from pathlib import Path; from tests import test_prompt_cache"

@@ -39,6 +39,7 @@ def written(tmp_path: Path, stored: dict[str, Tensor], dialect: str, dtype: torc
     return tmp_path / "m.safetensors"
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("dialect", ["alone", "old", "marked", "by rows", "header"])
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
@@ -85,6 +86,7 @@ def refusal(path: Path) -> str:
 # Block formats, against the host's own package
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("where", ["marked", "header", "nested"])
 @pytest.mark.parametrize("name", list(BLOCKS))
 def test_block_formats_mean_what_the_host_says(tmp_path, plain, name, where):

@@ -45,6 +45,7 @@ def same(kind: str, path: Path) -> None:
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("layout", [native, diffusers])
 @pytest.mark.parametrize("kind, prefix", [(kind, prefix) for kind in KINDS for prefix in SPECS[kind].prefixes])
 def test_each_layout_and_prefix(tmp_path, kind, layout, prefix):

@@ -43,6 +43,7 @@ NUMBERED = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 NAMED = ["z_image_bottom.safetensors", "z_image_top.safetensors"]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "names, index",

@@ -50,6 +50,7 @@ def vae(request) -> AutoencoderKL:
     return open_component(NANO, "vae").build(dtype=torch.float32)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("rows", ROWS)
 def test_decoding_equals_the_plain_one(vae, size, rows):
@@ -59,6 +60,7 @@ def test_decoding_equals_the_plain_one(vae, size, rows):
     assert (plain - plain.mean()).abs().max() > 0.1
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("rows", ROWS)
 def test_encoding_equals_the_plain_one(vae, size, rows):
@@ -169,6 +171,7 @@ def test_memory_is_little_more_than_the_widest_map():
     assert plain >= 3 * widest
 
 
+@pytest.mark.slow
 def test_freed_bands_go_back_to_the_system(monkeypatch):
     """Else glibc keeps those below 32 MB, and the process needs twice what tensors take."""
     monkeypatch.setattr(vae_bands, "WORKSPACE", 4 * 2**20)

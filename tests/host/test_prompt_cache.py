@@ -79,6 +79,7 @@ def write_lora(file: Path, size: float) -> None:
     save_file(tensors, file)
 
 
+@pytest.mark.slow
 def test_after_a_restart_a_known_prompt_needs_no_encoder(each_host, each_client, mine, tmp_path):
     folder, lora = mine
     weights = folder / "text_encoder" / "model.safetensors"

@@ -67,7 +67,7 @@ def test_the_file_is_small_and_open():
 @pytest.mark.parametrize(
     "said, count, least",
     [
-        (colors, 20, 0.95),
+        (colors, 10, 0.95),
         pytest.param(colors, 120, 0.95, marks=pytest.mark.slow),
         pytest.param(a_color, 120, 0.85, marks=pytest.mark.slow),
         pytest.param(another_shape, 120, 0.9, marks=pytest.mark.slow),

@@ -15,7 +15,7 @@ from zimage_core.pipeline import ZImagePipeline
 
 from ..helpers import NANO
 
-COUNTS = [20, pytest.param(200, marks=pytest.mark.slow)]
+COUNTS = [10, pytest.param(200, marks=pytest.mark.slow)]
 MARGIN = 8  # pixels around the object that are repainted with it
 
 

@@ -109,6 +109,7 @@ def test_a_saved_model_has_its_lora(pack, stock, out, path, form, lora, share, m
     changed.detach()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kinds", ["quantized and plain", "plain and quantized", "both quantized"])
 def test_merges_are_those_of_the_expanded_weights(pack, stock, out, path, form, kinds):
     if form not in ("marked", "gguf") or (form, kinds) == ("gguf", "plain and quantized"):
@@ -134,6 +135,7 @@ def test_merges_are_those_of_the_expanded_weights(pack, stock, out, path, form, 
     assert relative(predict(loaded(ours[0])), found) > 0.5
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("share", [None, PARTLY])
 def test_a_lora_is_extracted_from_what_the_weights_mean(pack, stock, out, path, form, lora, share, monkeypatch):
     difference = stock.ModelSubtract().merge(
@@ -168,6 +170,7 @@ def encoded(clip) -> torch.Tensor:
     return clip.cond_stage_model.encoder(torch.tensor([[5, 0, 17, 639, 3]]), dtype=torch.float32)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("encoder", ["old", "gguf"])
 def test_merged_text_encoders_are_saved_as_they_encode(pack, stock, out, tmp_path, encoder):
     with torch.inference_mode(False):

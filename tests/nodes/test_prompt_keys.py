@@ -147,6 +147,7 @@ def with_forced_hooks(clip):
     return clip
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "change",
     [

@@ -114,6 +114,7 @@ def test_lora_goes_onto_an_encoder_that_is_not_read(pack, load, loras):
     assert torch.equal(encode(pack, clip), encode(pack, read, cache=False))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "use",
     [

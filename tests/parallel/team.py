@@ -1,7 +1,8 @@
-"""Teams of processes that make what one process makes: `python tests/parallel/team.py FOLDER SIZE...`.
+"""Teams of processes that make what one process makes: `python tests/parallel/team.py FOLDER SHAPES SIZE...`.
 
-What a team of each size makes lies in FOLDER/SIZE.safetensors afterwards, by the names of its cases, and what one
-process makes in FOLDER/1.safetensors. That one imports and loads everything, and the others are its forks.
+SHAPES are names of `SHAPES`, separated by commas, or "all". What a team of each size makes lies in
+FOLDER/SIZE.safetensors afterwards, by the names of its cases, and what one process makes in FOLDER/1.safetensors. That
+one imports and loads everything, and the others are its forks.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ WIDTH = 128  # of the nano model's caption features
 # 6 heads: for 2, 3 and 6 processes
 NUMBERS = {"dim": 192, "n_heads": 6, "n_layers": 3, "n_refiner_layers": 2, "cap_feat_dim": WIDTH, "in_channels": 16}
 # latent height and width, lengths of captions: of sequences that 2 or 3 divide, and that they don't
-SIZES = {
+SHAPES = {
     "small": (2, 2, [1]),
     "odd": (14, 22, [33]),
     "mixed captions": (14, 22, [5, 70, 33]),
@@ -61,11 +62,14 @@ def networks() -> tuple[ZImageTransformer, ControlNetwork]:
     return found
 
 
-def cases(pipe: ZImagePipeline, control: ControlNetwork, team: Team | None) -> Iterator[tuple[str, Tensor]]:
+def cases(
+    pipe: ZImagePipeline, control: ControlNetwork, shapes: list[str], team: Team | None
+) -> Iterator[tuple[str, Tensor]]:
     transformer = pipe.transformer
     for guided in (False, True):
         model = transformer if team is None else team.model(transformer, guided)
-        for name, (height, width, lengths) in SIZES.items():
+        for name in shapes:
+            height, width, lengths = SHAPES[name]
             torch.manual_seed(1)
             captions = [torch.randn(length, WIDTH) for length in lengths]
             latents = torch.randn(len(captions), 16, height, width)
@@ -121,10 +125,10 @@ def files(folder: Path, control: ControlNetwork) -> tuple[Path, Path]:
     return folder / "lora.safetensors", folder / "control.safetensors"
 
 
-def main(folder: Path, sizes: list[int]) -> None:
+def main(folder: Path, shapes: list[str], sizes: list[int]) -> None:
     pipe = ZImagePipeline.from_pretrained(NANO)
     pipe.transformer, control = networks()
-    save(folder, pipe, control, None)
+    save(folder, pipe, control, shapes, None)
     pipe.set_loras()
     for size in sizes:
         with socket.socket() as probe:
@@ -138,7 +142,7 @@ def main(folder: Path, sizes: list[int]) -> None:
                 os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the machine calls itself
                 team = Team.of_environment(cpu=True)
                 assert team is not None
-                save(folder, pipe, control, team)
+                save(folder, pipe, control, shapes, team)
                 team.leave()
                 os._exit(0)
             children.append(child)
@@ -147,11 +151,12 @@ def main(folder: Path, sizes: list[int]) -> None:
 
 
 @torch.inference_mode()
-def save(folder: Path, pipe: ZImagePipeline, control: ControlNetwork, team: Team | None) -> None:
-    made = {name: value.contiguous() for name, value in cases(pipe, control, team)}
+def save(folder: Path, pipe: ZImagePipeline, control: ControlNetwork, shapes: list[str], team: Team | None) -> None:
+    made = {name: value.contiguous() for name, value in cases(pipe, control, shapes, team)}
     if team is None or team.leads:
         save_file(made, folder / f"{1 if team is None else team.size}.safetensors")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [int(size) for size in sys.argv[2:]])
+    chosen = list(SHAPES) if sys.argv[2] == "all" else sys.argv[2].split(",")
+    main(Path(sys.argv[1]), chosen, [int(size) for size in sys.argv[3:]])

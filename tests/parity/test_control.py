@@ -102,6 +102,7 @@ def _inputs(models: Models, case: str) -> Inputs:
     return Inputs(draw(batch, 16, height, width), t, captions, draw(batch, channels, height, width))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", CASES)
 @torch.inference_mode()
 def test_equals_the_formulas(models, case):
@@ -117,6 +118,7 @@ def test_equals_the_formulas(models, case):
     assert relative(ours, plain) > 0.05  # it does steer
 
 
+@pytest.mark.one_in(2)
 @torch.inference_mode()
 def test_both_halves_of_guidance_share_what_no_prompt_changes(models):
     """Exactly: as if each were alone; and the refiner's blocks see each image once."""
@@ -142,6 +144,7 @@ def test_both_halves_of_guidance_share_what_no_prompt_changes(models):
     assert seen == own
 
 
+@pytest.mark.one_in(2)
 @torch.inference_mode()
 def test_controls_add_up_and_none_is_none(models):
     inputs = _inputs(models, "no pads")
@@ -184,6 +187,7 @@ def _of_diffusers(models: Models, inputs: Inputs, *, hints_in_refiner: bool) -> 
     return torch.stack([item[:, 0] for item in out])
 
 
+@pytest.mark.one_in(2)
 @torch.inference_mode()
 def test_diffusers_is_right_but_for_the_hints_of_the_refiner(models):
     """How far from the published networks: nothing in 1.0, in 2.x more than a tenth of what the control does."""
@@ -215,6 +219,7 @@ def test_a_control_network_without_the_caption_is_another(models):
     assert (without - ours).norm() / (ours - plain).norm() > 0.05
 
 
+@pytest.mark.one_in(2)
 def test_files_of_every_kind_hold_the_same_network(models, tmp_path):
     """Single files: q, k, v apart or fused, a prefix, the transformer's weights as well; a config in the metadata."""
     _, expected = models.ours()
@@ -252,6 +257,7 @@ def test_what_a_network_reads():
         control_latents(None, None, None, new)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.inference_mode()
 def test_sixteen_bits_are_near_float32(models, dtype):
