@@ -9,6 +9,7 @@ until the last answer but one of two workers, so that none is idle.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
@@ -17,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 
 from zimage_core.batch.folder import Folder
@@ -90,21 +92,34 @@ def plain_elsewhere(count: int) -> float:
     return sum(rates)
 
 
-def workers(cluster: Cluster, todo: list[Task], settings: Settings, count: int) -> float:
-    """Images per second of so many workers."""
+def seconds_beside_workers() -> float:
+    """CPU seconds so far of this process and of what Ray has started, but for the workers."""
+    total = 0.0
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            if not any(Pinned.__name__ in part for part in process.cmdline()):  # Ray names actors after what they run
+                spent = process.cpu_times()
+                total += spent.user + spent.system
+    return total
+
+
+def workers(cluster: Cluster, todo: list[Task], settings: Settings, count: int) -> tuple[float, float]:
+    """Images per second of so many workers, and the cores that driver and Ray took meanwhile."""
     with tempfile.TemporaryDirectory() as place:
         for left in Path(os.environ[CORES]).iterdir():
             left.unlink()
         (Path(os.environ[CORES]) / "count").write_text(str(count))
         cluster.wanted = Wanted(actors=count, cpus=1, gpus=0)
-        times = []
+        times, others = [], []
         for outcome in cluster.make(settings, Folder(place), todo, lambda: False):
             assert outcome.status == "done", outcome
             times.append(time.perf_counter())
+            others.append(seconds_beside_workers() if len(times) % CHUNK == 0 else others[-1] if others else 0.0)
     assert len(times) == len(todo)
     # answers come a chunk at a time: the first and the last of each worker are left out
     begin, end = CHUNK * count - 1, len(times) - 1 - CHUNK * (count - 1)
-    return (end - begin) / (times[end] - times[begin])
+    took = times[end] - times[begin]
+    return (end - begin) / took, (others[end] - others[begin]) / took
 
 
 def main(a: argparse.Namespace) -> None:
@@ -115,6 +130,7 @@ def main(a: argparse.Namespace) -> None:
         print(plain(todo, settings, a.plain))
         return
     found: dict[str, list[float]] = {name: [] for name in ("plain loop", TWICE, "Ray, 1 worker", "Ray, 2 workers")}
+    beside: list[float] = []
     with tempfile.TemporaryDirectory() as cores:
         os.environ[CORES] = cores  # before Ray's processes are started
         with Cluster(Wanted(actors=2, cpus=1, gpus=0)) as cluster:
@@ -122,8 +138,10 @@ def main(a: argparse.Namespace) -> None:
             for _ in range(a.repeats):
                 found["plain loop"].append(plain_elsewhere(1))
                 found[TWICE].append(plain_elsewhere(2))
-                found["Ray, 1 worker"].append(workers(cluster, todo, settings, 1))
-                found["Ray, 2 workers"].append(workers(cluster, todo, settings, 2))
+                for worker_count, name in enumerate(("Ray, 1 worker", "Ray, 2 workers"), 1):
+                    rate, cores_beside = workers(cluster, todo, settings, worker_count)
+                    found[name].append(rate)
+                    beside.append(cores_beside)
                 print({name: round(rates[-1], 2) for name, rates in found.items()}, file=sys.stderr, flush=True)
     rows = []
     for name, rates in found.items():
@@ -134,8 +152,8 @@ def main(a: argparse.Namespace) -> None:
     load = f"{a.busy}. " if a.busy else ""
     text = (
         f"{count} images of the nano model at {side}², {steps} steps, float32, batches of {a.batch_size}, a core for "
-        f"each worker (the driver and Ray's own processes share both), start-up left out, medians of {a.repeats} and "
-        f"ranges. {load}\n\n{timing.table(COLUMNS, rows)}"
+        f"each worker (the driver and Ray's own processes share both, and take {statistics.median(beside):.2f} of "
+        f"one), start-up left out, medians of {a.repeats} and ranges. {load}\n\n{timing.table(COLUMNS, rows)}"
     )
     print(text)
     if not a.toy:
