@@ -16,6 +16,8 @@ from provision import ROOT, SetupError
 
 PROMPT = "a large red star on a blue background"
 
+DONE, TO_DO = "\N{FULL BLOCK}", "\N{LIGHT SHADE}"
+
 
 def main() -> int:
     args = _parser().parse_args()
@@ -65,7 +67,7 @@ def _draw(client: Client, prompt: dict) -> bytes:
 
     def progress(node: str, value: int, total: int) -> None:
         if node == sampler:
-            _show(f"Sampling {'█' * (24 * value // total):░<24} {value}/{total}", last=value == total)
+            _show(f"Sampling {DONE * (24 * value // total):{TO_DO}<24} {value}/{total}", last=value == total)
 
     _show("Loading the model")
     images = client.images(client.run(prompt, progress))

@@ -22,9 +22,9 @@ WIDTH = 1000  # pixels, of a screenshot on the page
 HEAD = """\
 # Workflows
 
-[Back to the README](../README.md). In ComfyUI: *Workflow → Browse Templates → ComfyUI-ZImage*, or drag a file onto the
-window. Those of the nano model run at once; the others offer the files that are missing. App mode shows prompt, size
-and seed only. `workflows/api/` holds the same as prompts for `POST /prompt`.
+[Back to the README](../README.md). In ComfyUI: *Workflow \u2192 Browse Templates \u2192 ComfyUI-ZImage*, or drag a file
+onto the window. Those of the nano model run at once; the others offer the files that are missing. App mode shows
+prompt, size and seed only. `workflows/api/` holds the same as prompts for `POST /prompt`.
 """
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch import autocast as torch_autocast
 
 from zimage_core.backends.matmul import multiplies
 
@@ -127,7 +128,7 @@ def rate(done: float, step: int, *, warm_steps: int = 60, hold: float = 0.3, flo
 
 def autocast(device: str) -> torch.autocast:
     """To bfloat16, on a GPU and on processors that multiply it; on others it is several times as slow."""
-    return torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or multiplies(torch.bfloat16))
+    return torch_autocast(device, torch.bfloat16, enabled=device != "cpu" or multiplies(torch.bfloat16))
 
 
 def save_atomically(state: object, path: str | os.PathLike[str]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import Linear
 
 from zimage_core.config import TransformerConfig
 from zimage_core.model.text_encoder import TextEncoder
@@ -78,8 +79,8 @@ class Learner(nn.Module):
         super().__init__()
         self.text_encoder = text_encoder
         self.transformer = transformer
-        self.reader = nn.Linear(CONFIG.dim, sum(READ))
-        self.outliner = nn.Linear(CONFIG.dim, OUTLINE**2)
+        self.reader = Linear(CONFIG.dim, sum(READ))
+        self.outliner = Linear(CONFIG.dim, OUTLINE**2)
 
     def forward(self, noisy: Tensor, t: Tensor, ids: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Velocity towards the image [B, 16, h, w], and the heads' answers [B, N, sum(READ)], [B, N, OUTLINE**2].

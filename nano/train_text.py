@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import Linear
 
 from zimage_core.config import TextEncoderConfig
 from zimage_core.model.text_encoder import TextEncoder
@@ -95,7 +96,7 @@ def train(minutes: float, tokenizer_folder: Path, out: Path, seed: int = 0) -> f
         torch.set_num_threads(1)
     tokenizer = Tokenizer(tokenizer_folder)
     encoder = build(seed).to(ranks.device)
-    heads = nn.Linear(CONFIG.hidden_size, sum(map(len, QUESTIONS.values()))).to(ranks.device)
+    heads = Linear(CONFIG.hidden_size, sum(map(len, QUESTIONS.values()))).to(ranks.device)
     parameters = [*encoder.parameters(), *heads.parameters()]
     adam = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     rng = random.Random(f"text {seed}")

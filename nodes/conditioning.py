@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .bridge import clip as bridge_clip
-from .names import ALIASES, CATEGORY
+from .names import ALIASES, CATEGORY, TEXT_TO_IMAGE
 
 
 class ZImageTextEncode(io.ComfyNode):
@@ -20,7 +20,7 @@ class ZImageTextEncode(io.ComfyNode):
                 "are read as ordinary text. At most 512 tokens: the end of a longer prompt is ignored, and the log "
                 "says where."
             ),
-            search_aliases=[*ALIASES, "文生图", "prompt", "positive", "negative", "clip text encode", "qwen"],
+            search_aliases=[*ALIASES, TEXT_TO_IMAGE, "prompt", "positive", "negative", "clip text encode", "qwen"],
             inputs=[
                 io.Clip.Input(
                     "clip", tooltip="The text encoder, from Load Z-Image Text Encoder or the stock Load CLIP."

@@ -10,7 +10,7 @@ from ..zimage_core.sampling.schedule import sigmas
 from . import convert
 from .bridge import attention as bridge_attention
 from .bridge import borders, sampler
-from .names import ALIASES, CATEGORY
+from .names import ALIASES, CATEGORY, TEXT_TO_IMAGE
 
 SAFE_RETRY_TOOLTIP = (
     "If numbers get too large for the precision, the image would be black. On: run all steps once more in a safer "
@@ -32,7 +32,7 @@ class ZImageSampler(io.ComfyNode):
             ),
             search_aliases=[
                 *ALIASES,
-                "文生图",
+                TEXT_TO_IMAGE,
                 "sampler",
                 "ksampler",
                 "denoise",

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import Linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zimage_core import pipeline
@@ -208,9 +209,9 @@ def test_packed_weights_are_looked_through():
         def expanded(self) -> torch.Tensor:
             return torch.tensor([float("nan")])
 
-    network = torch.nn.ModuleDict({"good": torch.nn.Linear(2, 2), "bad": Packed()})
+    network = torch.nn.ModuleDict({"good": Linear(2, 2), "bad": Packed()})
     assert "bad.weight of the text encoder" in str(finite.damaged(text_encoder=network))
-    assert finite.damaged(vae=torch.nn.Linear(2, 2, device="meta")) is None
+    assert finite.damaged(vae=Linear(2, 2, device="meta")) is None
 
 
 def test_the_switch_of_the_command_line(monkeypatch, tmp_path):

@@ -107,7 +107,25 @@ def test_comfyui_is_asked_for_no_attributes_of_modules():
     assert not found, found
 
 
-def test_chinese_and_japanese_in_tests_are_written_as_escapes():
-    letters = re.compile("[\u3000-\u30ff\u4e00-\u9fff\uff00-\uffef]")
-    found = [path.name for path in (ROOT / "tests").rglob("*.py") if letters.search(path.read_text(encoding="utf-8"))]
+def test_what_windows_may_not_encode_is_written_as_escapes():
+    """comfy-test reads Python files as cp1252, which it takes a Windows to write."""
+    found = []
+    for path in (ROOT / name for name in tracked("*.py")):
+        try:
+            path.read_text(encoding="utf-8").encode("cp1252")
+        except UnicodeEncodeError as error:
+            found.append(f"{path.relative_to(ROOT)}: {error.object[error.start : error.end]!r}")
+    assert not found, found
+
+
+def test_modules_come_from_where_the_hosts_layers_could_stand_in():
+    """comfy-test's rule for all Python files, not for the nodes alone: no torch.nn layer by its dotted name."""
+    layers = "Linear|Conv[123]d|ConvTranspose[12]d|LayerNorm|GroupNorm|Embedding"
+    rule = re.compile(rf"(?<![\w.])(torch\.)?nn\.({layers})\(|torch\.autocast\(|\.to\([\"']cuda")
+    found = [
+        f"{name}:{number}"
+        for name in sorted(tracked("*.py"))
+        for number, line in enumerate((ROOT / name).read_text(encoding="utf-8").splitlines(), 1)
+        if rule.search(line) and not line.lstrip().startswith("#")
+    ]
     assert not found, found

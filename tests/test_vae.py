@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, autocast
 
 from zimage_core.model.vae import Upsample
 
@@ -66,7 +66,7 @@ def test_upsampling_multiplies_less(layer):
 def test_weights_of_16_bits_are_not_added_up(layer):
     """Their sum would have to be rounded."""
     x = torch.randn(2, CHANNELS, 5, 4)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast("cpu", torch.bfloat16):
         assert torch.equal(layer(x), straightforward(layer, x))
     assert torch.equal(layer.bfloat16()(x.bfloat16()), straightforward(layer, x.bfloat16()))
 

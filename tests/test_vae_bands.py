@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import GroupNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -72,7 +73,7 @@ def test_encoding_equals_the_plain_one(vae, size, rows):
 def test_statistics_of_a_map_far_from_zero_keep_their_digits(layout):
     """A large mean with a small variance is where a sum of squares in float32 would fail."""
     x = 1000 + 0.01 * torch.randn(1, 16, 64, 8, generator=torch.Generator().manual_seed(0))
-    norm = torch.nn.GroupNorm(4, 16)
+    norm = GroupNorm(4, 16)
     bands = vae_bands._Bands(6, None, CPU)
     parts = [part.contiguous(memory_format=layout) for part in x.split(10, dim=2)]
     mean, variance = bands.statistics(norm, vae_bands.Stored(parts))
@@ -85,7 +86,7 @@ def test_statistics_of_a_map_far_from_zero_keep_their_digits(layout):
 def test_norms_of_a_large_map_are_exact(layout):
     """Where channels lie side by side, torch's own group norm is off by 7e-4 here: it adds them up one by one."""
     x = torch.randn(1, 8, 1024, 1024, generator=torch.Generator().manual_seed(0)) + 0.5
-    norm, bands = torch.nn.GroupNorm(2, 8, eps=1e-6), vae_bands._Bands(300, None, CPU)
+    norm, bands = GroupNorm(2, 8, eps=1e-6), vae_bands._Bands(300, None, CPU)
     stored = vae_bands.Stored([part.contiguous(memory_format=layout) for part in x.split(300, dim=2)])
     found = vae_bands.Normed(norm, stored, bands.statistics(norm, stored)).rows(0, 1024)
     exact = torch.nn.functional.silu(torch.nn.functional.group_norm(x.double(), 2, eps=1e-6))
@@ -260,7 +261,7 @@ def test_16_bits_on_a_gpu_are_no_further_from_float32_than_plain(vae, as_on_a_gp
 def test_statistics_on_a_gpu_keep_their_digits(as_on_a_gpu):
     x = 1000 + 0.01 * torch.randn(1, 16, 64, 8, generator=torch.Generator().manual_seed(0))
     bands = vae_bands._Bands(10, None, CPU)
-    mean, variance = bands.statistics(torch.nn.GroupNorm(4, 16), vae_bands.Stored(list(x.split(10, dim=2))))
+    mean, variance = bands.statistics(GroupNorm(4, 16), vae_bands.Stored(list(x.split(10, dim=2))))
     groups = x.double().view(4, -1)
     assert mean.dtype == variance.dtype == torch.float32
     assert torch.allclose(mean.double(), groups.mean(1), rtol=2e-7, atol=0)
@@ -308,7 +309,7 @@ def test_bands_on_a_gpu_wait_for_nothing_and_move_little_more_than_plain(call):
             out = getattr(vae_bands, call)(vae, x)
         with Traffic() as seen:
             x.cpu()
-            torch.ones(1).to("cuda")  # a value that is asked for is an error of the mode itself
+            torch.ones(1).to(device="cuda")  # a value that is asked for is an error of the mode itself
     assert out.device.type == "cuda"
     assert plain.waits == in_bands.waits == []
     assert len(seen.waits) >= 2

@@ -32,7 +32,7 @@ def encode(clip, text: str = TEXT) -> torch.Tensor:
     [
         TEXT,
         "",
-        "\u4e00\u53ea\u732b\u5750\u5728\u7a97\u53f0\u4e0a 🐈",
+        "\u4e00\u53ea\u732b\u5750\u5728\u7a97\u53f0\u4e0a \U0001f408",
         "(very:1.3) [odd] {braces} anembedding:none",
     ],
 )

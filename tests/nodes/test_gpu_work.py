@@ -173,7 +173,7 @@ def test_what_is_counted():
         y = x.t() @ x + 1
         assert work.launches == {"mm": 1, "add": 1} and work.traffic == 4 * (32 + 32 + 64 + 64 + 64)
         y.cpu()
-        torch.empty(3).to("cuda")
+        torch.empty(3).to(device="cuda")
         assert len(work.copies) == 2 and not work.waits
         with pytest.raises(DataDependentOutputException):
             y[0, 0].item()

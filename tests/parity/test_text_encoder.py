@@ -129,9 +129,15 @@ def prompts() -> list[str]:
         "\u4e00\u53ea\u5750\u5728\u7a97\u53f0\u4e0a\u7684\u732b,\u6c34\u58a8\u753b\u98ce\u683c",
         "\u9713\u8679\u706f\u62db\u724c\u4e0a\u5199\u7740“\u4f60\u597d,\u4e16\u754c”",
         "\u732b\u3068\u3072\u307e\u308f\u308a\u3001\u6d6e\u4e16\u7d75",
-        "кошка на подоконнике, акварель",
-        "قطة على حافة النافذة",
-        "🐱🪟✨ a cat, 👩‍👩‍👧‍👦 and a flag 🇩🇪",
+        (
+            "\u043a\u043e\u0448\u043a\u0430 \u043d\u0430 \u043f\u043e\u0434\u043e\u043a\u043e\u043d\u043d"
+            "\u0438\u043a\u0435, \u0430\u043a\u0432\u0430\u0440\u0435\u043b\u044c"
+        ),
+        "\u0642\u0637\u0629 \u0639\u0644\u0649 \u062d\u0627\u0641\u0629 \u0627\u0644\u0646\u0627\u0641\u0630\u0629",
+        (
+            "\U0001f431\U0001fa9f\u2728 a cat, \U0001f469\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 an"
+            "d a flag \U0001f1e9\U0001f1ea"
+        ),
         "(masterpiece:1.2), [low quality], \\(escaped\\) <lora:x:0.8>",
         "embedding:easynegative, BREAK, {a|b}",
         "<|im_start|>system\nyou are<|im_end|>",
@@ -148,8 +154,8 @@ def prompts() -> list[str]:
     ]
     rng = random.Random(0)
     words = (
-        "red green blue star circle photo of a the on background \u732b 🐱 ünï .,!?'\"-_ 42 <|im_end|> </think>".split()
-    )
+        "red green blue star circle photo of a the on background \u732b \U0001f431 ünï .,!?'\"-_ 42 <|im_end|> </think>"
+    ).split()
     mixed = [" ".join(rng.choices(words, k=rng.randint(1, 40))) for _ in range(120)]
     codes = [*range(0x20, 0x17F), *range(0x400, 0x450), *range(0x4E00, 0x4E80), *range(0x1F600, 0x1F640)]
     noise = ["".join(chr(rng.choice(codes)) for _ in range(rng.randint(1, 60))) for _ in range(96)]
