@@ -65,7 +65,9 @@ def run(variant: Variant, folder: Path) -> int:
     """The exit status of the tests in a new environment in `folder`."""
     python = folder / "bin" / "python"
     uv = VENV / "bin" / "uv"
-    subprocess.run([uv, "venv", "--quiet", "--clear", "--python", variant.python, folder], check=True)
+    subprocess.run(
+        [uv, "venv", "--quiet", "--clear", "--no-python-downloads", "--python", variant.python, folder], check=True
+    )
     wanted = {_name(item): item for item in _host_requirements()}
     wanted |= {name: name for name in setup.pins()} | {_name(item): item for item in variant.requirements}
     kept = [item for name, item in wanted.items() if name not in variant.empty]

@@ -236,6 +236,34 @@ def test_samplers(comfy, models, prompts, latent):
     assert not missed
 
 
+@pytest.mark.slow
+def test_what_is_trained(pack, comfy, models, prompts, latent, monkeypatch):
+    """From the same random numbers the same LoRA. ComfyUI draws its first factors, for a fresh model, unseeded."""
+    schema = nodes()["TrainLoraNode"].GET_SCHEMA()
+    defaults = {entry.id: entry.default for entry in schema.inputs if getattr(entry, "default", None) is not None}
+    defaults |= {"existing_lora": "[None]", "training_dtype": "fp32", "lora_dtype": "fp32", "steps": 3, "rank": 4}
+    ours, native = models
+    found = []
+    for model, make in ((ours, pack.bridge.model.load_model), (native, native_model.like)):
+        arguments = (NANO, torch.float32) if model is ours else (comfy, ours)
+
+        def fresh(disable_dynamic, make=make, arguments=arguments):
+            made = make(*arguments)
+            torch.manual_seed(7)
+            return made
+
+        monkeypatch.setattr(model, "cached_patcher_init", (fresh, ()))
+        given = {name: [value] for name, value in defaults.items()}
+        with torch.inference_mode():
+            out = nodes()["TrainLoraNode"].execute(model=[model], latents=[latent], positive=[prompts[0]], **given)
+        found.append(out.args)
+    (ours_lora, ours_loss, _), (native_lora, native_loss, _) = found
+    assert ours_lora.keys() == native_lora.keys() and len(native_lora) > 200
+    assert ours_loss["loss"] == pytest.approx(native_loss["loss"], rel=1e-5)
+    joined = [torch.cat([lora[name].flatten() for name in native_lora]) for lora in (ours_lora, native_lora)]
+    assert relative(*joined) <= 1e-4
+
+
 # VAE
 
 
