@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import email
+import email.policy
 import io
 import json
 import threading
@@ -28,10 +30,12 @@ class StandIn:
         self.images = 1  # that each SaveImage gives
         self.remembers = False  # whether a prompt that it knows gives no outputs
         self.held = False  # nothing is run
+        self.largest = 10**6  # bytes of an image that it takes
         self.before: Callable[[str], Any] = lambda path: None  # called with each request; True: no answer
         self.after: Callable[[str], Any] = lambda path: None  # called before each answer; True: it gets lost
         self.ran: list[dict] = []
         self.posted: list[dict] = []
+        self.uploaded: list[tuple[str, bytes]] = []  # place, content
         self.viewed: list[str] = []  # where the images were that it was asked for
         self.pending: list[list] = []
         self.running: list[list] = []
@@ -60,7 +64,9 @@ class StandIn:
                 outer._answer(self, None)
 
             def do_POST(self) -> None:
-                outer._answer(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                raw = self.rfile.read(int(self.headers["Content-Length"]))
+                form = self.headers["Content-Type"].startswith("multipart/form-data")
+                outer._answer(self, _form(self.headers["Content-Type"], raw) if form else json.loads(raw))
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -166,6 +172,12 @@ class StandIn:
         if path == "/view":
             self.viewed.append(query["type"])
             return (200, self._files[query["filename"]]) if query["filename"] in self._files else (404, {})
+        if path == "/upload/image":
+            name, content = body["image"]
+            if len(content) > self.largest:
+                return 413, {}
+            self.uploaded.append((f"{body['subfolder'][1].decode()}/{name}", content))
+            return 200, {"name": name, "subfolder": body["subfolder"][1].decode(), "type": "input"}
         assert path == "/prompt"
         if "refused" in json.dumps(body["prompt"]):
             fault = {"message": "Value not in list", "details": "text: 'refused' not in [...]"}
@@ -174,3 +186,12 @@ class StandIn:
         self.posted.append(body)
         self.queue(body["prompt"], {**body["extra_data"], "client_id": body["client_id"]}, body["prompt_id"])
         return 200, {"prompt_id": body["prompt_id"], "number": 1, "node_errors": {}}
+
+
+def _form(kind: str, raw: bytes) -> dict[str, tuple[str | None, bytes]]:
+    """field -> (file name, content) of a multipart body, read by Python's own parser of mail."""
+    message = email.message_from_bytes(f"Content-Type: {kind}\r\n\r\n".encode() + raw, policy=email.policy.HTTP)
+    return {
+        part.get_param("name", header="content-disposition"): (part.get_filename(), part.get_payload(decode=True))
+        for part in message.iter_parts()
+    }

@@ -14,6 +14,7 @@ from zimage_core.batch.offers import lacks
 from zimage_core.batch.reading import records
 from zimage_core.batch.remote_plan import Plan
 from zimage_core.batch.remote_rows import checked, resolved
+from zimage_core.batch.uploads import Uploads
 
 from ..helpers import ROOT
 from .stand_in import INFO
@@ -53,7 +54,7 @@ def planned(nodes: dict, lines: list[dict], maps: tuple[str, ...] = (), name="{r
     found = records("\n".join(map(json.dumps, lines)).encode(), "prompts", ".jsonl", None)
     names = [*dict.fromkeys(name for record in found for name in record.values)]
     columns = resolved(names, [*defaults], maps, Workflow(nodes), INFO)
-    rows, faults = checked(found, columns, defaults, INFO)
+    rows, faults = checked(found, columns, defaults, INFO, Uploads(Path()))
     if faults:
         raise ValueError("\n".join(map(str, faults)))
     return Plan(rows, columns, Template(name), 0)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -20,6 +21,7 @@ from zimage_core.batch.plan import Task
 from zimage_core.batch.pool import Job, Pool
 from zimage_core.batch.rows import Row
 from zimage_core.batch.servers import Server
+from zimage_core.batch.uploads import Uploads
 
 from ..helpers import ROOT
 from . import with_servers
@@ -147,7 +149,7 @@ def test_pauses_grow_to_thirty_seconds():
             pass
 
     said = []
-    orders = worker.Orders("me", lambda job: {}, str, lambda info: [], said.append)
+    orders = worker.Orders("me", lambda job: {}, Uploads(Path()), str, lambda info: [], said.append)
     lost = worker.Worker(Nobody(), Pool(), orders, checked=True)
     gone = worker.Gone("refused", refused=True)
     pauses = [lost._lost(gone) for _ in range(9)]
@@ -257,7 +259,7 @@ def test_a_row_that_ends_every_server_is_given_up():
     row = Row(number=1, prompt="a")
     killer, other = (Job(Task(row, image, 0, 64, 64, "a.png", "key", "a"), {}) for image in (1, 2))
     pool = Pool([])
-    orders = worker.Orders("me", lambda job: {}, str, lambda info: [], said.append)
+    orders = worker.Orders("me", lambda job: {}, Uploads(Path()), str, lambda info: [], said.append)
     for _ in range(worker.CRASHES):
         lost = worker.Worker(Server("nowhere"), pool, orders, checked=True)
         lost._flights = {"1": worker.Flight(killer, running=True), "2": worker.Flight(other)}

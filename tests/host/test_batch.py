@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from host import Client, Server
-from PIL import Image
+from PIL import Image, ImageChops
 
 from nano import judge, scenes
 from zimage_core.__main__ import main
@@ -128,6 +128,27 @@ def test_files_and_nodes_that_the_server_lacks(tmp_path: Path, host: Server, cli
     assert f"{host.url}: Load Z-Image Transformer.model is 'mine.safetensors', which it doesn't offer" in told
     assert f"{host.url}: it doesn't know NobodysDecode (node 8" in told and not run.out.exists()
     assert client.get("/queue") == {"queue_running": [], "queue_pending": []}
+
+
+def test_an_image_of_a_row_is_sent_to_the_server(tmp_path: Path, each_host: Server):
+    """To a workflow that loads it, inverts it and saves it."""
+    nodes = {
+        "1": {"class_type": "LoadImage", "inputs": {"image": "somewhere.png"}, "_meta": {"title": "Load Image"}},
+        "2": {"class_type": "ImageInvert", "inputs": {"image": ["1", 0]}},
+        "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "sent"}},
+    }
+    workflow = tmp_path / "inverting.json"
+    workflow.write_text(json.dumps(nodes))
+    images = [Image.effect_noise((40, 24), 60 + 20 * number).convert("RGB") for number in range(2)]
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+    rows = [{"Load Image.image": f"{number}.png"} for number in range(2)]
+    run = run_of(tmp_path, rows, each_host.url, workflow=workflow)
+    assert run() == 0
+    for name, image in zip(sorted(run.images()), images, strict=True):
+        with Image.open(run.out / name) as made:
+            differences = ImageChops.difference(made.convert("RGB"), ImageChops.invert(image))
+        assert max(most for _, most in differences.getextrema()) <= 1  # the server cuts fractions off
 
 
 def test_own_prompts_are_known_by_what_is_said_of_them(host: Server, client: Client):

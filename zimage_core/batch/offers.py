@@ -60,6 +60,12 @@ def lacks(info: Info, workflow: Workflow, values: Mapping[Target, Iterable[Any]]
     return found
 
 
+def takes_images(info: Info, workflow: Workflow, target: Target) -> bool:
+    """Whether an input is the name of an image that may be sent to the server."""
+    _, settings = spec(info, workflow, target) or (None, {})
+    return bool(settings.get("image_upload"))
+
+
 def reader(info: Info, workflow: Workflow, target: Target) -> Callable[[Any], Any]:
     """What turns a value of the file into that of this input, or raises ValueError saying what is expected."""
     kind, settings = spec(info, workflow, target) or (None, {})

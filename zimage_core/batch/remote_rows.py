@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from .graph import Target, Workflow
-from .offers import Info, known, reader
+from .offers import Info, known, reader, takes_images
 from .reading import Fault, Record
 from .rows import COLUMNS, Row
+from .uploads import Uploads
 
 OURS = ("name", "images")  # columns that no node takes
 CHECKED = (  # columns whose values mean the same here as locally, and are checked as they are there
@@ -106,11 +107,11 @@ def resolved(
 
 
 def checked(
-    found: Sequence[Record], columns: Columns, defaults: Mapping[str, Any], info: Info
+    found: Sequence[Record], columns: Columns, defaults: Mapping[str, Any], info: Info, uploads: Uploads
 ) -> tuple[list[Filled], list[Fault]]:
     """The rows that can be made, and what is wrong with the others. defaults: by column, for what a row leaves out."""
     readers = {
-        name: [_reader(name, target, columns.workflow, info) for target in targets]
+        name: [_reader(name, target, columns.workflow, info, uploads) for target in targets]
         for name, targets in columns.targets.items()
     }
     needed = any(columns.names.get(name, name) == "prompt" for record in found for name in record.values)
@@ -132,7 +133,7 @@ def checked(
                     if column in OURS
                     else _value(column, value, readers[column])
                 )  # fmt: skip
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 wrong.append(Fault(record.number, record.line, name, value, str(error)))
         if needed and "prompt" not in given and not wrong:
             wrong.append(Fault(record.number, record.line, "prompt", "", "there is none; every row needs one"))
@@ -177,9 +178,11 @@ def _filled(number: int, given: Mapping[str, Any], columns: Columns) -> Filled:
     return Filled(row, values)
 
 
-def _reader(column: str, target: Target, workflow: Workflow, info: Info) -> Callable[[Any], Any]:
-    """Of an input, but for CFG, which is guidance_scale + 1."""
+def _reader(column: str, target: Target, workflow: Workflow, info: Info, uploads: Uploads) -> Callable[[Any], Any]:
+    """Of an input, but for CFG, which is guidance_scale + 1. An image that is here goes before one of the server's."""
     read = reader(info, workflow, target)
+    if takes_images(info, workflow, target):
+        return lambda value: (uploads.place(value) if isinstance(value, str) else None) or read(value)
     if column == "guidance_scale" and target.name == "cfg":
         return lambda value: read(value + 1) - 1
     return read

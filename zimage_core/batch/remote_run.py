@@ -23,6 +23,7 @@ from .remote_plan import Plan
 from .remote_rows import checked, resolved
 from .results import Outcome
 from .servers import Gone, Server
+from .uploads import Uploads
 from .worker import Orders, Said, Worker
 
 Stop = Callable[[], bool]  # whether nothing more is wanted
@@ -60,13 +61,14 @@ def prepared(args: argparse.Namespace, template: Template, read: Read) -> tuple[
     if twice:
         raise ValueError("--comfyui names a server twice; leave one of them out")
     infos = _infos(servers)
-    found, source, _ = read
+    found, source, base = read
+    uploads = Uploads(base)
     defaults = {name: value for name in (*SHARED, *HELP) if (value := getattr(args, name)) is not None}
     info = next(info for info in infos if not isinstance(info, Gone))
     columns = resolved(
         [*dict.fromkeys(name for record in found for name in record.values)], [*defaults], args.map, workflow, info
     )
-    rows, faults = checked(found, columns, defaults, info)
+    rows, faults = checked(found, columns, defaults, info, uploads)
     check_faults(rows, faults, source, args.skip_bad)
     plan = Plan(rows, columns, template, args.seed, counts(found, args.images or 1))
     values = plan.values()
@@ -78,7 +80,9 @@ def prepared(args: argparse.Namespace, template: Template, read: Read) -> tuple[
     ]
     if wrong:
         raise ValueError("\n".join(["some servers can't run this workflow; put that right, or leave them out", *wrong]))
-    remote = Remote(plan, servers, infos, args.comfyui_patience or PATIENCE, lambda info: lacks(info, workflow, values))
+    remote = Remote(
+        plan, uploads, servers, infos, args.comfyui_patience or PATIENCE, lambda info: lacks(info, workflow, values)
+    )
     return remote, faults
 
 
@@ -109,12 +113,14 @@ class Remote:
     def __init__(
         self,
         plan: Plan,
+        uploads: Uploads,
         servers: Sequence[Server],
         infos: Sequence[Info | Gone],
         patience: float,
         lacks: Callable[[Info], list[str]],
     ):
         self._plan = plan
+        self._uploads = uploads
         self._servers = servers
         self._infos = infos
         self._patience = patience
@@ -164,7 +170,7 @@ class Remote:
     ) -> Iterator[Outcome]:
         pool = Pool(self.jobs(todo))
         heard: queue.Queue[Said] = queue.Queue(WAITING)
-        orders = Orders(client, self.nodes, self._plan.workflow.title, self._lacks, heard.put)
+        orders = Orders(client, self.nodes, self._uploads, self._plan.workflow.title, self._lacks, heard.put)
         workers = [
             Worker(server, pool, orders, not isinstance(info, Gone))
             for server, info in zip(self._servers, self._infos, strict=True)

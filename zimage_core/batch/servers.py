@@ -8,6 +8,7 @@ import json
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -127,6 +128,18 @@ class Server:
             raise Refused(200, answer)
         return taken
 
+    def upload(self, place: str, content: bytes) -> None:
+        """An image, to "folder/name" among its input images. Raises Refused."""
+        folder, _, name = place.rpartition("/")
+        edge = uuid.uuid4().hex
+        head = "".join(
+            f'--{edge}\r\nContent-Disposition: form-data; name="{field}"\r\n\r\n{value}\r\n'
+            for field, value in {"type": "input", "subfolder": folder, "overwrite": "true"}.items()
+        )
+        head += f'--{edge}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n\r\n'
+        body = head.encode() + content + f"\r\n--{edge}--\r\n".encode()
+        self._read("/upload/image", body, f"multipart/form-data; boundary={edge}")
+
     def delete(self, prompts: Sequence[str]) -> None:
         """From its queue, what waits there; what runs is left alone."""
         if prompts:
@@ -147,9 +160,10 @@ class Server:
             raise Gone("it answers what no ComfyUI does")
         return found
 
-    def _read(self, path: str, body: Any = None) -> bytes:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"} if data else {})
+    def _read(self, path: str, body: Any = None, kind: str = "application/json") -> bytes:
+        """body: bytes of that kind, or anything that JSON knows."""
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": kind} if data else {})
         try:
             with self._open(request, timeout=self.timeout) as answer:
                 return bytes(answer.read())
@@ -157,7 +171,7 @@ class Server:
             with error:
                 if path.startswith("/view") and error.code in (400, 403, 404):
                     raise Missing(f"HTTP {error.code}") from None
-                if path == "/prompt" and error.code not in AWAY and error.code != 404:
+                if path in ("/prompt", "/upload/image") and error.code not in AWAY and error.code != 404:
                     raise Refused(error.code, _answer(error)) from None
                 raise Gone(f"HTTP {error.code} for {path.partition('?')[0]}") from None
         except (OSError, http.client.HTTPException) as error:

@@ -14,6 +14,7 @@ from .graph import Nodes
 from .offers import Info
 from .pool import Job, Pool
 from .servers import Ended, Gone, Missing, Refused, Server
+from .uploads import Uploads
 
 DEPTH = 2  # own prompts in a queue: one runs, one waits, so that the server never does
 LONGEST_PAUSE = 30.0  # seconds between two tries to reach a server that is away
@@ -40,6 +41,7 @@ class Orders:
 
     client: str  # who queues, by which own prompts are told from other people's
     nodes: Callable[[Job], Nodes]
+    uploads: Uploads
     title: Callable[[str], str]
     lacks: Callable[[Info], list[str]]
     say: Callable[[Said], None]
@@ -52,6 +54,10 @@ class Flight:
     job: Job
     since: float = field(default_factory=time.monotonic)
     running: bool = False
+
+
+class Unreadable(Exception):
+    """An image that is to be sent can't be read here any more."""
 
 
 class Worker(threading.Thread):
@@ -69,6 +75,7 @@ class Worker(threading.Thread):
         self._orders = orders
         self._flights: dict[str, Flight] = {}  # prompt id ->
         self._failures = 0
+        self._sent: set[str] = set()  # images of ours that it has
         self._known = checked
         self._told = not checked  # that it is away
         self._again = True  # whether its queue may hold prompts of ours that aren't in flight
@@ -161,12 +168,25 @@ class Worker(threading.Thread):
         prompt = str(uuid.uuid4())
         self._flights[prompt] = Flight(job)  # before it is sent: if no answer comes, it may be there all the same
         extra = {"client_id": self._orders.client, MARK: job.mark}
+        nodes = self._orders.nodes(job)
         try:
-            taken = self.server.submit(self._orders.nodes(job), prompt, extra)
+            for place in self._orders.uploads.of(nodes):
+                if place not in self._sent:
+                    self.server.upload(place, self._content(place))
+                    self._sent.add(place)
+            taken = self.server.submit(nodes, prompt, extra)
+        except Unreadable as error:
+            self._end(prompt, error=str(error))
         except Refused as error:
             self._end(prompt, error=f"{self.server.url} refuses it: {error.words(self._orders.title)}")
         else:
             self._flights[taken] = self._flights.pop(prompt)
+
+    def _content(self, place: str) -> bytes:
+        try:
+            return self._orders.uploads.content(place)
+        except OSError as error:  # not the server's fault, as `Gone` would be
+            raise Unreadable(str(error)) from None
 
     def _fetch(self, ended: Ended, flight: Flight) -> None:
         seconds = time.monotonic() - flight.since if ended.seconds is None else ended.seconds
@@ -200,6 +220,7 @@ class Worker(threading.Thread):
     def _lost(self, error: Gone) -> float:
         """Gives its prompts to the others, and says how long to wait before it is asked again."""
         self._again = True
+        self._sent.clear()
         self._failures += 1
         if self._failures >= TRIES or error.refused:
             self._give_back()
