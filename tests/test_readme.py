@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from .helpers import ROOT
+from .helpers import NANO, ROOT
 
 README = ROOT / "README.md"
 HELP = sorted((ROOT / "web" / "docs").glob("*/*.md"))  # <node id>/<language>.md
@@ -281,16 +281,35 @@ def test_explained_errors_are_raised():
                 assert words in sources, f"{words!r} of {message!r}"
 
 
-def test_the_library_example_is_the_api(tmp_path):
+EXAMPLES = [page for page in TEXT if "```python" in TEXT[page]]
+
+
+@pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: page.stem)
+def test_examples_of_python_run(page, tmp_path, monkeypatch, control_file):
+    """On the nano model, a CPU, and at a size and a number of steps that take no time."""
+    import torch
+
     from zimage_core.pipeline import ZImagePipeline
 
-    example = TEXT[ROOT / "docs" / "library.md"].split("```python")[1].split("```")[0]
-    example = example.replace("nano/snapshot", str(ROOT / "nano" / "snapshot"))
-    script = tmp_path / "example.py"
-    script.write_text(example.replace("width=128, height=128", "width=32, height=32, steps=1"), encoding="utf-8")
-    names = runpy.run_path(str(script))
-    assert names["image"].shape == (1, 3, 32, 32)
-    assert isinstance(names["pipe"], ZImagePipeline)
+    from_pretrained, generate = ZImagePipeline.from_pretrained, ZImagePipeline.generate
+
+    def small(pipe, prompt, **settings):
+        size = {} if "image" in settings else {"width": 32, "height": 32}
+        return generate(pipe, prompt, **{**settings, **size, "steps": 1})
+
+    monkeypatch.setattr(ZImagePipeline, "from_pretrained", lambda path, **_: from_pretrained(path))
+    monkeypatch.setattr(ZImagePipeline, "generate", small)
+    monkeypatch.chdir(tmp_path)
+    for name in ("nano/snapshot", "models/Z-Image-Turbo"):
+        Path(name).parent.mkdir()
+        Path(name).symlink_to(NANO)
+    Path("union.safetensors").symlink_to(control_file)
+    given = {"pipe": from_pretrained(NANO), "house": torch.rand(1, 3, 32, 32), "edges": torch.rand(1, 3, 32, 32)}
+    given["door"] = (given["house"][:, :1] > 0.5).float()
+    for example in re.findall(r"```python\n(.*?)```", TEXT[page], flags=re.DOTALL):
+        Path("example.py").write_text(example, encoding="utf-8")
+        names = runpy.run_path("example.py", given)
+        assert names["image"].shape == (1, 3, 32, 32)
 
 
 # Words
