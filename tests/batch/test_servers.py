@@ -102,6 +102,14 @@ def test_two_wait_at_each_server_and_the_fast_one_makes_more(tmp_path, two):
     assert len(fast.ran) > 2 * len(slow.ran) > 0 and deepest == [2, 2]
 
 
+def test_a_server_that_has_nothing_left_takes_what_waits_at_another(tmp_path, two):
+    slow, fast = two
+    slow.seconds, fast.seconds = 1.5, 0.01
+    run = run_of(tmp_path, [f"a {number}" for number in range(12)], slow, fast)
+    assert run() == 0 and len(run.images()) == 12
+    assert len(slow.ran) == 1 and sorted(texts(slow) + texts(fast)) == sorted(f"a {number}" for number in range(12))
+
+
 def test_equal_rows_get_their_images_from_a_server_that_remembers(tmp_path, one):
     one.remembers = True  # an identical prompt has no outputs in its history
     run = run_of(tmp_path, [{"prompt": "a", "seed": 1}] * 4, one, options=("--name", "{row}.png"))

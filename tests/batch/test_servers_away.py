@@ -144,13 +144,9 @@ def test_pauses_grow_to_thirty_seconds():
     class Nobody:
         url = "http://nobody"
 
-    class Pool:
-        def give_back(self, jobs) -> None:
-            pass
-
     said = []
     orders = worker.Orders("me", lambda job: {}, Uploads(Path()), str, lambda info: [], said.append)
-    lost = worker.Worker(Nobody(), Pool(), orders, checked=True)
+    lost = worker.Worker(Nobody(), Pool([]), orders, checked=True)
     gone = worker.Gone("refused", refused=True)
     pauses = [lost._lost(gone) for _ in range(9)]
     assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30, 30] and len(said) == 1

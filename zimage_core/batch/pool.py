@@ -34,11 +34,28 @@ class Pool:
         self._waiting = deque(jobs)
         self._open = len(self._waiting)
         self._ended: set[tuple[int, int]] = set()
+        self._idle: set[str] = set()  # servers that have nothing, and got nothing
         self.closed = threading.Event()  # all have ended, or nobody wants them any more
 
-    def take(self) -> Job | None:
+    def take(self, server: str, busy: bool) -> Job | None:
+        """busy: whether the server has one already; then it gets none while another has nothing."""
         with self._lock:
-            return self._waiting.popleft() if self._waiting else None
+            if self._waiting and not (busy and self._idle - {server}):
+                self._idle.discard(server)
+                return self._waiting.popleft()
+            if not busy:
+                self._idle.add(server)
+            return None
+
+    def leave(self, server: str) -> None:
+        """It is away, and waits for nothing."""
+        with self._lock:
+            self._idle.discard(server)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a server has nothing to do."""
+        return bool(self._idle)
 
     def claim(self, mark: object) -> Job | None:
         """Takes the one with this mark, if it waits."""

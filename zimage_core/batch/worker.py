@@ -115,6 +115,7 @@ class Worker(threading.Thread):
             faults = self._orders.lacks(self.server.info())
             if faults:
                 self.useless = True
+                self._pool.leave(self.server.url)
                 self._give_back()
                 self._orders.say(Said(note=f"{self.server.url} is left out: {'; '.join(faults)}"))
                 return
@@ -145,7 +146,10 @@ class Worker(threading.Thread):
     def _work(self) -> bool:
         """One look at the server; whether something has come of it."""
         moved = False
-        while len(self._flights) < DEPTH and not self._pool.closed.is_set() and (job := self._pool.take()):
+        while len(self._flights) < DEPTH and not self._pool.closed.is_set():
+            job = self._pool.take(self.server.url, busy=bool(self._flights))
+            if job is None:
+                break
             self._submit(job)
             moved = True
         if not self._flights:
@@ -162,7 +166,20 @@ class Worker(threading.Thread):
             else:
                 self._fetch(ended, flight)
             moved = True
+        if self._pool.wanted and len(self._flights) > 1:
+            moved |= self._hand_on()
         return moved
+
+    def _hand_on(self) -> bool:
+        """Gives a prompt that waits here to a server that has none left: whether there was one."""
+        prompt = next((prompt for prompt, flight in self._flights.items() if not flight.running), None)
+        if prompt is None:
+            return False
+        self.server.delete([prompt])
+        if any(item.id == prompt for item in self.server.queue()) or self.server.ended(prompt) is not None:
+            return False  # it has begun meanwhile
+        self._pool.give_back([self._flights.pop(prompt).job])
+        return True
 
     def _submit(self, job: Job) -> None:
         prompt = str(uuid.uuid4())
@@ -220,6 +237,7 @@ class Worker(threading.Thread):
     def _lost(self, error: Gone) -> float:
         """Gives its prompts to the others, and says how long to wait before it is asked again."""
         self._again = True
+        self._pool.leave(self.server.url)
         self._sent.clear()
         self._failures += 1
         if self._failures >= TRIES or error.refused:
