@@ -69,6 +69,18 @@ def test_the_key_is_that_of_the_content(tmp_path, workflow, shown, one):
     assert run("--redo-changed") == 0 and len(one.ran) == 2 and len(one.uploaded) == 2
 
 
+def test_an_odd_name_stays_here(tmp_path, workflow, one):
+    Image.new("RGB", (8, 8)).save(tmp_path / 'a "b".p\n"g', "PNG")
+    run = run_with(tmp_path, workflow, [{"prompt": "a", COLUMN: 'a "b".p\n"g'}], one)
+    assert run() == 0
+    ((place, content),) = one.uploaded
+    assert (
+        place.isascii()
+        and place.replace("/", "_").isidentifier()
+        and content == (tmp_path / 'a "b".p\n"g').read_bytes()
+    )
+
+
 def test_a_server_that_was_away_gets_it_again(tmp_path, workflow, shown, one):
     run = run_with(tmp_path, workflow, [{"prompt": f"a {number}", COLUMN: shown[0]} for number in range(4)], one)
     thread = held(run, one)

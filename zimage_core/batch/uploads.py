@@ -32,7 +32,8 @@ class Uploads:
             return None
         if path not in self._places:
             image_files.size_of(path)
-            self._places[path] = place = f"{FOLDER}/{_digest(path.read_bytes())}{path.suffix.lower()}"
+            suffix = path.suffix.lower() if path.suffix[1:].isalnum() and path.suffix.isascii() else ""
+            self._places[path] = place = f"{FOLDER}/{_digest(path.read_bytes())}{suffix}"
             self._files[place] = path
         return self._places[path]
 
