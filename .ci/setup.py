@@ -16,7 +16,7 @@ import browser
 import provision
 from provision import ROOT, SOURCES, VENV, SetupError
 
-UNFINISHED = VENV / "unfinished"  # there while packages are installed: a package may be half there
+UNFINISHED = VENV / "unfinished"  # there while anything is made: it may be half there
 CONSTRAINTS = Path(__file__).with_name("constraints.txt")
 
 
@@ -53,6 +53,7 @@ def set_up(comfyui: Path | None) -> None:
     if fresh:
         print("setup: a virtual environment; PyTorch and the rest take about 6 GB and some minutes", flush=True)
         run(sys.executable, "-m", "venv", "--clear", VENV)  # without ensurepip (Debian: python3-venv) it says so
+        UNFINISHED.touch()
         run(python, "-m", "pip", "install", "--quiet", pins()["uv"], pins()["pip"])
     missing = [] if comfyui else [version for version in SOURCES if not provision.folder(version).exists()]
     if missing:

@@ -49,16 +49,23 @@ def test_a_set_up_adds_what_is_missing(commands, tmp_path, capsys):
     assert capsys.readouterr().out == told and (tmp_path / setup.provision.OLDEST).is_dir()
 
 
-def test_a_set_up_that_was_cut_short_begins_anew(commands, monkeypatch, capsys):
-    def fail(*command: str | Path) -> None:
-        raise subprocess.CalledProcessError(2, "uv")
+@pytest.mark.parametrize("done", range(5))
+def test_a_set_up_that_was_cut_short_begins_anew(commands, monkeypatch, capsys, done):
+    """After so many commands: four are a new set-up, and the next is the one with which each later set-up begins."""
+    run = setup.run
 
-    assert setup.main() == 0
+    def fail(*command: str | Path) -> None:
+        if len(commands) == done:
+            raise subprocess.CalledProcessError(2, "uv")
+        run(*command)
+
     with monkeypatch.context() as patched:
         patched.setattr(setup, "run", fail)
-        assert setup.main() == 1
+        assert [setup.main() for _ in range(1 + (done == 4))][-1] == 1
     assert "setup: error: Command 'uv' returned non-zero exit status 2" in capsys.readouterr().err
-    assert setup.main() == 0 and " -m venv --clear " in commands[4]
+    commands.clear()
+    assert setup.main() == 0
+    assert " -m venv --clear " in commands[0] and any(" torch==" in command for command in commands)
 
 
 def test_a_machine_without_apt_has_no_browser_and_all_else(commands, monkeypatch, capsys):
