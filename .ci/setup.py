@@ -10,6 +10,7 @@ import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import browser
@@ -46,12 +47,16 @@ def pins() -> dict[str, str]:
 
 
 def set_up(comfyui: Path | None) -> None:
-    """Adds what is missing; `comfyui` is the user's checkout, if any. A set-up that was cut short begins anew."""
+    """Adds what is missing; `comfyui` is the user's checkout, if any. A set-up that was cut short begins anew.
+
+    Packages that are pinned no more stay until `.venv` is deleted.
+    """
     python, uv = VENV / "bin" / "python", VENV / "bin" / "uv"
     install = [uv, "pip", "install", "--python", python]
     fresh = UNFINISHED.exists() or not uv.exists()
     if fresh:
         print("setup: a virtual environment; PyTorch and the rest take about 6 GB and some minutes", flush=True)
+        uv.unlink(missing_ok=True)  # first: while the rest is deleted, this may be cut short as well
         run(sys.executable, "-m", "venv", "--clear", VENV)  # without ensurepip (Debian: python3-venv) it says so
         UNFINISHED.touch()
         run(python, "-m", "pip", "install", "--quiet", pins()["uv"], pins()["pip"])
@@ -63,18 +68,28 @@ def set_up(comfyui: Path | None) -> None:
     # The exact versions of everything below the pins are those that ComfyUI's provisioned release was tested with.
     known = [] if comfyui else ["--constraint", CONSTRAINTS]
     needed = [*pins().values(), "--requirement", (comfyui or provision.newest()) / "requirements.txt", *known]
-    UNFINISHED.touch()
-    run(*install, *([] if fresh else ["--quiet"]), *needed)
+    if fresh or lacks(install, needed):
+        UNFINISHED.touch()
+        run(*install, *needed)
     for version in browser.FRONTENDS:
         target = browser.frontend(version).parents[1]
         if not target.exists():
+            UNFINISHED.touch()
             run(*install, "--no-deps", "--target", target, f"comfyui-frontend-package=={version}")
-    if fresh:
+    if fresh or browser.program() is None:
         try:
             browser.fetch()
         except (OSError, subprocess.CalledProcessError) as error:
             print(f"setup: no Chromium, so its tests take an installed one or are skipped: {error}", flush=True)
-    UNFINISHED.unlink()
+    UNFINISHED.unlink(missing_ok=True)
+
+
+def lacks(install: Sequence[str | Path], needed: Sequence[str | Path]) -> bool:
+    """Whether anything is to be installed. What can't be found out is an error that leaves everything as it is."""
+    found = subprocess.run([*install, "--dry-run", *needed], capture_output=True, text=True)
+    if found.returncode:
+        raise SetupError(f"uv can't tell what is to be installed: {found.stderr.strip()}")
+    return "Would make no changes" not in found.stderr
 
 
 def run(*command: str | Path) -> None:

@@ -96,9 +96,10 @@ def run(variant: Variant, folder: Path) -> int:
     """The exit status of the tests in a new environment in `folder`."""
     python = folder / "bin" / "python"
     uv = VENV / "bin" / "uv"
-    subprocess.run(
-        [uv, "venv", "--quiet", "--clear", "--no-python-downloads", "--python", variant.python, folder], check=True
-    )
+    made = [uv, "venv", "--quiet", "--clear", "--no-python-downloads", "--python", variant.python, folder]
+    if subprocess.run(made).returncode:
+        print(f"uv finds no Python {variant.python}; put one first on PATH, or get it by `uv python install`")
+        return 1
     wanted = {_name(item): item for item in _host_requirements()}
     wanted |= {name: name for name in setup.pins()} | {_name(item): item for item in variant.requirements}
     kept = [item for name, item in wanted.items() if name not in variant.empty]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch import autocast as torch_autocast
+from torch import autocast as torch_autocast  # `autocast` is ours
 
 from zimage_core.backends.matmul import multiplies
 

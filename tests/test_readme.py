@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import re
 import runpy
@@ -297,7 +298,11 @@ def test_examples_of_python_run(page, tmp_path, monkeypatch, control_file):
         size = {} if "image" in settings else {"width": 32, "height": 32}
         return generate(pipe, prompt, **{**settings, **size, "steps": 1})
 
-    monkeypatch.setattr(ZImagePipeline, "from_pretrained", lambda path, **_: from_pretrained(path))
+    def here(path, **settings):
+        inspect.signature(from_pretrained).bind(path, **settings)
+        return from_pretrained(path)
+
+    monkeypatch.setattr(ZImagePipeline, "from_pretrained", here)
     monkeypatch.setattr(ZImagePipeline, "generate", small)
     monkeypatch.chdir(tmp_path)
     for name in ("nano/snapshot", "models/Z-Image-Turbo"):

@@ -108,7 +108,7 @@ def test_comfyui_is_asked_for_no_attributes_of_modules():
 
 
 def test_what_windows_may_not_encode_is_written_as_escapes():
-    """comfy-test reads Python files as cp1252, which it takes a Windows to write."""
+    """comfy-test refuses what Windows' cp1252 does not have, in all Python files."""
     found = []
     for path in (ROOT / name for name in tracked("*.py")):
         try:
@@ -118,8 +118,8 @@ def test_what_windows_may_not_encode_is_written_as_escapes():
     assert not found, found
 
 
-def test_modules_come_from_where_the_hosts_layers_could_stand_in():
-    """comfy-test's rule for all Python files, not for the nodes alone: no torch.nn layer by its dotted name."""
+def test_no_layer_of_torch_by_its_dotted_name():
+    """comfy-test's rule, for all Python files: such a name is taken for a network that ComfyUI can't manage."""
     layers = "Linear|Conv[123]d|ConvTranspose[12]d|LayerNorm|GroupNorm|Embedding"
     rule = re.compile(rf"(?<![\w.])(torch\.)?nn\.({layers})\(|torch\.autocast\(|\.to\([\"']cuda")
     found = [

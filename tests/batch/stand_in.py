@@ -30,6 +30,7 @@ class StandIn:
         self.images = 1  # that each SaveImage gives
         self.remembers = False  # whether a prompt that it knows gives no outputs
         self.held = False  # nothing is run
+        self.status = 200  # with which it answers an image
         self.largest = 10**6  # bytes of an image that it takes
         self.before: Callable[[str], Any] = lambda path: None  # called with each request; True: no answer
         self.after: Callable[[str], Any] = lambda path: None  # called before each answer; True: it gets lost
@@ -174,8 +175,8 @@ class StandIn:
             return (200, self._files[query["filename"]]) if query["filename"] in self._files else (404, {})
         if path == "/upload/image":
             name, content = body["image"]
-            if len(content) > self.largest:
-                return 413, {}
+            if self.status != 200 or len(content) > self.largest:
+                return (413 if self.status == 200 else self.status), {}
             self.uploaded.append((f"{body['subfolder'][1].decode()}/{name}", content))
             return 200, {"name": name, "subfolder": body["subfolder"][1].decode(), "type": "input"}
         assert path == "/prompt"
@@ -183,6 +184,9 @@ class StandIn:
             fault = {"message": "Value not in list", "details": "text: 'refused' not in [...]"}
             errors = {"4": {"errors": [fault], "class_type": "ZImageTextEncode"}}
             return 400, {"error": {"message": "Prompt outputs failed validation"}, "node_errors": errors}
+        for value in (value for node in body["prompt"].values() for value in node["inputs"].values()):
+            if str(value).startswith("zimage_batch/") and value not in dict(self.uploaded):
+                return 400, {"error": {"message": "Invalid image file", "details": value}, "node_errors": {}}
         self.posted.append(body)
         self.queue(body["prompt"], {**body["extra_data"], "client_id": body["client_id"]}, body["prompt_id"])
         return 200, {"prompt_id": body["prompt_id"], "number": 1, "node_errors": {}}

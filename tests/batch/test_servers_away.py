@@ -20,7 +20,7 @@ from zimage_core.batch import worker
 from zimage_core.batch.plan import Task
 from zimage_core.batch.pool import Job, Pool
 from zimage_core.batch.rows import Row
-from zimage_core.batch.servers import Server
+from zimage_core.batch.servers import Queued, Server
 from zimage_core.batch.uploads import Uploads
 
 from ..helpers import ROOT
@@ -138,6 +138,50 @@ def test_patience_has_an_end_and_the_next_run_goes_on(tmp_path, one, capsys):
     one.held = False
     one.start()
     assert run() == 0 and len(run.images()) == 2 and len(one.posted) == 2
+
+
+def test_one_that_comes_late_and_lacks_something_gets_no_rows(tmp_path, two, capsys):
+    first, late = two
+    first.seconds = 0.1
+    late.stop()
+    late.info.pop("ZImageSampler")
+    run = run_of(tmp_path, [f"a {number}" for number in range(12)], *two)
+    thread = threading.Thread(target=run)
+    thread.start()
+    soon(lambda: first.ran)
+    late.start()
+    thread.join(30)
+    assert not thread.is_alive() and len(run.images()) == 12 and not late.posted
+    assert f"{late.url} is left out: it doesn't know ZImageSampler" in capsys.readouterr().err
+
+
+def test_what_begins_while_it_is_handed_on_stays():
+    class Server:
+        url = "http://somebody"
+        found: list[Queued] = []
+        done = None
+
+        def delete(self, prompts) -> None:
+            self.deleted = prompts
+
+        def queue(self) -> list[Queued]:
+            return self.found
+
+        def ended(self, prompt):
+            return self.done
+
+    row = Row(number=1, prompt="a")
+    running, waiting = (Job(Task(row, image, 0, 64, 64, "a.png", "key", "a"), {}) for image in (1, 2))
+    server, pool = Server(), Pool([])
+    orders = worker.Orders("me", lambda job: {}, Uploads(Path()), str, lambda info: [], print)
+    one = worker.Worker(server, pool, orders, checked=True)
+    one._flights = {"r": worker.Flight(running, running=True), "w": worker.Flight(waiting)}
+    server.found = [Queued("w", {}, True)]  # it runs now
+    assert not one._hand_on() and server.deleted == ["w"] and [*one._flights] == ["r", "w"]
+    server.found, server.done = [], "ended"
+    assert not one._hand_on() and [*one._flights] == ["r", "w"]
+    server.done = None
+    assert one._hand_on() and [*one._flights] == ["r"] and pool.take("http://other", busy=False) is waiting
 
 
 def test_pauses_grow_to_thirty_seconds():

@@ -103,6 +103,12 @@ def test_what_can_not_be_sent_is_told_of_its_row(tmp_path, workflow, shown, one,
     assert failed["row"] == 2 and failed["error"].endswith("refuses it: the server answers HTTP 413")
 
 
+def test_a_server_that_takes_no_images_loses_no_rows(tmp_path, workflow, shown, two):
+    two[1].status = 500
+    run = run_with(tmp_path, workflow, [{"prompt": f"a {number}", COLUMN: shown[0]} for number in range(8)], *two)
+    assert run() == 0 and len(two[0].ran) == 8 and not two[1].posted
+
+
 def test_an_image_that_changes_meanwhile(tmp_path, workflow, shown, one):
     run = run_with(tmp_path, workflow, [{"prompt": f"a {number}", COLUMN: shown[0]} for number in range(4)], one)
 

@@ -122,10 +122,7 @@ def test_a_wrong_backend_is_refused_with_its_error(sample, registered, caplog):
         (ValueError("head size"), "it failed with ValueError: head size"),
         (AssertionError("dtype"), "it failed with AssertionError: dtype"),
         (torch.OutOfMemoryError("tried to allocate"), "there is not enough memory for it"),
-        (
-            getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"),
-            "there is not enough memory for it",
-        ),
+        (ACCELERATOR_ERROR("CUDA error: out of memory"), "there is not enough memory for it"),
     ],
 )
 def test_failing_backend_is_refused(sample, registered, caplog, error, words):

@@ -17,6 +17,7 @@ from .graph import Nodes
 
 TIMEOUT = 60.0  # seconds: a server that loads a model answers late
 RECENT = 100  # entries at the end of its history in which prompts of an earlier run are looked for
+TAKEN_ILL = (400, 413, 415)  # statuses that say something about an image that is sent
 AWAY = (401, 403, 407, 408, 429, 502, 503, 504)  # HTTP statuses that say nothing about the prompt
 
 
@@ -171,7 +172,8 @@ class Server:
             with error:
                 if path.startswith("/view") and error.code in (400, 403, 404):
                     raise Missing(f"HTTP {error.code}") from None
-                if path in ("/prompt", "/upload/image") and error.code not in AWAY and error.code != 404:
+                refused = path == "/prompt" and error.code not in AWAY and error.code != 404
+                if refused or (path == "/upload/image" and error.code in TAKEN_ILL):
                     raise Refused(error.code, _answer(error)) from None
                 raise Gone(f"HTTP {error.code} for {path.partition('?')[0]}") from None
         except (OSError, http.client.HTTPException) as error:

@@ -97,6 +97,8 @@ class Worker(threading.Thread):
             try:
                 if self._again:
                     self.meet()
+                    if self.useless:
+                        break
                 pause = POLL[0] if self._work() else min(pause * 1.3, POLL[1])
                 self.seen = time.monotonic()
                 self._failures = 0
@@ -115,7 +117,6 @@ class Worker(threading.Thread):
             faults = self._orders.lacks(self.server.info())
             if faults:
                 self.useless = True
-                self._pool.leave(self.server.url)
                 self._give_back()
                 self._orders.say(Said(note=f"{self.server.url} is left out: {'; '.join(faults)}"))
                 return
