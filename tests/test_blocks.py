@@ -100,6 +100,7 @@ def test_equals_the_block_in_float32(model, case, small, calls, monkeypatch):
     assert torch.equal(latents, before[0]) and all(map(torch.equal, cap_feats, before[1]))
 
 
+@pytest.mark.slow
 def test_bfloat16_is_no_further_from_float32_than_the_block(monkeypatch):
     """Distances are summed over models and cases: a single one is luck."""
     ours, theirs = dict.fromkeys((0, SMALL), 0.0), 0.0

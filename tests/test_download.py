@@ -290,6 +290,7 @@ def test_offline(hub, folder, monkeypatch):
     assert hub.asked == []
 
 
+@pytest.mark.slow
 def test_a_server_that_stops_answering(hub, folder, tmp_path, monkeypatch):
     """The library waits six times for as long as it is told, in whole seconds, and a second between."""
     impatient = "from huggingface_hub import constants, file_download; constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.3"

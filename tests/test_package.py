@@ -31,6 +31,7 @@ def test_package_holds_the_core_and_nothing_else(wheel: Path, root: Path):
     assert names == {path.relative_to(root).as_posix() for path in root.glob("zimage_core/**/*.py")}
 
 
+@pytest.mark.slow
 def test_package_works_without_the_checkout(wheel: Path, tmp_path: Path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (

@@ -155,6 +155,7 @@ def test_no_row_is_computed_twice_but_for_the_edges_of_bands(vae):
         assert plain[name] <= rows[name] <= plain[name] + edge * (128 // 32)
 
 
+@pytest.mark.slow
 def test_memory_is_little_more_than_the_widest_map():
     """The published shape of the maps at an eighth of the channels, at a size where maps outweigh the rest.
 

@@ -158,6 +158,7 @@ def lora_files(host: Server) -> list[str]:
     return [f"{name}.safetensors" for name in files]
 
 
+@pytest.mark.slow
 def test_stock_and_own_lora_loader_with_three_dialects(client, lora_files):
     without = latents(client, latent_prompt())
     results = []

@@ -93,6 +93,7 @@ def sample(pack, parts):
     return run
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "given",
     [
@@ -265,6 +266,7 @@ def test_with_lora_and_half_of_it_elsewhere(pack, parts, steer, sample, comfy):
     assert torch.equal(sample(steered), whole)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dialect", ["alone", "marked", "old"])
 def test_fp8_files(pack, file, steer, sample, tmp_path, dialect):
     """Stored in 8 bits, with and without scales; what they mean is what steers."""

@@ -42,6 +42,7 @@ def stored(component: str, form: str, folder):
     return path
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("form", FORMATS)
 def test_transformers_of_every_format(pack, comfy, inputs, tmp_path, form):
     path = stored("transformer", form, tmp_path)
@@ -56,6 +57,7 @@ def test_transformers_of_every_format(pack, comfy, inputs, tmp_path, form):
     assert relative(sample(pack, native, text), sample(pack, ours, text)) <= (0.05 if form == "gguf" else 1e-3)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("form", FORMATS)
 def test_text_encoders_of_every_format(pack, tmp_path, form):
     path = stored("text_encoder", form, tmp_path)

@@ -135,7 +135,7 @@ def test_a_chosen_precision_expands_the_weights(pack, path):
     assert relative(predict(loaded(patcher)), predict(loaded(reference(pack, path)))) <= 1e-6
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("share", [None, 0.3, pytest.param(0.7, marks=pytest.mark.slow)])
 def test_lora_is_exact_whole_or_partly_loaded_and_can_be_taken_off(pack, path, form, lora_file, share):
     patcher = pack.bridge.model.load_model(path)

@@ -127,7 +127,7 @@ def sampled(model, positive, negative=None, batch: int = 1, steps: int = 2):
     return out["samples"]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
 @pytest.mark.parametrize("sees", [False, True], ids=["", "clip vision"])
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
@@ -194,7 +194,7 @@ def with_latents(clip, given, text: str = TEXT):
 GIVEN = {"one": ((16, 12),), "smaller": ((8, 4),), "four": ((8, 12), (16, 12), (10, 6), (2, 2))}
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("kind", ["omni", "plain"])
 @pytest.mark.parametrize("batch", [1, 2])

@@ -35,18 +35,18 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, request):
-    """size of a team -> case -> what it makes; 1 is one process on its own. All shapes where 6 are asked for."""
+    """size of a team -> case -> what it makes; 1 is one process on its own. All shapes where 3 or 6 are asked for."""
     folder = tmp_path_factory.mktemp("teams")
-    whole = any(item.name.endswith("[6]") for item in request.session.items)
+    whole = any(item.name.endswith(("[3]", "[6]")) for item in request.session.items)
     shapes = "all" if whole else "odd,mixed captions"
-    sizes = ["2", "3", "6"] if whole else ["2", "3"]
+    sizes = ["2", "3", "6"] if whole else ["2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     script = [sys.executable, str(Path(__file__).with_name("team.py")), str(folder), shapes, *sizes]
     subprocess.run(script, env=environment, check=True, timeout=600)
     return {int(size): load_file(folder / f"{size}.safetensors") for size in ("1", *sizes)}
 
 
-@pytest.mark.parametrize("size", [2, 3, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 6))])
 def test_processes_together_make_what_one_makes(made, size):
     """Sequences that they divide and that they don't, captions of all lengths, guidance, control, LoRA, references."""
     assert len(made[1]) == (27 if 6 in made else 15) and made[size].keys() == made[1].keys()
