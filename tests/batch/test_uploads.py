@@ -104,7 +104,7 @@ def test_what_can_not_be_sent_is_told_of_its_row(tmp_path, workflow, shown, one,
 
 
 def test_a_server_that_takes_no_images_loses_no_rows(tmp_path, workflow, shown, two):
-    two[1].status = 500
+    two[0].seconds, two[1].status = 0.3, 500
     run = run_with(tmp_path, workflow, [{"prompt": f"a {number}", COLUMN: shown[0]} for number in range(8)], *two)
     assert run() == 0 and len(two[0].ran) == 8 and not two[1].posted
 

@@ -188,10 +188,7 @@ class Worker(threading.Thread):
         extra = {"client_id": self._orders.client, MARK: job.mark}
         nodes = self._orders.nodes(job)
         try:
-            for place in self._orders.uploads.of(nodes):
-                if place not in self._sent:
-                    self.server.upload(place, self._content(place))
-                    self._sent.add(place)
+            self._send_images(nodes, prompt)
             taken = self.server.submit(nodes, prompt, extra)
         except Unreadable as error:
             self._end(prompt, error=str(error))
@@ -199,6 +196,19 @@ class Worker(threading.Thread):
             self._end(prompt, error=f"{self.server.url} refuses it: {error.words(self._orders.title)}")
         else:
             self._flights[taken] = self._flights.pop(prompt)
+
+    def _send_images(self, nodes: Nodes, prompt: str) -> None:
+        """Those it lacks. Raises Unreadable, Refused, and Gone, with the prompt given back: it is not queued."""
+        for place in self._orders.uploads.of(nodes):
+            if place in self._sent:
+                continue
+            content = self._content(place)
+            try:
+                self.server.upload(place, content)
+            except Gone:
+                self._pool.give_back([self._flights.pop(prompt).job])
+                raise
+            self._sent.add(place)
 
     def _content(self, place: str) -> bytes:
         try:
