@@ -99,7 +99,8 @@ def test_two_wait_at_each_server_and_the_fast_one_makes_more(tmp_path, two):
     run = run_of(tmp_path, [f"a {number}" for number in range(20)], slow, fast)
     assert run() == 0 and len(run.images()) == 20
     assert sorted(texts(slow) + texts(fast)) == sorted(f"a {number}" for number in range(20))
-    assert len(fast.ran) > 2 * len(slow.ran) > 0 and deepest == [2, 2]
+    assert len(fast.ran) > 2 * len(slow.ran) > 0
+    assert deepest[0] == max(deepest) == 2  # the fast one may be done with two before anybody looks
 
 
 def test_a_server_that_has_nothing_left_takes_what_waits_at_another(tmp_path, two):
