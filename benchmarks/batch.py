@@ -169,4 +169,7 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--plain", type=int, metavar="CORE", help="tell the rate of the plain loop alone, once")
     parser.add_argument("--toy", action="store_true", help="tiny and not written down: does the script work?")
-    main(parser.parse_args())
+    arguments = parser.parse_args()
+    if arguments.images % CHUNK:  # answers come a chunk at a time, and what is measured lies between two
+        parser.error(f"--images is {arguments.images}, expected a multiple of {CHUNK}")
+    main(arguments)
