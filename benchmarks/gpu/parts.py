@@ -1,15 +1,20 @@
-"""The autoencoder and the text encoder beside their peers."""
+"""The autoencoder and the text encoder beside their peers, and passes over a block's tokens in one kernel or two."""
 
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+
+from zimage_core.backends import fused
 
 from .. import memory, text, timing, vae
 from .report import Report
 
 SIZES = (1024, 2048)
+TOKENS = 4160  # of an image of 1024² and a prompt of 40
 
 
 def run(report: Report, device: torch.device, toy: bool) -> None:
@@ -17,6 +22,8 @@ def run(report: Report, device: torch.device, toy: bool) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     _encoder(report, device, toy)
+    if device.type == "cuda":
+        _passes(report, device)
 
 
 def _autoencoder(report: Report, device: torch.device, toy: bool) -> None:
@@ -43,3 +50,36 @@ def _encoder(report: Report, device: torch.device, toy: bool) -> None:
         for name, times in timing.alternating(calls, 1 if toy else 10, device).items():
             taken = f"{1000 * statistics.median(times):.1f}"
             report.row("text encoder", f"{length} tokens", name, taken, f"{peaks[name] / 1e6:,.0f}")
+
+
+def _passes(report: Report, device: torch.device) -> None:
+    """Triton's kernels beside torch's own functions."""
+    title = "passes over the tokens of a block, 1024²"
+    report.table(title, ["pass", "dtype", ">ms in one kernel", ">ms by torch", ">difference"])
+    for dtype in (torch.bfloat16, torch.float16):
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        x, h = torch.randn(2, 1, TOKENS, 3840, **place)
+        gain, gate = torch.randn(3840, **place), torch.randn(1, 1, 3840, **place)
+        a, b, own = torch.randn(3, 1, TOKENS, 10240, **place)
+        own.copy_(a)
+        passes: dict[str, timing.Calls] = {
+            "silu(a) * b": {
+                "ours": lambda a=own, b=b: fused.gated_(a, b),
+                "torch": lambda a=a, b=b: F.silu(a, inplace=True).mul_(b),
+            },
+            "x + gate * norm(h)": {
+                "ours": lambda x=x, h=h, gain=gain, gate=gate: fused.add_normed(x, h, gain, gate, 1e-5),
+                "torch": lambda x=x, h=h, gain=gain, gate=gate: torch.addcmul(
+                    x, gate, F.rms_norm(h, h.shape[-1:], gain, 1e-5)
+                ),
+            },
+        }
+        for name, calls in passes.items():
+            found = {of: call() for of, call in calls.items()}  # which overwrites `a`: each time it is another one
+            if found["ours"] is None:
+                report.remark(f"{name}: Triton does not run here")
+                continue
+            off = ((found["ours"] - found["torch"]).float().norm() / found["torch"].float().norm()).item()
+            times = timing.alternating(calls, 20, device)
+            cells = [f"{1000 * statistics.median(times[of]):.3f}" for of in ("ours", "torch")]
+            report.row(title, name, str(dtype).removeprefix("torch."), *cells, f"{off:.1e}")

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.rope import rotate
+from . import fused
 from .operations import Gain, Modulation, Operations, modulated
 
 # Values, attention and the two matmuls of the MLP are kept at a sixteenth (up to a million fits), what these two gate
@@ -59,6 +60,9 @@ class HalfOperations(Operations):
 
     def add_normed(self, x: Tensor, h: Tensor, norm: Any, gate: Any, shrink: float) -> Tensor:
         """x + gate * norm(h / shrink), in x's dtype."""
+        found = fused.add_normed(x, h, self.gain(norm, h), gate, norm.eps * shrink**2) if fused.may_run(x, h) else None
+        if found is not None:
+            return found
         if x.dtype == torch.float16:
             h = self._normed(norm, h, shrink)
             return x + h if gate is None else torch.addcmul(x, gate, h)
@@ -73,6 +77,8 @@ class HalfOperations(Operations):
 
 def gated(a: Tensor, b: Tensor) -> Tensor:
     """silu(a / SHRINK) * b / SHRINK, smaller by SHRINK squared, for a and b that are smaller by SHRINK."""
+    if (found := fused.gated_(a, b, 1 / SHRINK)) is not None:
+        return found
     # This is a * sigmoid(a / SHRINK) in one pass, and a / SHRINK can't overflow in it.
     silu: Tensor = torch.ops.aten.softplus_backward(a, a, 1 / SHRINK, SIGMOID_IS_ONE)
     return silu.mul_(b)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.rope import rotate
+from . import fused
 
 # (an RMSNorm, a tensor on the device and in the dtype that it computes in) -> its weight there, [D], in any dtype
 Gain = Callable[[Any, Tensor], Tensor]
@@ -141,8 +142,15 @@ class LeanOperations(Operations):
         return F.rms_norm(x, x.shape[-1:], (self.gain(norm, x) * scale.flatten()).to(x.dtype), norm.eps)
 
     def gated(self, a: Any, b: Any) -> Any:
+        if torch.is_grad_enabled():
+            return super().gated(a, b)
         # in place: these are the largest tensors of a step
-        return super().gated(a, b) if torch.is_grad_enabled() else F.silu(a, inplace=True).mul_(b)
+        found = fused.gated_(a, b)
+        return F.silu(a, inplace=True).mul_(b) if found is None else found
+
+    def add_normed(self, x: Tensor, h: Any, norm: Any, gate: Any, shrink: float) -> Tensor:
+        found = fused.add_normed(x, h, self.gain(norm, h), gate, norm.eps * shrink**2) if fused.may_run(x, h) else None
+        return super().add_normed(x, h, norm, gate, shrink) if found is None else found
 
 
 def modulated(block: Any, time: Tensor) -> Tensor:
