@@ -34,7 +34,7 @@ class HostError(RuntimeError):
 
 
 class PromptRejected(ValueError):
-    """HTTP 400: the prompt did not pass the host's checks. `answer` is the body, `node_errors` its part by node id."""
+    """HTTP 400: the prompt did not pass ComfyUI's checks. `answer` is the body, `node_errors` its part by node id."""
 
     def __init__(self, answer: dict[str, Any]):
         self.answer = answer
@@ -48,7 +48,7 @@ class PromptRejected(ValueError):
 
 
 class ExecutionFailed(RuntimeError):
-    """A node raised, or the run was interrupted. `entry` is the history entry, `details` the host's last message."""
+    """A node raised, or the run was interrupted. `entry` is the history entry, `details` ComfyUI's last message."""
 
     def __init__(self, entry: dict[str, Any]):
         self.entry = entry
@@ -323,7 +323,7 @@ class Client:
     # the rest
 
     def object_info(self, node: str | None = None) -> dict[str, Any]:
-        """What the host says about all nodes, or about one; a node it does not know gives {}."""
+        """What ComfyUI says about all nodes, or about one; a node it does not know gives {}."""
         return self.get(f"/object_info/{node}" if node else "/object_info")
 
     def get(self, path: str) -> Any:

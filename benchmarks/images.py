@@ -56,7 +56,7 @@ QUEUE += [("new seed", 0, 2), ("new prompt", 1, 3), ("new seed", 1, 4), ("new pr
 
 
 def write_models(folder: Path, layers: int, encoder_layers: int) -> None:
-    """Transformer, text encoder and autoencoder, each in one file where the host looks for it."""
+    """Transformer, text encoder and autoencoder, each in one file where ComfyUI looks for it."""
     config = models.geometry(layers)
     vae = AutoencoderKL(VAEConfig.from_dict(PUBLISHED, "here"), device="meta")
     files = {
@@ -109,7 +109,7 @@ def _ours(prompt: dict[str, Any], text: str, seed: int, size: int) -> dict[str, 
 
 
 def native(text: str, seed: int, size: int) -> dict[str, Any]:
-    """The same with the host's own nodes."""
+    """The same with ComfyUI's own nodes."""
     sampling: dict[str, Any] = {"seed": seed, "steps": STEPS, "cfg": 1.0, "denoise": 1.0}
     sampling |= {"sampler_name": "euler", "scheduler": "simple", "latent_image": ["latent", 0]}
     sampling |= {name: [name, 0] for name in ("model", "positive", "negative")}
@@ -223,7 +223,7 @@ def side_by_side(makers: dict[str, Any], folder: Path, size: int, words: int, a:
     for row in times["ours"]:
         each = {name: times[name][row] for name in makers}
         cells = [f"{statistics.median(seconds):.3g}" for seconds in each.values()]
-        compares = "native" in each and min(each["native"]) > 0  # the host keeps the last prompt's output as well
+        compares = "native" in each and min(each["native"]) > 0  # ComfyUI keeps the last prompt's output as well
         rows.append([row, *cells, timing.ratio(each, "ours", "native") if compares else ""])
     rows.append(["peak memory, MB", *(f"{peak / 1e6:,.0f}" for peak in most.values()), ""])
     return timing.table(["", *(f">{name}" for name in makers), ">ours / native (range)"], rows)

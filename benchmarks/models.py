@@ -1,4 +1,4 @@
-"""The transformer three times on the same random weights: ours, diffusers' and the host's own.
+"""The transformer three times on the same random weights: ours, diffusers' and ComfyUI's own.
 
 Nothing is copied: the weights of the others are views of ours, so that all fit into memory at once.
 """
@@ -20,7 +20,7 @@ from zimage_core.model.transformer import ZImageTransformer
 from zimage_core.weights.specs import PUBLISHED_TRANSFORMER
 
 ROOT = Path(__file__).resolve().parents[1]
-TOY = {"dim": 1536, "n_heads": 12, "cap_feat_dim": 64}  # the narrowest that the host's own model can have
+TOY = {"dim": 1536, "n_heads": 12, "cap_feat_dim": 64}  # the narrowest that ComfyUI's own model can have
 FULL = {"dim": 3840, "n_heads": 30, "cap_feat_dim": 2560}
 
 
@@ -75,7 +75,7 @@ def diffusers(ours: ZImageTransformer) -> nn.Module:
 
 
 def native(ours: ZImageTransformer) -> nn.Module:
-    """The host's NextDiT on these weights."""
+    """ComfyUI's NextDiT on these weights."""
     pack(cpu=ours.x_embedder.weight.device.type == "cpu")
     config = ours.config
     numbers = {
@@ -107,7 +107,7 @@ def native(ours: ZImageTransformer) -> nn.Module:
 
 
 def of_nodes(ours: ZImageTransformer, compiled: bool = False) -> nn.Module:
-    """The network of our MODEL in the host, on these weights."""
+    """The network of our MODEL in ComfyUI, on these weights."""
     bridge = pack(cpu=ours.x_embedder.weight.device.type == "cpu").bridge
     dtype = ours.x_embedder.weight.dtype
     operations = importlib.import_module("comfy.ops").disable_weight_init

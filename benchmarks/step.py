@@ -1,4 +1,4 @@
-"""One step of the transformer: ours, diffusers' and the host's own, on the same weights, alternating in one process.
+"""One step of the transformer: ours, diffusers' and ComfyUI's own, on the same weights, alternating in one process.
 
     python -m benchmarks.step                  # 4 main layers, the sizes of a CPU; `benchmarks.gpu` has those of a GPU
 
@@ -83,7 +83,7 @@ def calls(built: dict[str, Any], given: Inputs) -> dict[str, Callable[[], Tensor
 
 
 def _step_in_host(model: Any, given: Inputs) -> Callable[[], Tensor]:
-    def step() -> Tensor:  # prompts of different lengths don't go into one batch of the host's
+    def step() -> Tensor:  # prompts of different lengths don't go into one batch of ComfyUI's
         runs = zip(given.latents.split(1), given.t.split(1), given.cap_feats, strict=True)
         calls = ((x, 1 - t, cap[None]) for x, t, cap in runs)
         return -torch.cat([model(*call, num_tokens=call[2].shape[1], transformer_options={}) for call in calls])

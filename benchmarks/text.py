@@ -1,8 +1,8 @@
-"""The text encoder: ours, transformers' as diffusers calls it, and the host's, on the same random bfloat16 weights.
+"""The text encoder: ours, transformers' as diffusers calls it, and ComfyUI's, on the same random bfloat16 weights.
 
     python -m benchmarks.text    # 6 of the 36 layers at their real width; `benchmarks.gpu` has all of them on a GPU
 
-diffusers pads every prompt to 512 tokens and computes in bfloat16; the host computes in float32. Ours does what it is
+diffusers pads every prompt to 512 tokens and computes in bfloat16; ComfyUI computes in float32. Ours does what it is
 asked for: both are measured.
 """
 
@@ -86,7 +86,7 @@ def native(ours: TextEncoder) -> nn.Module:
 
 def others(ours: TextEncoder, toy: bool) -> dict[str, nn.Module]:
     found = {"diffusers": transformers(ours)}
-    return found if toy else {**found, "native": native(ours)}  # the host's has one width
+    return found if toy else {**found, "native": native(ours)}  # ComfyUI's has one width
 
 
 def calls(ours: TextEncoder, others: dict[str, nn.Module], ids: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -103,9 +103,9 @@ def calls(ours: TextEncoder, others: dict[str, nn.Module], ids: Tensor) -> dict[
         "core, fp32": lambda: ours(ids, dtype=torch.float32),
     }
     if "native" in others:
-        hosts = others["native"]
+        native = others["native"]
         settings = {"intermediate_output": -2, "final_layer_norm_intermediate": False, "dtype": torch.float32}
-        found["native, fp32"] = lambda: hosts(ids, **settings)[1]
+        found["native, fp32"] = lambda: native(ids, **settings)[1]
     return found
 
 

@@ -1,4 +1,4 @@
-"""The autoencoder: ours, as a whole and in bands, diffusers' and the host's, on the same random weights.
+"""The autoencoder: ours, as a whole and in bands, diffusers' and ComfyUI's, on the same random weights.
 
     python -m benchmarks.vae                              # 512² and 1024²
     python -m benchmarks.vae --size 2048 --decode-only --repeats 1 --without diffusers --without native
@@ -49,7 +49,7 @@ def diffusers(ours: AutoencoderKL) -> nn.Module:
 
 
 def native(ours: AutoencoderKL) -> nn.Module:
-    """The host's own module on these weights, as its VAE loader makes it."""
+    """ComfyUI's own module on these weights, as its VAE loader makes it."""
     models.pack(cpu=next(ours.parameters()).device.type == "cpu")
     channels = ours.config.block_out_channels
     numbers = {"double_z": True, "z_channels": 16, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": channels[0]}
@@ -75,9 +75,9 @@ def calls(vae: AutoencoderKL, raw: Tensor, image: Tensor) -> dict[str, dict[str,
     """Direction -> implementation -> call."""
     decode = {"core": lambda: vae.decode(raw), "core in bands": lambda: vae_bands.decode(vae, raw)}
     encode = {"core": lambda: vae.encode(image), "core in bands": lambda: vae_bands.encode(vae, image)}
-    theirs, hosts = diffusers(vae), native(vae)
-    decode |= {"diffusers": lambda: theirs.decode(raw).sample, "native": lambda: hosts.decode(raw)}
-    encode |= {"diffusers": lambda: theirs.encode(image).latent_dist.mode(), "native": lambda: hosts.encode(image)}
+    theirs, stock = diffusers(vae), native(vae)
+    decode |= {"diffusers": lambda: theirs.decode(raw).sample, "native": lambda: stock.decode(raw)}
+    encode |= {"diffusers": lambda: theirs.encode(image).latent_dist.mode(), "native": lambda: stock.encode(image)}
     return {"decode": decode, "encode": encode}
 
 

@@ -102,7 +102,7 @@ class Learner(nn.Module):
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention by two matrix products: on a CPU its backward pass beats the fused kernel's by far at this size."""
+    """Attention by two matmuls: on a CPU its backward pass beats the fused kernel's by far at this size."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))

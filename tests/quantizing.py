@@ -44,7 +44,7 @@ def quantize(plain: dict[str, Tensor], dialect: str, dtype: torch.dtype) -> tupl
     return stored, meant
 
 
-# Block formats by the host's own package: it quantizes, and its dequantization is the reference
+# Block formats by ComfyUI's own package: it quantizes, and its dequantization is the reference
 
 BLOCKS = {
     "mxfp8": ("TensorCoreMXFP8Layout", {}, {}),

@@ -60,7 +60,7 @@ def large(family: str, out: int, width: int) -> dict[str, Tensor]:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_large_weight_is_changed_in_its_place(family, dtype):
-    """With less memory than the host reserves (numbers times 4 bytes), and without a copy over the bus or a wait."""
+    """With less memory than ComfyUI reserves (numbers times 4 bytes), and without a copy over the bus or a wait."""
     out, width = 10240, 3840
     with FakeTensorMode():
         kind = family.replace("DoRA by rows", "LoRA").replace("DoRA by columns", "LoRA")

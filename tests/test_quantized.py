@@ -83,13 +83,13 @@ def refusal(path: Path) -> str:
     return str(error.value)
 
 
-# Block formats, against the host's own package
+# Block formats, against ComfyUI's own package
 
 
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("where", ["marked", "header", "nested"])
 @pytest.mark.parametrize("name", list(BLOCKS))
-def test_block_formats_mean_what_the_host_says(tmp_path, plain, name, where):
+def test_block_formats_mean_what_comfyui_says(tmp_path, plain, name, where):
     stored, meant, markers = block_quantize(plain, name)
     metadata = dict(CONFIG)
     if where == "header":

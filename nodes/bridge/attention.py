@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import comfy.ldm.modules.attention as host_attention
+import comfy.ldm.modules.attention as comfy_attention
 import comfy.model_management as mm
 import comfy.patcher_extension
 import torch
@@ -100,7 +100,7 @@ def ran(options: dict[str, Any]) -> str:
     if isinstance(override, Choice):
         return f"attention {override.ran!r}"
     if override is None:
-        return f"attention {_name(host_attention.optimized_attention)!r}"
+        return f"attention {_name(comfy_attention.optimized_attention)!r}"
     name = getattr(override, "__qualname__", type(override).__qualname__)
     return f"the attention of another node ({getattr(override, '__module__', '')}.{name}), which has to stay"
 
@@ -227,12 +227,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, name: str) -> Tensor:
 def _plain(device: torch.device) -> Backend:
     asked = flags.use_split_cross_attention or flags.use_quad_cross_attention
     if mm.is_device_cpu(device) and not asked:
-        return host_attention.get_attention_function(PYTORCH)
-    return host_attention.optimized_attention
+        return comfy_attention.get_attention_function(PYTORCH)
+    return comfy_attention.optimized_attention
 
 
 def _name(backend: Backend) -> str:
-    registered = host_attention.REGISTERED_ATTENTION_FUNCTIONS.items()
+    registered = comfy_attention.REGISTERED_ATTENTION_FUNCTIONS.items()
     return next((name for name, function in registered if function is backend), backend.__name__)
 
 
@@ -246,7 +246,7 @@ def _tried(device: torch.device) -> tuple[str, ...]:
 
 
 def _backends() -> dict[str, Backend]:
-    registered = host_attention.REGISTERED_ATTENTION_FUNCTIONS
+    registered = comfy_attention.REGISTERED_ATTENTION_FUNCTIONS
     found: dict[str, Backend] = {PYTORCH: registered[PYTORCH]}
     if mm.is_device_cuda(mm.get_torch_device()):
         found |= _TORCH_BACKENDS

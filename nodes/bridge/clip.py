@@ -44,7 +44,7 @@ PAD = 151643  # <|endoftext|> among these
 _reading = threading.RLock()  # ComfyUI may run nodes in several threads
 
 
-class HostTextModel(nn.Module):
+class ZImageTextModel(nn.Module):
     """The calls that `comfy.sd.CLIP` makes of a text model. Computes in float32, whatever the weights are stored in."""
 
     execution_device: torch.device | None
@@ -183,7 +183,7 @@ class HostTextModel(nn.Module):
         return 4 * (activations + config.hidden_size * config.intermediate_size)
 
 
-class HostTokenizer(sd1_clip.SD1Tokenizer):
+class ZImageTokenizer(sd1_clip.SD1Tokenizer):
     """ComfyUI's own tokenizer around ours, so that embeddings and escaped brackets are read as natively."""
 
     def __init__(self, tokenizer: Tokenizer, width: int = 2560, embedding_directory: list[str] | None = None):
@@ -249,7 +249,7 @@ def load_clip(
         left = _map_weights(encoder, component, dtype, packed)
         identity = {"config": repr(config), "weights": str(dtype), "quantized": packed, "files": files}
         read = functools.partial(_read_weights, encoder, component, dtype, left, files) if left else None
-        model = HostTextModel(encoder.eval(), dtype, identity, read, tokenizer.pad_id)
+        model = ZImageTextModel(encoder.eval(), dtype, identity, read, tokenizer.pad_id)
         clip = _clip_of(model, tokenizer, dtype, component, disable_dynamic)
     if packed:
         quantized_patcher.keep_packed(clip.patcher)
@@ -260,12 +260,12 @@ def load_clip(
 
 
 def _clip_of(
-    model: HostTextModel, tokenizer: Tokenizer, dtype: torch.dtype, component: Component, disable_dynamic: bool
+    model: ZImageTextModel, tokenizer: Tokenizer, dtype: torch.dtype, component: Component, disable_dynamic: bool
 ) -> comfy.sd.CLIP:
     """ComfyUI's CLIP around it, for which no weight is read."""
 
-    def make_tokenizer(embedding_directory: Any = None, **_unused: Any) -> HostTokenizer:
-        return HostTokenizer(tokenizer, component.config.hidden_size, embedding_directory)
+    def make_tokenizer(embedding_directory: Any = None, **_unused: Any) -> ZImageTokenizer:
+        return ZImageTokenizer(tokenizer, component.config.hidden_size, embedding_directory)
 
     with model.names_suffice():
         clip = comfy.sd.CLIP(
@@ -327,10 +327,10 @@ def encode(clip: comfy.sd.CLIP, text: str, cached: bool = True) -> list[Any]:
     are float32's.
     """
     tokens = clip.tokenize(text)
-    if isinstance(clip.tokenizer, HostTokenizer) and (unknown := clip.tokenizer.zimage.unknown(text)):
+    if isinstance(clip.tokenizer, ZImageTokenizer) and (unknown := clip.tokenizer.zimage.unknown(text)):
         shown = ", ".join(unknown[:8])
         notices.warn(f"This small model doesn't know: {shown}. It draws simple shapes only; its note lists its words.")
-    key = prompts.key(clip, tokens) if cached and isinstance(clip.cond_stage_model, HostTextModel) else None
+    key = prompts.key(clip, tokens) if cached and isinstance(clip.cond_stage_model, ZImageTextModel) else None
     known = None if key is None else prompts.cache().get(key)
     if known is not None:
         logger.debug("Prompt known, text encoder not used: %.60r", text)

@@ -32,18 +32,18 @@ def map_file() -> MapFile | None:
     if comfy.utils.DISABLE_MMAP:
         return None
     paged = getattr(paging, "aimdo_enabled", False) and hasattr(comfy.utils, "load_safetensors")
-    return _by_the_host if paged else map_safetensors
+    return _by_comfyui if paged else map_safetensors
 
 
-def _by_the_host(path: Path) -> Mapped:
+def _by_comfyui(path: Path) -> Mapped:
     try:
-        return _HostFile(comfy.utils.load_safetensors(str(path))[0])
+        return _ComfyFile(comfy.utils.load_safetensors(str(path))[0])
     except Exception as error:  # a dtype that ComfyUI doesn't map, or a library that fails: it would only be faster
         logger.info("%s is mapped without ComfyUI (%s: %s).", path, type(error).__name__, error)
         return map_safetensors(path)
 
 
-class _HostFile:
+class _ComfyFile:
     def __init__(self, tensors: dict[str, Tensor]):
         self.tensors = tensors
 

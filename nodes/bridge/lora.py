@@ -31,7 +31,7 @@ ATTACHMENT = "zimage_loras"  # the LoRAs that a patcher carries, for the report 
 Entry = tuple[str, tuple[str, ...], tuple[Tensor, ...], float | None, float, int | None, int]
 
 
-class HostAdapter(comfy.weight_adapter.WeightAdapterBase):
+class ZImageAdapter(comfy.weight_adapter.WeightAdapterBase):
     """All our adapters of one weight behind the call that ComfyUI makes of its own.
 
     Together, because each changes the weight as it was without the others: two LoRA agree in either order. `weights` is
@@ -46,10 +46,10 @@ class HostAdapter(comfy.weight_adapter.WeightAdapterBase):
         self.weights: Any = weights
         self.near: dict[torch.device, Any] = {}  # `weights` on the one device where they stay while a model is loaded
 
-    def plus(self, target: lora_files.Target, adapter: formulas.Adapter, strength: float) -> HostAdapter:
+    def plus(self, target: lora_files.Target, adapter: formulas.Adapter, strength: float) -> ZImageAdapter:
         names, parts = tuple(adapter.tensors), tuple(adapter.tensors.values())
         entry: Entry = (adapter.family, names, parts, adapter.alpha, strength, target.part, target.parts)
-        return HostAdapter(set(), (*self.weights, entry))
+        return ZImageAdapter(set(), (*self.weights, entry))
 
     def calculate_weight(
         self,
@@ -115,14 +115,14 @@ def _leave(patcher: ModelPatcher, *_detach: Any) -> None:
         adapter.near = {}
 
 
-def _unmerged(patcher: ModelPatcher) -> list[HostAdapter]:
+def _unmerged(patcher: ModelPatcher) -> list[ZImageAdapter]:
     return [adapter for key, adapter in _adapters(patcher).items() if key not in patcher.backup]
 
 
-def _adapters(patcher: ModelPatcher) -> dict[str, HostAdapter]:
+def _adapters(patcher: ModelPatcher) -> dict[str, ZImageAdapter]:
     """Our adapters by the keys of their weights."""
     found = ((key, patch[1]) for key, patches in patcher.patches.items() for patch in patches)
-    return {key: adapter for key, adapter in found if isinstance(adapter, HostAdapter)}
+    return {key: adapter for key, adapter in found if isinstance(adapter, ZImageAdapter)}
 
 
 def add_lora(
@@ -170,7 +170,7 @@ def _weights(patcher: ModelPatcher, prefix: str) -> dict[str, Tensor]:
 def _patch(patcher: ModelPatcher, opened: lora_files.Lora, component: str, strength: float) -> None:
     if not strength:
         return  # a patch of strength 0 would still cost its time on every load
-    patches: dict[str, HostAdapter] = {}
+    patches: dict[str, ZImageAdapter] = {}
     for target, adapter in opened.of(component).items():
         key = PREFIXES[component] + target.name
         if key not in patches:
@@ -206,13 +206,13 @@ def _parts(patch: Any) -> Iterator[Any]:
         yield patch
 
 
-def _taken(patcher: ModelPatcher, key: str) -> HostAdapter:
+def _taken(patcher: ModelPatcher, key: str) -> ZImageAdapter:
     """What we have put on a weight before, which is taken off the patcher to be put on again with more."""
     patches = patcher.patches.get(key, [])
-    ours = [patch[1] for patch in patches if isinstance(patch[1], HostAdapter)]
+    ours = [patch[1] for patch in patches if isinstance(patch[1], ZImageAdapter)]
     if ours:
-        patcher.patches[key] = [patch for patch in patches if not isinstance(patch[1], HostAdapter)]
-    return ours[0] if ours else HostAdapter(set(), ())
+        patcher.patches[key] = [patch for patch in patches if not isinstance(patch[1], ZImageAdapter)]
+    return ours[0] if ours else ZImageAdapter(set(), ())
 
 
 def _waiting(opened: lora_files.Lora) -> list[str]:

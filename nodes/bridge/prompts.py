@@ -94,7 +94,7 @@ def _patches(patcher: ModelPatcher) -> list[Any] | None:
     found = []
     for name, patches in sorted(patcher.patches.items()):
         for strength, adapter, *others in patches:
-            if type(adapter) is not lora.HostAdapter or (strength, *others) != (1.0, 1.0, None, None):
+            if type(adapter) is not lora.ZImageAdapter or (strength, *others) != (1.0, 1.0, None, None):
                 return None
             found.append((name, adapter.digest))
     return found

@@ -45,13 +45,13 @@ def cast_weights(layer: Any, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         comfy.ops.uncast_bias_weight(layer, weight, bias, lent)
 
 
-class HostAutoencoder(AutoencoderKL):
+class ZImageAutoencoder(AutoencoderKL):
     """The autoencoder behind the calls that ComfyUI's VAE makes of it."""
 
     low_memory = "auto"  # one of LOW_MEMORY, for the calls that are made of this object
 
     # set by the VAE
-    host_memory: dict[str, Memory]  # for "decode" by latents, for "encode" by images
+    comfyui_memory: dict[str, Memory]  # for "decode" by latents, for "encode" by images
     patcher: Callable[[], comfy.model_patcher.ModelPatcher | None] = staticmethod(lambda: None)  # that loads it
 
     def decode(self, raw_latents: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class HostAutoencoder(AutoencoderKL):
         if not self._may_run_in_bands() or self.low_memory == "on":
             return self._may_run_in_bands()
         if device.type == "cpu":
-            short = self._free_memory(device) < shape[0] * self._host_memory(call, shape, dtype)
+            short = self._free_memory(device) < shape[0] * self._comfyui_memory(call, shape, dtype)
             return short or vae_bands.faster(self, shape[2], shape[3], device, dtype)
         # ComfyUI has tried to make room for its figure, which is twice of what maps take.
         maps = vae_bands.PLAIN_MAPS if call == "decode" else vae_bands.PLAIN_ENCODING_MAPS
@@ -101,14 +101,14 @@ class HostAutoencoder(AutoencoderKL):
         asked = self.low_memory == "on" or device.type == "cpu"  # else it would not even try to make room for a whole
         if asked and self.runs_in_bands(call, (1, *shape[1:]), dtype, device):
             return vae_bands.bands_bytes(self, shape[2], shape[3], dtype.itemsize)
-        return self._host_memory(call, shape, dtype)
+        return self._comfyui_memory(call, shape, dtype)
 
-    def _host_memory(self, call: str, shape: tuple[int, ...], dtype: torch.dtype) -> float:
+    def _comfyui_memory(self, call: str, shape: tuple[int, ...], dtype: torch.dtype) -> float:
         downscale = self.config.downscale
         of_one = (1, *shape[1:])
         if call == "decode":
             of_one = (1, self.config.latent_channels, shape[2] // downscale, shape[3] // downscale)
-        return self.host_memory[call](of_one, dtype)
+        return self.comfyui_memory[call](of_one, dtype)
 
     def _free_memory(self, device: torch.device) -> int:
         # a patcher that pages weights counts what it can give back as free
@@ -124,7 +124,7 @@ class HostAutoencoder(AutoencoderKL):
 
 def out_of_memory(error: Exception) -> bool:
     """Whether a device had too little memory. Not every backend has a type for it."""
-    is_oom = getattr(mm, "is_oom", None)  # hosts before 0.30 have the type alone
+    is_oom = getattr(mm, "is_oom", None)  # ComfyUI before 0.30 has the type alone
     known = is_oom(error) if is_oom else isinstance(error, mm.OOM_EXCEPTION)
     return known or isinstance(error, RuntimeError) and "out of memory" in str(error)
 
@@ -144,7 +144,7 @@ class ZImageVAE(comfy.sd.VAE):
         self.output_device = mm.intermediate_device()
 
         weights = component.state_dict(self.vae_dtype)
-        module = HostAutoencoder(
+        module = ZImageAutoencoder(
             config,
             ops=comfy.ops.disable_weight_init,
             attention=vae_attention(),
@@ -156,7 +156,7 @@ class ZImageVAE(comfy.sd.VAE):
         module.load_state_dict(weights, strict=True, assign=True)
         others.describe_vae(module)
         self.first_stage_model = module.requires_grad_(False).eval()
-        module.host_memory = {"decode": self.memory_used_decode, "encode": self.memory_used_encode}
+        module.comfyui_memory = {"decode": self.memory_used_decode, "encode": self.memory_used_encode}
         del self.memory_used_decode, self.memory_used_encode  # for the methods below, which a copy's device matters to
 
         # ComfyUI rebinds CoreModelPatcher when it starts; it must be looked up at the time of the call.
@@ -181,7 +181,7 @@ def decode(vae: comfy.sd.VAE, latents: Tensor, low_memory: str = "auto", safe_re
     low_memory: in bands of rows "on", "off", or "auto": where that is faster or memory is short. Another VAE than ours
     can't, nor one that other nodes changed to make images tile: ValueError.
     """
-    if low_memory == "on" and not isinstance(vae.first_stage_model, HostAutoencoder):
+    if low_memory == "on" and not isinstance(vae.first_stage_model, ZImageAutoencoder):
         raise ValueError(
             f'low_memory is "on", but this VAE is a {type(vae.first_stage_model).__name__} of another loader, which '
             'can\'t decode in bands. Load it with Load Z-Image VAE (single files, too), or use "auto".'
@@ -238,7 +238,7 @@ def _for_one_call(vae: comfy.sd.VAE, low_memory: str) -> comfy.sd.VAE:
         return vae
     own = copy.copy(vae)
     own.process_output = lambda images: vae.process_output(_checked(images, "decoding (VAE)"))
-    if isinstance(vae.first_stage_model, HostAutoencoder):
+    if isinstance(vae.first_stage_model, ZImageAutoencoder):
         own.first_stage_model = copy.copy(vae.first_stage_model)
         own.first_stage_model.low_memory = low_memory
     return own

@@ -17,7 +17,7 @@ from host import Client, Server
 
 from ..hub import Hub, serve
 
-# Folder names in custom_nodes: users rename the folder, and the host makes a module name of its path.
+# Folder names in custom_nodes: users rename the folder, and ComfyUI makes a module name of its path.
 PACKS = {provision.OLDEST: "ComfyUI-Z.Image (renamed)", provision.NEWEST: "comfyui-zimage"}
 
 

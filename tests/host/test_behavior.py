@@ -184,7 +184,7 @@ def test_a_changed_file_is_loaded_again(client: Client, host: Server):
 # Input that can't work: each error names the thing and what to do, and the next good prompt runs
 
 
-seeds = itertools.count(1000)  # a prompt that ran already would be answered from the host's cache
+seeds = itertools.count(1000)  # a prompt that ran already would be answered from ComfyUI's cache
 
 
 @pytest.fixture
@@ -277,7 +277,7 @@ def test_clip_and_model_of_different_widths(refused, host: Server):
 
 @pytest.fixture
 def broken(host: Server):
-    """A copy of the nano snapshot among the host's models, and a prompt that uses it."""
+    """A copy of the nano snapshot among ComfyUI's models, and a prompt that uses it."""
     folder = Path(shutil.copytree(NANO, host.base / "models" / "zimage" / "Broken"))
     prompt = nano()
     prompt[MODEL]["inputs"]["model"] = "Broken"

@@ -22,7 +22,7 @@ from ..poisoning import poison
 
 LOADERS = ("ZImageTransformerLoader", "ZImageTextEncoderLoader", "ZImageVAELoader")
 DAMAGED = r"embed_tokens\.weight of the text encoder has values that are not finite"
-LOADED = "Requested to load HostTextModel"  # in the host's log, once the encoder goes to its device
+LOADED = "Requested to load ZImageTextModel"  # in ComfyUI's log, once the encoder goes to its device
 LORA = "90"  # node id
 
 
@@ -37,7 +37,7 @@ def started_after(other: Server, folder: Path) -> Iterator[tuple[Server, Client]
 
 @pytest.fixture
 def mine(each_host: Server) -> Iterator[tuple[Path, Path]]:
-    """A copy of the nano snapshot among the host's models, and the place of a LoRA."""
+    """A copy of the nano snapshot among ComfyUI's models, and the place of a LoRA."""
     folder = Path(shutil.copytree(NANO, each_host.base / "models" / "zimage" / "Mine"))
     lora = each_host.base / "models" / "loras" / "l.safetensors"
     yield folder, lora

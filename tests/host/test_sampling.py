@@ -1,4 +1,4 @@
-"""What our nodes give on the host is what the core gives, and what stock nodes give in their place."""
+"""What our nodes give on ComfyUI is what the core gives, and what stock nodes give in their place."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ NODES = {
 
 
 def image(width: int = 64) -> dict:
-    """A prompt of the host's own nodes: one plain image, saved."""
+    """A prompt of ComfyUI's own nodes: one plain image, saved."""
     return {
         "1": {"class_type": "EmptyImage", "inputs": {"width": width, "height": 32, "batch_size": 1, "color": 255}},
         "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "plain"}},

@@ -42,7 +42,7 @@ def scripts():
 
 @pytest.fixture(scope="session")
 def comfy(pack):
-    """The host's own modules, by the last part of their names."""
+    """ComfyUI's own modules, by the last part of their names."""
     names = "model_management model_patcher sd utils samplers sample supported_models lora conds ops".split()
     return SimpleNamespace(**{name: importlib.import_module(f"comfy.{name}") for name in names})
 
@@ -54,14 +54,14 @@ def positive(pack):
 
 
 @pytest.fixture(autouse=True)
-def _as_the_host_runs_nodes():
+def _as_comfyui_runs_nodes():
     with torch.inference_mode():
         yield
 
 
 @pytest.fixture(autouse=True)
 def user(pack, tmp_path):
-    """The host's user directory is one test's alone, and empty; the folder in it where entries will be."""
+    """ComfyUI's user directory is one test's alone, and empty; the folder in it where entries will be."""
     folder_paths = importlib.import_module("folder_paths")
     before = folder_paths.get_user_directory()
     folder_paths.set_user_directory(str(tmp_path / "user"))
@@ -77,7 +77,7 @@ def model(tmp_path) -> Path:
 
 @pytest.fixture
 def loras(pack, tmp_path):
-    """An empty folder in which the host finds LoRA files."""
+    """An empty folder in which ComfyUI finds LoRA files."""
     folder_paths = importlib.import_module("folder_paths")
     before = list(folder_paths.get_folder_paths("loras"))
     (tmp_path / "loras").mkdir()

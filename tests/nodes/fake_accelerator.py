@@ -6,7 +6,7 @@ that a partial load leaves behind is found. Limits: to who asks, every tensor is
 
 `live` and `peak` count bytes as a real device would have them: a view takes none and keeps what it looks at alive, a
 reshape that can't be a view takes its own, attention keeps no scores. Not counted: `contiguous()` of a view, workspaces
-inside kernels, what the allocator rounds up. `moved` and `waits` count what the host would have to wait for.
+inside kernels, what the allocator rounds up. `moved` and `waits` count what the CPU would have to wait for.
 
 Importing this registers the device for the rest of the process: use it in a process of its own.
 """

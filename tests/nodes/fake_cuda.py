@@ -32,7 +32,7 @@ NOTHING = set(
     "split_with_sizes unbind chunk detach unfold diagonal movedim view_as_complex view_as_real lift_fresh set_ device "
     "_reshape_alias empty empty_like empty_strided new_empty new_empty_strided".split()
 )
-# what they return is read from the device before the host can go on
+# what they return is read from the device before the CPU can go on
 WAITS = set("_local_scalar_dense item is_nonzero equal nonzero masked_select _unique2 unique_consecutive".split())
 
 
@@ -40,7 +40,7 @@ class Work(TorchDispatchMode):
     """Counts, while it is entered, what would reach a CUDA device.
 
     launches: kernels by operator. traffic: bytes of what they read and write. copies: operators that carry data between
-    the device and the host. waits: operators for whose results the host would wait.
+    the device and the CPU. waits: operators for whose results the CPU would wait.
     """
 
     def __init__(self) -> None:

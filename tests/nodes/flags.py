@@ -1,9 +1,9 @@
-"""Loads tiny models under the host's command line flags, ours beside the stock loaders'; prints what it saw as JSON.
+"""Loads tiny models under ComfyUI's command line flags, ours beside the stock loaders'; prints what it saw as JSON.
 
 python tests/nodes/flags.py [FLAG ...]
 
-Each row of flags is read by the host's own modules anew, in a process forked for it: most of them read flags when they
-are imported. "gpu" is a simulated Ampere card whose memory is the fake accelerator's. Stock models are of the host's
+Each row of flags is read by ComfyUI's own modules anew, in a process forked for it: most of them read flags when they
+are imported. "gpu" is a simulated Ampere card whose memory is the fake accelerator's. Stock models are of ComfyUI's
 own classes and as small as can be; ours are the nano model's, stored in the same dtypes.
 """
 
@@ -95,7 +95,7 @@ def in_a_fork(pack: Any, folder: Path, flags: list[str]) -> dict[str, Any]:
 
 
 def start(flags: list[str]) -> None:
-    """The host's modules as they are under these flags."""
+    """ComfyUI's modules as they are under these flags."""
     import comfy.cli_args
     import comfy.model_management as mm
     import comfy.options
@@ -149,7 +149,7 @@ def look(pack: Any, folder: Path, flags: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def detected(kind: str) -> Iterator[None]:
-    """The host knows Z-Image by a width that these files don't have, and Turbo's weights to bear float16."""
+    """ComfyUI knows Z-Image by a width that these files don't have, and Turbo's weights to bear float16."""
     import comfy.model_detection
     import comfy.supported_models
 

@@ -1,4 +1,4 @@
-"""Imports a ComfyUI and this pack into the running process, the way the host does it."""
+"""Imports a ComfyUI and this pack into the running process, the way ComfyUI does it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ BRIDGE += "references sampler vae".split()
 def load_pack(*flags: str, cpu: bool = True, **settings: Any) -> SimpleNamespace:
     """The modules of nodes/, by name, those of its bridge under `bridge`.
 
-    flags, settings: of the host's command line, by name.
+    flags, settings: of ComfyUI's command line, by name.
     """
     if str(ROOT / ".ci") not in sys.path:
         sys.path.append(str(ROOT / ".ci"))
     import provision
 
-    # Before the repository on sys.path, whose nodes/ would hide the host's nodes.py.
+    # Before the repository on sys.path, whose nodes/ would hide ComfyUI's nodes.py.
     sys.path.insert(0, str(provision.newest()))
     importlib.import_module("utils.install_util")  # as main.py does: later, comfy/utils.py would hide the package
     from comfy.cli_args import args

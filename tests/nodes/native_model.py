@@ -1,4 +1,4 @@
-"""The host's own Z-Image at the size of the nano model, which its loader can't make."""
+"""ComfyUI's own Z-Image at the size of the nano model, which its loader can't make."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def like(comfy: Any, patcher: Any, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def clip_like(comfy: Any, clip: Any, folder: Path) -> Any:
-    """A CLIP of the host's own Z-Image text encoder, with the weights of ours and the tokenizer of this snapshot."""
+    """A CLIP of ComfyUI's own Z-Image text encoder, with the weights of ours and the tokenizer of this snapshot."""
     llama, native = (importlib.import_module(f"comfy.text_encoders.{name}") for name in ("llama", "z_image"))
     tokenizers = importlib.import_module("comfy.sd1_clip")
     config, pad = clip.cond_stage_model.encoder_config, clip.cond_stage_model.pad

@@ -1,4 +1,4 @@
-"""Runs models, plain and quantized, in the host's dynamic patcher, a toy being its paging library; prints JSON.
+"""Runs models, plain and quantized, in ComfyUI's dynamic patcher, a toy being its paging library; prints JSON.
 
 python tests/nodes/paged.py [FORM ...]
 
@@ -53,7 +53,7 @@ class Pages:
 
 
 class Mapped:
-    """A file that the host maps, whose handle is a file descriptor."""
+    """A file that ComfyUI maps, whose handle is a file descriptor."""
 
     def __init__(self, path: str):
         self.file = open(path, "rb")  # noqa: SIM115 open as long as it is mapped
@@ -69,11 +69,11 @@ class Mapped:
         return True
 
 
-read = {"from files": 0, "through memory": 0}  # weights that the host has sent, and from where
+read = {"from files": 0, "through memory": 0}  # weights that ComfyUI has sent, and from where
 
 
 def from_file(tensor: torch.Tensor, *_destinations: Any, **_settings: Any) -> bool:
-    """Whether the host can read a weight from its file, past the process's memory; here it is sent all the same."""
+    """Whether ComfyUI can read a weight from its file, past the process's memory; here it is sent all the same."""
     part = getattr(tensor, "_qdata", tensor)
     place = getattr(part.untyped_storage(), "_comfy_tensor_file_slice", None)
     if place is not None:
@@ -91,7 +91,7 @@ class NoPinnedMemory:
 
 
 def page() -> None:
-    """Puts the toy in place of the library, and the host into the state in which it pages."""
+    """Puts the toy in place of the library, and ComfyUI into the state in which it pages."""
     import comfy.memory_management
     import comfy.model_patcher
     import comfy_aimdo.host_buffer
@@ -110,7 +110,7 @@ def page() -> None:
     def load_list(self, for_dynamic=False, default_device=None):
         for module in self.model.modules() if default_device == DEVICE else ():
             own = module._parameters
-            if own and any(module.children()):  # the host gives these other data, which torch forbids to this device
+            if own and any(module.children()):  # ComfyUI gives these other data, which torch forbids to this device
                 own.update({name: torch.nn.Parameter(own[name].to(DEVICE), requires_grad=False) for name in own})
         return listed(self, for_dynamic, None)
 

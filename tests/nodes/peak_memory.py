@@ -1,10 +1,10 @@
-"""Memory of a fake accelerator under the host's real memory manager, ours beside the host's own; prints it as JSON.
+"""Memory of a fake accelerator under ComfyUI's real memory manager, ours beside ComfyUI's own; prints it as JSON.
 
 python tests/nodes/peak_memory.py
 
-Native: the host's Z-Image (`comfy.supported_models.ZImage`, NextDiT, loaded by `comfy.sd.load_diffusion_model`) and the
+Native: ComfyUI's Z-Image (`comfy.supported_models.ZImage`, NextDiT, loaded by `comfy.sd.load_diffusion_model`) and the
 stock nodes KSampler and VAEDecode. Shared by both sides: the weights, from one file of random numbers as narrow as the
-host's own network can be; encoder and VAE of the nano model, whose widths the host's own classes can't have.
+ComfyUI's own network can be; encoder and VAE of the nano model, whose widths ComfyUI's own classes can't have.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SHARES = (None, 0.5, 0.2)  # room for so much of the transformer; None: for ever
 TOY = {"dim": 1152, "n_heads": 9, "n_layers": 2, "n_refiner_layers": 1, "cap_feat_dim": 128}
 PROMPT = "a red circle on a blue background"
 OF_SAME_LENGTH = "a blue circle on a red background"  # runs in one batch with it
-STEPS = 2  # a divisor of 1000: for others the host's `simple` takes the nearest of its 1000 noise levels
+STEPS = 2  # a divisor of 1000: for others ComfyUI's `simple` takes the nearest of its 1000 noise levels
 SIDE = 24  # tokens: 144 of the image, padded to 160
 
 
@@ -95,7 +95,7 @@ def load_native(_pack: Any, file: Path) -> Any:
 
 @contextmanager
 def detected_as_z_image() -> Iterator[None]:
-    """The host knows Z-Image by its width of 3840, and gives other widths none of its numbers."""
+    """ComfyUI knows Z-Image by its width of 3840, and gives other widths none of its numbers."""
     import comfy.model_detection
     import comfy.supported_models
 
@@ -206,7 +206,7 @@ def graph(
 def leaving(pack: Any, mm: Any, folder: Path) -> dict[str, Any]:
     """After a run with room for everything: who loses weights, in order, as ever a little more room is asked for."""
     clear(mm)
-    # each model is held once, as the outputs of its loader are in the host's cache
+    # each model is held once, as the outputs of its loader are in ComfyUI's cache
     clip, model, vae = two_devices.load(pack)
     clip = pack.bridge.clip.load_clip(larger_encoder(folder), torch.float32)
     loaded = {"clip": clip, "model": model, "vae": vae}
@@ -275,7 +275,7 @@ def left_over(pack: Any, mm: Any) -> dict[str, int]:
 
 
 def waits_in_steps(pack: Any, mm: Any) -> dict[str, Any]:
-    """How often each call of the transformer makes the host wait, as the host calls it, with all weights loaded."""
+    """How often each call of the transformer makes the CPU wait, as ComfyUI calls it, with all weights loaded."""
     clear(mm)
     clip, model, _vae = two_devices.load(pack)
     cond, other = encode_ours(pack, clip), encode_ours(pack, clip, OF_SAME_LENGTH)
@@ -291,7 +291,7 @@ def waits_in_steps(pack: Any, mm: Any) -> dict[str, Any]:
         counts[-1] = {name: waits[name] + counts[-1][name] for name in waits}
         return out
 
-    registry = pack.bridge.attention.host_attention.REGISTERED_ATTENTION_FUNCTIONS
+    registry = pack.bridge.attention.comfy_attention.REGISTERED_ATTENTION_FUNCTIONS
     chosen: list[int] = []
     registry["flash"] = lambda *given, **more: chosen.append(len(counts)) or registry["pytorch"](*given, **more)
     found = {}
@@ -355,7 +355,7 @@ def waits_of_files(pack: Any, mm: Any, folder: Path) -> dict[str, Any]:
 
 
 def counting(forward: Any) -> tuple[Any, list[dict[str, int]]]:
-    """A forward of the transformer that notes how often each of its calls makes the host wait, and its notes."""
+    """A forward of the transformer that notes how often each of its calls makes the CPU wait, and its notes."""
     counts: list[dict[str, int]] = []
 
     def counted(*arguments: Any, **settings: Any) -> torch.Tensor:

@@ -47,8 +47,8 @@ def sample(pack, parts):
 
 @pytest.fixture
 def registered(pack, monkeypatch):
-    """Puts a backend into the host's registry, where an installed package would put it; counts its calls."""
-    registry = pack.bridge.attention.host_attention.REGISTERED_ATTENTION_FUNCTIONS
+    """Puts a backend into ComfyUI's registry, where an installed package would put it; counts its calls."""
+    registry = pack.bridge.attention.comfy_attention.REGISTERED_ATTENTION_FUNCTIONS
 
     def register(name: str, change) -> list[tuple[int, ...]]:
         calls: list[tuple[int, ...]] = []
@@ -69,7 +69,7 @@ def test_choices_are_what_is_installed(pack, registered):
     assert names[0] == "pytorch" and {"sub_quad", "split"} <= set(names) and "sage" not in names
     assert pack.bridge.attention.choices()[0] == "auto"
     registered("sage", lambda out: out)
-    registered("comfy_kitchen_int8", lambda out: out)  # as newer hosts have it
+    registered("comfy_kitchen_int8", lambda out: out)  # as newer ones have it
     assert pack.bridge.attention.choices() == ["auto", "pytorch", "sage", "sub_quad", "split", "comfy_kitchen_int8"]
 
 
@@ -219,9 +219,9 @@ def on(pack, monkeypatch):
     return simulate
 
 
-def test_torchs_attention_is_not_forced_where_the_host_avoids_it(pack, sample, on, monkeypatch, registered):
-    """As on a Mac and most AMD cards: the host's own there is sub_quad, as it is here, and torch's is never called."""
-    ops = pack.bridge.attention.host_attention.comfy.ops
+def test_torchs_attention_is_not_forced_where_comfyui_avoids_it(pack, sample, on, monkeypatch, registered):
+    """As on a Mac and most AMD cards: ComfyUI's own there is sub_quad, as it is here, and torch's is never called."""
+    ops = pack.bridge.attention.comfy_attention.comfy.ops
     calls, torchs = [], ops.scaled_dot_product_attention
     monkeypatch.setattr(ops, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or torchs(*a, **k))
     expected = sample("pytorch")
@@ -252,7 +252,7 @@ def test_where_auto_tries_others(pack, on, registered, monkeypatch, nvidia, cuda
 
 
 def test_auto_takes_the_fastest_that_passes(pack, parts, sample, registered, monkeypatch):
-    plain = pack.bridge.attention.host_attention.get_attention_function("pytorch")
+    plain = pack.bridge.attention.comfy_attention.get_attention_function("pytorch")
 
     def slow(*arguments, **settings):
         for _ in range(30):
@@ -294,8 +294,8 @@ def test_auto_survives_without_memory_for_a_trial(pack, sample, registered, monk
 
 @pytest.mark.parametrize("given", ["heads apart", "heads together"])
 @pytest.mark.parametrize("settings", [{}, {"scale": 0.5}, {"skip_output_reshape": True}, {"mask": 2}, {"mask": 3}])
-def test_torchs_kernels_are_called_as_the_hosts_are(pack, monkeypatch, given, settings):
-    """And by themselves: on a GPU the host's own call of torch sets its own list of kernels."""
+def test_torchs_kernels_are_called_as_comfyuis_are(pack, monkeypatch, given, settings):
+    """And by themselves: on a GPU ComfyUI's own call of torch sets its own list of kernels."""
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 
@@ -308,7 +308,7 @@ def test_torchs_kernels_are_called_as_the_hosts_are(pack, monkeypatch, given, se
         call["skip_reshape"] = False
     if "mask" in settings:
         call["mask"] = torch.randn(24, 40, generator=generator).expand((2, 24, 40)[-settings["mask"] :])
-    expected = pack.bridge.attention.host_attention.get_attention_function("pytorch")(q, k, v, 4, **call)
+    expected = pack.bridge.attention.comfy_attention.get_attention_function("pytorch")(q, k, v, 4, **call)
     seen, torchs = [], F.scaled_dot_product_attention
 
     def recorded(*arguments, **more):
@@ -320,7 +320,7 @@ def test_torchs_kernels_are_called_as_the_hosts_are(pack, monkeypatch, given, se
             return F.scaled_dot_product_attention(*arguments, **more)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
-    monkeypatch.setattr(pack.bridge.attention.host_attention.comfy.ops, "scaled_dot_product_attention", as_on_a_gpu)
+    monkeypatch.setattr(pack.bridge.attention.comfy_attention.comfy.ops, "scaled_dot_product_attention", as_on_a_gpu)
     result = pack.bridge.attention._torch_kernel(SDPBackend.MATH, q, k, v, 4, **call)
     assert seen == [[SDPBackend.MATH]]
     assert result.shape == expected.shape and relative(result, expected) <= 1e-5
@@ -339,8 +339,8 @@ def test_what_ran_can_be_asked_and_plain_attention_forced(pack, parts, registere
     pack.bridge.sampler.run(guider, *start)
     assert not calls and pack.bridge.attention.ran(options) == "attention 'pytorch'"
     assert not pack.bridge.attention.force_plain(options)
-    host = pack.bridge.attention.host_attention.optimized_attention
-    name = next(n for n, f in pack.bridge.attention.host_attention.REGISTERED_ATTENTION_FUNCTIONS.items() if f is host)
+    host = pack.bridge.attention.comfy_attention.optimized_attention
+    name = next(n for n, f in pack.bridge.attention.comfy_attention.REGISTERED_ATTENTION_FUNCTIONS.items() if f is host)
     others = {f"attention {name!r}": {}, "the attention of another node": {"optimized_attention_override": print}}
     for words, given in others.items():
         assert pack.bridge.attention.ran(given).startswith(words) and not pack.bridge.attention.force_plain(given)

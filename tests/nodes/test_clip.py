@@ -1,4 +1,4 @@
-"""The text encoder as the host uses it: the core's features, the token limit, other layers, LoRA, partial loading."""
+"""The text encoder as ComfyUI uses it: the core's features, the token limit, other layers, LoRA, partial loading."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 SIZES = {"dim": 256, "n_heads": 2, "n_layers": 2, "n_refiner_layers": 1, "cap_feat_dim": 48, "in_channels": 16}
 # latent height and width, caption length; the first changes one at a time, and some pad neither image nor caption
 SHAPES = [(12, 20, 40), (12, 28, 40), (28, 12, 70), (32, 36, 96), (20, 30, 33), (14, 14, 150)]
-# what the host's own Z-Image takes for them, counted in the same way: of the whole model first the sizes as they are,
+# what ComfyUI's own Z-Image takes for them, counted in the same way: of the whole model first the sizes as they are,
 # then each that varies; of blocks also with and without modulation
 NATIVE = {"whole": 3, "blocks": 4}
 

@@ -35,7 +35,7 @@ def test_compiled_model_agrees_also_with_a_lora_and_is_compiled_once(pack, parts
 
 @pytest.fixture
 def compiled(parts):
-    """Our model behind the host's own compile node, and the counter of what dynamo made of it."""
+    """Our model behind ComfyUI's own compile node, and the counter of what dynamo made of it."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
     from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
     from torch._dynamo.testing import CompileCounter
@@ -92,7 +92,7 @@ def test_no_choice_breaks_a_compiled_graph(pack, sample, compiled, registered, m
 
 
 def test_another_choice_counts_for_a_compiled_model(sample, compiled, parts, registered):
-    """Though the host's node has torch.compile ignore changes of the transformer options."""
+    """Though ComfyUI's node has torch.compile ignore changes of the transformer options."""
     used = registered("flash", unseen)
     model, _counter = compiled(BLOCKS[0])
     config = parts.model.model.diffusion_model.config
@@ -103,7 +103,7 @@ def test_another_choice_counts_for_a_compiled_model(sample, compiled, parts, reg
         assert len(used) == expected
 
 
-def test_the_host_builds_a_compiled_model_anew_as_compiled(pack):
+def test_comfyui_builds_a_compiled_model_anew_as_compiled(pack):
     model = pack.bridge.model.load_model(NANO, torch.float32, compiled=True)
     factory, arguments = model.cached_patcher_init
     assert factory(*arguments, disable_dynamic=True).model.diffusion_model.compiled
@@ -116,7 +116,7 @@ def _graphs() -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("batch", "queries"), [(1, 40), (2, 40), (1, 24)])
-def test_the_hosts_kernel_norms_and_rotates_as_we_do(pack, parts, dtype, batch, queries):
+def test_comfyuis_kernel_norms_and_rotates_as_we_do(pack, parts, dtype, batch, queries):
     """Its own fallback for a CPU, which is the same formula; on a GPU it is one pass."""
     model = parts.model.model.diffusion_model
     layer = model.layers[0].attention

@@ -38,7 +38,7 @@ def test_the_same_weights_from_files_in_the_user_directory(pack, user, dtype):
 
 
 def test_one_is_made_again_for_a_device_of_its_own(pack):
-    """The host makes a patcher anew from what it remembers of it."""
+    """ComfyUI makes a patcher anew from what it remembers of it."""
     model, clip = loaded(pack, True, "fp16")
     for patcher in (model, clip.patcher):
         make, given = patcher.cached_patcher_init[:2]

@@ -1,6 +1,6 @@
 """What is computed in, and what weights are held in, on devices that this machine doesn't have.
 
-The host's own functions decide, told of such a device; its own Z-Image is the floor.
+ComfyUI's own functions decide, told of such a device; its own Z-Image is the floor.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ DEVICES = {
 
 @pytest.fixture
 def become(comfy, monkeypatch):
-    """Tells the host that its device is another one."""
+    """Tells ComfyUI that its device is another one."""
     mm = comfy.model_management
 
     def become(device: Device) -> torch.device:
@@ -92,7 +92,7 @@ def ours(pack, stored: torch.dtype, device: torch.device, asked: torch.dtype | N
 
 
 def native(comfy, parameters: int, stored: torch.dtype, device: torch.device, allow_fp16: bool):
-    """The same of the host's own Z-Image, of a checkpoint whose norm says that float16 will do, or that it won't."""
+    """The same of ComfyUI's own Z-Image, of a checkpoint whose norm says that float16 will do, or that it won't."""
     mm = comfy.model_management
     supported = comfy.supported_models.ZImage({"allow_fp16": allow_fp16}).supported_inference_dtypes
     storage = mm.unet_dtype(model_params=parameters, supported_dtypes=supported, weight_dtype=stored, device=device)
@@ -132,7 +132,7 @@ def test_the_user_can_force_it_on_turing(pack, become, asked, computed):
         ("fp8_e4m3fn_unet", (FP8, BF16)),
     ],
 )
-def test_the_flags_of_the_host_decide(pack, comfy, become, monkeypatch, flag, expected):
+def test_the_flags_of_comfyui_decide(pack, comfy, become, monkeypatch, flag, expected):
     """As for its own models, but that weights aren't held in more than the file has."""
     device = become(DEVICES["Ampere"][0])
     monkeypatch.setattr(comfy.model_management.args, flag, True)
@@ -156,7 +156,7 @@ def test_the_quantized_transformer(pack, comfy, become, name):
 
 
 @pytest.mark.parametrize("name", DEVICES)
-def test_the_autoencoder_as_the_host(pack, comfy, become, name):
+def test_the_autoencoder_as_comfyui(pack, comfy, become, name):
     """Its 16-bit image is right in bfloat16 only."""
     device, compute, _ = DEVICES[name]
     device = become(device)
@@ -167,7 +167,7 @@ def test_the_autoencoder_as_the_host(pack, comfy, become, name):
 
 
 @pytest.mark.parametrize("name", ["CPU", "Turing", "Ampere"])
-def test_the_text_encoder_as_the_host(pack, comfy, become, monkeypatch, name):
+def test_the_text_encoder_as_comfyui(pack, comfy, become, monkeypatch, name):
     """Weights as the file has them, each layer computes in float32."""
     become(DEVICES[name][0])
     monkeypatch.setattr(comfy.model_management, "text_encoder_device", lambda: torch.device("cpu"))

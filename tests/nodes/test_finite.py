@@ -148,8 +148,8 @@ def test_memory_is_asked_for_by_the_dtype_of_the_second_run(pack, comfy, sample,
 
 @pytest.fixture
 def failing(pack, monkeypatch):
-    """A backend in the host's registry that passes every check and then gives NaN, in one call of the second step."""
-    registry = pack.bridge.attention.host_attention.REGISTERED_ATTENTION_FUNCTIONS
+    """A backend in ComfyUI's registry that passes every check and then gives NaN, in one call of the second step."""
+    registry = pack.bridge.attention.comfy_attention.REGISTERED_ATTENTION_FUNCTIONS
     calls: list[int] = []
 
     def backend(q, *arguments, **settings):
@@ -256,7 +256,7 @@ def test_damage_in_quantized_weights_is_named(pack, comfy):
 
 
 def test_a_text_encoder_in_float16_computes_in_float32(pack, user):
-    """As the host has it do: nothing overflows, so there is nothing to retry."""
+    """As ComfyUI has it do: nothing overflows, so there is nothing to retry."""
     clip = pack.bridge.clip.load_clip(NANO, HALF)
     for name in ("up_proj", "gate_proj"):
         enlarge(getattr(clip.cond_stage_model.encoder.model.layers[0].mlp, name).weight)
@@ -299,7 +299,7 @@ def vae(request, pack, comfy, monkeypatch):
 
 
 def native_vae(comfy) -> Any:
-    """The host's own with random weights, narrow."""
+    """ComfyUI's own with random weights, narrow."""
     config = {"double_z": True, "z_channels": 16, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 32}
     config |= {"ch_mult": [1, 2, 4, 4], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
     parameters = {"ddconfig": config, "embed_dim": 16}
@@ -317,7 +317,7 @@ def native_vae(comfy) -> Any:
 @pytest.mark.parametrize("low_memory", ["off", "on"])
 def test_a_vae_that_overflows_runs_in_float32(pack, vae, told, low_memory):
     if low_memory == "on" and not isinstance(vae, pack.bridge.vae.ZImageVAE):
-        pytest.skip("the host's own has no bands")
+        pytest.skip("ComfyUI's own has no bands")
     samples = {"samples": torch.randn(2, 16, 2, 4, generator=torch.Generator().manual_seed(0))}
     (images,) = pack.vae.ZImageVAEDecode.execute(vae, samples, low_memory).args
     (latents,) = pack.vae.ZImageVAEEncode.execute(vae, images).args

@@ -1,4 +1,4 @@
-"""The host's own flags mean for our loaders what they mean for the stock ones: `flags.py` looks at both under each."""
+"""ComfyUI's own flags mean for our loaders what they mean for the stock ones: `flags.py` looks at both under each."""
 
 from __future__ import annotations
 

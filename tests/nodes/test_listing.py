@@ -34,7 +34,7 @@ def permissions_count() -> Iterator[None]:
 
 @pytest.fixture
 def models(pack, monkeypatch) -> Iterator[Path]:
-    """Where the host looks for all kinds of models; everybody may read it."""
+    """Where ComfyUI looks for all kinds of models; everybody may read it."""
     folder_paths = importlib.import_module("folder_paths")
     kinds = ("zimage", "diffusers", "diffusion_models", "text_encoders", "vae", "checkpoints", "loras")
     kinds += tuple(pack.bridge.folders.GGUF_KINDS.values())
@@ -63,7 +63,7 @@ def told(caplog, *fragments: str) -> list[str]:
 
 
 def schemas(pack) -> list[list[str]]:
-    """The choices of the four loaders, as the host asks for them."""
+    """The choices of the four loaders, as ComfyUI asks for them."""
     nodes = [pack.loaders.ZImageTransformerLoader, pack.loaders.ZImageTextEncoderLoader, pack.loaders.ZImageVAELoader]
     return [next(i.options for i in node.define_schema().inputs if i.id == "model") for node in nodes] + [
         next(i.options for i in pack.lora.ZImageLoraLoader.define_schema().inputs if i.id == "lora")
@@ -116,7 +116,7 @@ def test_names_that_are_not_utf8(pack, models, caplog):
     assert len(told(caplog, "not UTF-8")) == 6
 
 
-def test_files_where_the_host_gives_up(pack, models, caplog):
+def test_files_where_comfyui_gives_up(pack, models, caplog):
     """Its own list fails over a folder that can be named but not looked at; the other files are still there."""
     folder_paths = importlib.import_module("folder_paths")
     for kind in ("loras", "diffusion_models"):

@@ -1,4 +1,4 @@
-"""The LoRA node on the host's patchers: the core's image, whole or partly loaded, and no trace when it is gone."""
+"""The LoRA node on ComfyUI's patchers: the core's image, whole or partly loaded, and no trace when it is gone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def parts(pack) -> SimpleNamespace:
 
 @pytest.fixture
 def folder(loras):
-    """LoRA files that the host finds: one per family, one with a part for the text encoder."""
+    """LoRA files that ComfyUI finds: one per family, one with a part for the text encoder."""
     out, wide = "diffusion_model.layers.1.attention.out", "lora_unet_layers_0_feed_forward_w1"
     third = "transformer.layers.2.attention.to_k"
     files = {
@@ -176,8 +176,8 @@ def test_the_second_strength_is_the_encoders(pack, parts, folder):
     assert relative(same.encode_from_tokens_scheduled(text)[0][0], changed) <= 1e-6
 
 
-def test_the_hosts_own_adapter_agrees(pack, comfy, parts, folder):
-    """Where the host reads the file too, it draws the same image."""
+def test_comfyuis_own_adapter_agrees(pack, comfy, parts, folder):
+    """Where ComfyUI reads the file too, it draws the same image."""
     from safetensors.torch import load_file
 
     ours = load(pack, parts.model, "plain", 0.8)[0]

@@ -1,4 +1,4 @@
-"""Two devices: the host's real partial loading and eviction, with an accelerator that is faked on the CPU."""
+"""Two devices: ComfyUI's real partial loading and eviction, with an accelerator that is faked on the CPU."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_decode_that_runs_out_of_memory_falls_back_to_tiles(report):
 
 
 @pytest.mark.parametrize("index", range(3), ids=["room for all", "for half", "for a fifth of the transformer"])
-def test_a_graph_takes_no_more_memory_than_with_the_hosts_own_model(peaks, index):
+def test_a_graph_takes_no_more_memory_than_with_comfyuis_own_model(peaks, index):
     """Beside the weights that are loaded, too, which are far more than all that a step needs."""
     run = peaks["peaks"][index]
     ours, native = run["ours"], run["native"]
@@ -65,7 +65,7 @@ def test_a_graph_takes_no_more_memory_than_with_the_hosts_own_model(peaks, index
 
 
 def test_the_encoder_leaves_before_the_transformer_when_room_is_needed(peaks):
-    """The host asks those first that have the least weights: the VAE, of a fiftieth of the encoder's, before both."""
+    """ComfyUI asks those first that have the least weights: the VAE, of a fiftieth of the encoder's, before both."""
     sizes, order = peaks["leaving"]["sizes"], peaks["leaving"]["order"]
     assert 0 < sizes["vae"] < sizes["clip"] < sizes["model"]
     assert order == ["vae", "clip", "model"]
@@ -76,23 +76,23 @@ def test_nothing_stays_on_the_device_when_models_are_unloaded(peaks):
 
 
 @pytest.mark.parametrize(("run", "batch"), [("one", 1), ("batch", 2), ("guidance", 2), ("chosen attention", 1)])
-def test_the_host_waits_for_nothing_inside_a_step(peaks, run, batch):
+def test_comfyui_waits_for_nothing_inside_a_step(peaks, run, batch):
     assert peaks["waits"][run] == 2 * [{"to device": 0, "from device": 0, "values": 0, "batch": batch}]
     assert min(peaks["waits"]["calls of the chosen attention by step"]) > 5
 
 
 @pytest.mark.parametrize("run", ["plain, LoRA", "gguf", "gguf, LoRA", "marked", "marked, LoRA"])
-def test_the_host_waits_for_nothing_inside_a_step_of_a_file(peaks, run):
+def test_comfyui_waits_for_nothing_inside_a_step_of_a_file(peaks, run):
     """Expanding a weight needs nothing from the CPU; a LoRA is in the weights, or its factors lie beside them."""
     assert peaks["waits of files"][run] == 2 * [{"to device": 0, "from device": 0, "values": 0, "batch": 1}]
 
 
-def test_a_step_that_makes_the_host_wait_is_noticed(peaks):
+def test_a_step_that_makes_the_cpu_wait_is_noticed(peaks):
     assert peaks["waits"]["one that looks"] == 2 * [{"to device": 1, "from device": 1, "values": 1}]
 
 
-def test_the_host_waits_for_nothing_between_steps(peaks):
+def test_comfyui_waits_for_nothing_between_steps(peaks):
     """Numbers that are not finite are looked for on the device, and asked for when the run is over."""
     found = peaks["waits"]["between steps"]
     assert found == peaks["waits"]["unwatched"]
-    assert found == {"to device": 1, "from device": 0, "values": 0}  # the host brings the prompt in every step
+    assert found == {"to device": 1, "from device": 0, "values": 0}  # ComfyUI brings the prompt in every step

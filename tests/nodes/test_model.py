@@ -1,4 +1,4 @@
-"""MODEL, CLIP and VAE as the host sees them: castable, partially loadable, equal to its native Z-Image."""
+"""MODEL, CLIP and VAE as ComfyUI sees them: castable, partially loadable, equal to its native Z-Image."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def inputs():
 
 
 def predict(patcher, inputs, model=None, options=None) -> torch.Tensor:
-    """The image that `model` (by default the patcher itself) foresees, through the host's own call."""
+    """The image that `model` (by default the patcher itself) foresees, through ComfyUI's own call."""
     latents, context = inputs
     width = patcher.model.diffusion_model.config.cap_feat_dim
     context = context[..., :1] * torch.linspace(-1, 1, width)
@@ -110,8 +110,8 @@ def test_lora_on_a_partly_loaded_model_and_its_removal(comfy, patcher, inputs, s
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_layers_that_the_host_leaves_empty_until_they_are_loaded(pack, monkeypatch):
-    """With dynamic VRAM the host's Linear and Embedding are built without weights; ours must fill every one."""
+def test_layers_that_comfyui_leaves_empty_until_they_are_loaded(pack, monkeypatch):
+    """With dynamic VRAM ComfyUI's Linear and Embedding are built without weights; ours must fill every one."""
     memory = importlib.import_module("comfy.memory_management")
     if not hasattr(memory, "aimdo_enabled"):
         pytest.skip("this ComfyUI has no dynamic VRAM")
@@ -128,7 +128,7 @@ def test_layers_that_the_host_leaves_empty_until_they_are_loaded(pack, monkeypat
         assert not any(tensor.is_meta for tensor in module.state_dict().values())
 
 
-def test_the_host_can_build_each_model_anew(pack):
+def test_comfyui_can_build_each_model_anew(pack):
     """Nodes that need another copy (compile on a dynamic host, several GPUs) call what cached_patcher_init names."""
     model = pack.bridge.model.load_model(NANO, torch.float32)
     clip = pack.bridge.clip.load_clip(NANO)
@@ -178,7 +178,7 @@ def test_loading_tells_how_float16_is_used(pack, comfy, monkeypatch, caplog):
     assert "computes in float16, and adds up what its blocks put out in float16 as well" in caplog.text
 
 
-# Sameness with the host's native Z-Image
+# Sameness with ComfyUI's native Z-Image
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_our_sampler_and_conditioning_on_the_native_model(pack, patcher, native,
 
 
 def test_native_text_encoder_gives_the_same_conditioning(pack, comfy, monkeypatch):
-    """The host's Qwen3 with our weights: its features are ours, so each MODEL takes either's CONDITIONING."""
+    """ComfyUI's Qwen3 with our weights: its features are ours, so each MODEL takes either's CONDITIONING."""
     llama = importlib.import_module("comfy.text_encoders.llama")
     clip = pack.bridge.clip.load_clip(NANO, torch.float32)
     (ours, extra), *_ = conditioning(pack, "two green stars on a white background")

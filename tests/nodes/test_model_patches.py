@@ -1,4 +1,4 @@
-"""Patches of other nodes do to our MODEL what they do to the host's own."""
+"""Patches of other nodes do to our MODEL what they do to ComfyUI's own."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_object_patches_inside_blocks_do_what_they_do_natively(comfy, patcher, n
 
 
 def test_weights_that_are_patched_on_the_way_are_the_native_ones(comfy, patcher, native, inputs):
-    """As the host patches those that stay behind when memory is short, and those of norms as well."""
+    """As ComfyUI patches those that stay behind when memory is short, and those of norms as well."""
     comfy.model_management.load_models_gpu([patcher, native])
     plain = predict(patcher, inputs)
     for place in (*PLACES[2:], "attention.q_norm", "attention.k_norm"):

@@ -1,4 +1,4 @@
-"""Quantized files in the host: weights stay as the file has them, and LoRA and partial loading work on top, exactly."""
+"""Quantized files in ComfyUI: weights stay as the file has them, and LoRA and partial loading work on top, exactly."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 PROMPT = "two red stars on a blue background"
 FORMATS = ["old", "marked", *BLOCKS, "gguf", "gguf, diffusers names"]
 OFTEN = {"marked", "nvfp4", "gguf"}  # one of each kind is in `make test`
-# the host multiplies these in whole numbers of 8 or 4 bits, inputs included: how far off the image may then be
+# ComfyUI multiplies these in whole numbers of 8 or 4 bits, inputs included: how far off the image may then be
 ROUNDED = {name: 0.5 if "w4a4" in name else 0.05 for name in BLOCKS if "int8" in name or "convrot" in name}
 
 
@@ -98,7 +98,7 @@ def loaded(patcher, share: float | None = None):
 
 
 def reference(pack, path: Path, lora_file: Path | None = None, strength: float = 1.0):
-    """The same file expanded to float32 by the core, with the core's LoRA merged in float32, in the host."""
+    """The same file expanded to float32 by the core, with the core's LoRA merged in float32, in ComfyUI."""
     component = open_component(path, "transformer")
     weights = component.state_dict(torch.float32)
     patcher = pack.bridge.model.load_model(NANO, torch.float32)
@@ -150,7 +150,7 @@ def test_lora_is_exact_whole_or_partly_loaded_and_can_be_taken_off(pack, path, f
         layer = changed.model.diffusion_model.get_submodule(name)
         x = torch.randn(3, layer.in_features)
         merged = reference(pack, path, lora_file, 0.8).model.diffusion_model.get_parameter(f"{name}.weight")
-        assert relative(layer(x), x @ merged.T) <= 1e-5  # also in formats whose other layers the host rounds
+        assert relative(layer(x), x @ merged.T) <= 1e-5  # also in formats whose other layers ComfyUI rounds
     changed.detach()
     assert torch.equal(predict(loaded(patcher, share)), before)
     assert _bytes(patcher.model) == bytes_before
@@ -179,7 +179,7 @@ def _bytes(model) -> list[bytes]:
     return [weight._qdata.view(torch.uint8).numpy().tobytes() for weight in weights]
 
 
-def test_formats_that_only_the_host_knows_are_left_to_it(pack, tmp_path, monkeypatch):
+def test_formats_that_only_comfyui_knows_are_left_to_it(pack, tmp_path, monkeypatch):
     """A newer ComfyUI, played by this one: it has a format of which the core knows nothing."""
     ops, quant_ops = importlib.import_module("comfy.ops"), importlib.import_module("comfy.quant_ops")
     if not hasattr(ops, "_load_quantized_module") or "int8_tensorwise" not in quant_ops.QUANT_ALGOS:
@@ -242,7 +242,7 @@ def test_text_encoders_stay_quantized(pack, tmp_path, form):
     loaded(clip.patcher)
     found = encoder(ids, dtype=torch.float32)
     assert relative(found, expanded(ids)) <= 1e-5
-    tokens = pack.bridge.clip.HostTokenizer(Snapshot(NANO).tokenizer()).tokenize_with_weights(PROMPT)
+    tokens = pack.bridge.clip.ZImageTokenizer(Snapshot(NANO).tokenizer()).tokenize_with_weights(PROMPT)
     assert clip.encode_from_tokens(tokens).shape == (1, len(tokens["qwen3_4b"][0]), 128)
 
 

@@ -1,4 +1,4 @@
-"""Quantized models where the host pages weights: they are paged as they are stored, as the host's own are."""
+"""Quantized models where ComfyUI pages weights: they are paged as they are stored, as ComfyUI's own are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantized models in the host's stock nodes: merges compute what they say, and what is saved is what samples."""
+"""Quantized models in ComfyUI's stock nodes: merges compute what they say, and what is saved is what samples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PARTLY = 0.3
 
 @pytest.fixture(scope="module")
 def stock(pack) -> SimpleNamespace:
-    """The host's own nodes."""
+    """ComfyUI's own nodes."""
     importlib.import_module("utils.install_util")  # as its server does: its nodes hide this folder afterwards
     merging = importlib.import_module("comfy_extras.nodes_model_merging")
     extract = importlib.import_module("comfy_extras.nodes_lora_extract")
@@ -46,7 +46,7 @@ def path(form, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def out(pack, tmp_path):
-    """The host's output folder."""
+    """ComfyUI's output folder."""
     folder_paths = importlib.import_module("folder_paths")
     before = folder_paths.get_output_directory()
     folder_paths.set_output_directory(str(tmp_path / "out"))
@@ -214,7 +214,7 @@ def test_hooks_change_quantized_weights_for_their_steps(pack, tmp_path, lora, lo
     right = predict(loaded(with_lora(pack, pack.bridge.model.load_model(path))))
     hooked, _, group = hooks.load_hook_lora_for_models(patcher, None, load_file(loras / "l.safetensors"), 1.0, 0.0)
     loaded(hooked)
-    for _ in range(2):  # the second time from the host's memory of them
+    for _ in range(2):  # the second time from ComfyUI's memory of them
         hooked.apply_hooks(group)
         assert relative(predict(hooked.model), right) <= 1e-5
         hooked.apply_hooks(None)

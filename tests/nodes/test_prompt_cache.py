@@ -1,4 +1,4 @@
-"""The prompt cache behind the host's text encoders: what is known is not loaded, what differs is not known."""
+"""The prompt cache behind ComfyUI's text encoders: what is known is not loaded, what differs is not known."""
 
 from __future__ import annotations
 
@@ -101,13 +101,13 @@ def test_a_changed_file_and_another_encoder_miss(pack, user, model):
     clip.clip_layer(-3)
     encode(pack, clip)
     assert entries(user) == 5
-    clip.tokenizer = pack.bridge.clip.HostTokenizer(Snapshot(model).tokenizer())
+    clip.tokenizer = pack.bridge.clip.ZImageTokenizer(Snapshot(model).tokenizer())
     clip.tokenizer.zimage.inner.add_prefix_space = True  # changes no ids
     encode(pack, clip)
     assert entries(user) == 5
 
 
-# The host's own text encoders
+# ComfyUI's own text encoders
 
 
 def test_a_stock_clip_is_encoded_each_time(pack, comfy, user, tmp_path, monkeypatch):
@@ -122,7 +122,7 @@ def test_a_stock_clip_is_encoded_each_time(pack, comfy, user, tmp_path, monkeypa
     path = tmp_path / "qwen.safetensors"
     save_file({name: random(*shape, seed=i).half() for i, (name, shape) in enumerate(shapes.items())}, path)
     clip = comfy.sd.load_clip([str(path)])
-    clip.tokenizer = pack.bridge.clip.HostTokenizer(Snapshot(NANO).tokenizer())  # of ids in that vocabulary
+    clip.tokenizer = pack.bridge.clip.ZImageTokenizer(Snapshot(NANO).tokenizer())  # of ids in that vocabulary
 
     assert type(clip.cond_stage_model).__name__.startswith("ZImageTEModel")
     ((expected, expected_extra),) = clip.encode_from_tokens_scheduled(clip.tokenize(TEXT))

@@ -17,7 +17,7 @@ from .prompts import encode, entries, random, restart
 
 @pytest.fixture
 def gpu(comfy, monkeypatch):
-    """Tells the host's policy that it has a GPU of a generation, and flags from its command line."""
+    """Tells ComfyUI's policy that it has a GPU of a generation, and flags from its command line."""
     mm = comfy.model_management
 
     def become(major: int, *flags: str) -> None:
@@ -42,7 +42,7 @@ def test_the_cpu_computes_in_float32(pack):
     [
         (9, (), torch.bfloat16),
         (8, (), torch.bfloat16),
-        (7, (), torch.float32),  # ours computes in float16, but the host's own model may do so in float32
+        (7, (), torch.float32),  # ours computes in float16, but ComfyUI's own model may do so in float32
         (9, ("fp32_unet",), torch.float32),
         (9, ("fp64_unet",), torch.float32),
         (9, ("bf16_unet",), torch.bfloat16),

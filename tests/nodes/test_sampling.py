@@ -115,7 +115,7 @@ def test_other_entries_of_the_latent_stay_and_its_old_scale_goes(pack, parts, sa
 
 
 def test_prompts_of_different_length_with_guidance_and_a_batch(sample, parts):
-    """The host never pads captions: unequal lengths run apart, with the result of one image at a time."""
+    """ComfyUI never pads captions: unequal lengths run apart, with the result of one image at a time."""
     negative = parts.encode("blurry, " * 60)
     assert negative[0][0].shape[1] > 64 > parts.positive[0][0].shape[1]
     together = sample(latent_image=empty(batch=2), negative=negative, guidance_scale=2.0)
@@ -266,7 +266,7 @@ def test_partly_loaded_vae_decodes_the_same(parts, share):
 
 
 def test_extra_model_paths_are_offered(pack, tmp_path):
-    """The host's own reader of extra_model_paths.yaml, with this pack's and the diffusers folder in it."""
+    """ComfyUI's own reader of extra_model_paths.yaml, with this pack's and the diffusers folder in it."""
     folder_paths = importlib.import_module("folder_paths")
     extra_config = importlib.import_module("utils.extra_config")
     (tmp_path / "mine" / "Alpha" / "transformer").mkdir(parents=True)
@@ -290,7 +290,7 @@ def test_extra_model_paths_are_offered(pack, tmp_path):
 
 
 def test_single_files_are_offered_by_the_loader_made_for_them(pack, tmp_path):
-    """In the host's own folders; each loads as the snapshot that it was saved from."""
+    """In ComfyUI's own folders; each loads as the snapshot that it was saved from."""
     folder_paths = importlib.import_module("folder_paths")
     loaders = pack.loaders
     nodes = {

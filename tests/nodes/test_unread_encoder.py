@@ -86,7 +86,7 @@ def test_converted_weights_are_not_read_for_a_known_prompt(pack, comfy, load):
     assert count > 0
     features = encode(pack, clip)
     assert unread(clip) == 0 and features.isfinite().all()
-    assert comfy.model_management.module_size(clip.cond_stage_model) == size  # the host reckoned with the right size
+    assert comfy.model_management.module_size(clip.cond_stage_model) == size  # ComfyUI reckoned with the right size
     restart(pack, comfy)
     if load.path.suffix == ".safetensors":
         poison(load.path)
@@ -176,7 +176,7 @@ def test_weights_that_stay_as_they_are_are_mapped_at_once(pack, model):
     assert unread(pack.bridge.clip.load_clip(model)) == 0
 
 
-def test_the_patcher_is_the_hosts_own(load):
+def test_the_patcher_is_comfyuis_own(load):
     """Who knows of a weight that is not read is the model alone; quantized ones have a patcher for their own sake."""
     kind, *others = type(load.load().patcher).__mro__
     assert kind.__module__ == "comfy.model_patcher" or kind.__name__ == f"Packed{others[1].__name__}"

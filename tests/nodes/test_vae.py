@@ -64,7 +64,7 @@ def test_a_cpu_decodes_in_bands_what_is_more_than_one(pack, vae, samples, in_ban
     assert in_bands == []
 
 
-def test_upsampling_goes_through_the_casts_of_the_host(comfy, vae):
+def test_upsampling_goes_through_the_casts_of_comfyui(comfy, vae):
     """Which brings weights to the input's device and dtype where they are kept in others."""
     layer = copy.deepcopy(vae.first_stage_model.decoder.up[1].upsample).half()
     assert isinstance(layer.conv, comfy.ops.disable_weight_init.Conv2d)
@@ -96,7 +96,7 @@ def test_short_memory_is_seen_by_stock_nodes_too(pack, comfy, vae, samples, in_b
     assert in_bands == []
 
 
-def test_the_host_is_asked_for_less_memory(pack, vae, monkeypatch):
+def test_comfyui_is_asked_for_less_memory(pack, vae, monkeypatch):
     shape = (1, 16, 512, 512)  # of an image of 4096x4096
     monkeypatch.setattr(pack.bridge.vae.vae_bands, "faster", lambda *_: False)  # so that memory alone decides
     monkeypatch.setattr(pack.bridge.vae.mm, "get_free_memory", lambda *_: 2**40)
@@ -108,7 +108,7 @@ def test_the_host_is_asked_for_less_memory(pack, vae, monkeypatch):
 
 
 def test_a_batch_that_does_not_fit_goes_in_bands(pack, vae, in_bands, monkeypatch):
-    """The host sizes a batch before it frees memory, and by one image."""
+    """ComfyUI sizes a batch before it frees memory, and by one image."""
     module, one = vae.first_stage_model, 2178 * 128 * 128 * 4
     latents = torch.zeros(4, 16, 16, 16)
     monkeypatch.setattr(pack.bridge.vae.mm, "get_free_memory", lambda *_: one * 3 // 2)
@@ -159,7 +159,7 @@ def exact(*runs: dict) -> bool:
     return all(run["tiles"] == 0 and max(run["differences"]) <= 2e-5 for run in runs)
 
 
-def test_on_a_gpu_the_host_is_asked_for_what_its_own_vae_wants(on_device):
+def test_on_a_gpu_comfyui_is_asked_for_what_its_own_vae_wants(on_device):
     """With much and little memory: with less it would not make room."""
     for name in ("room", "little", "enough", "room after eviction", "pages that can be given back", "batch"):
         assert on_device[name]["asked"] == on_device["figures"], name
@@ -187,14 +187,14 @@ def test_on_a_gpu_that_runs_out_of_memory_bands_come_before_tiles(on_device, nam
     assert exact(on_device[name])
 
 
-def test_with_bands_off_the_host_falls_back_to_its_tiles(on_device):
+def test_with_bands_off_comfyui_falls_back_to_its_tiles(on_device):
     assert on_device["off, out of memory"]["in bands"] == []
     assert on_device["off, out of memory"]["tiles"] == 2
 
 
 @pytest.mark.parametrize("name", ["split attention", "slices attention"])
-def test_on_a_gpu_attention_is_what_the_host_uses_in_its_vae(on_device, name):
-    """Not torch's where the host avoids it, and slices of it where memory runs out in it."""
+def test_on_a_gpu_attention_is_what_comfyui_uses_in_its_vae(on_device, name):
+    """Not torch's where ComfyUI avoids it, and slices of it where memory runs out in it."""
     found = on_device[name]
     assert found["torch"] == 0 and found["slices"] == 4
     assert exact(found["plain"], found["bands"])
@@ -202,7 +202,7 @@ def test_on_a_gpu_attention_is_what_the_host_uses_in_its_vae(on_device, name):
 
 
 def test_the_figure_is_that_of_the_device_which_a_copy_was_moved_to(vae, monkeypatch, comfy):
-    """As the host's node for choosing a VAE's device makes it."""
+    """As ComfyUI's node for choosing a VAE's device makes it."""
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 2**20)
     moved = copy.copy(vae)
     moved.device = torch.device("cuda", 1)
@@ -214,7 +214,7 @@ def test_the_figure_is_that_of_the_device_which_a_copy_was_moved_to(vae, monkeyp
 
 @pytest.fixture(scope="module")
 def native(pack, comfy):
-    """The host's own VAE for the published autoencoder; its weights don't matter here."""
+    """ComfyUI's own VAE for the published autoencoder; its weights don't matter here."""
     config = importlib.import_module("zimage_pack.zimage_core.config").VAEConfig.from_dict(PUBLISHED["vae"], "here")
     shapes = pack.bridge.vae.AutoencoderKL(config, device="meta").state_dict()
     return comfy.sd.VAE(sd={name: torch.zeros(()).expand(value.shape) for name, value in shapes.items()})
@@ -222,7 +222,7 @@ def native(pack, comfy):
 
 @pytest.mark.parametrize("flag", [None, "fp16_vae", "bf16_vae", "fp32_vae"])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_precision_is_what_the_host_gives_its_own_vae(pack, comfy, native, monkeypatch, flag, bf16):
+def test_the_precision_is_what_comfyui_gives_its_own_vae(pack, comfy, native, monkeypatch, flag, bf16):
     management = comfy.model_management
     monkeypatch.setattr(management, "should_use_fp16", lambda *_, **__: True)
     monkeypatch.setattr(management, "should_use_bf16", lambda *_, **__: bf16)
@@ -234,7 +234,7 @@ def test_the_precision_is_what_the_host_gives_its_own_vae(pack, comfy, native, m
     assert (ours.vae_dtype == torch.float16) == (flag == "fp16_vae")
 
 
-def test_a_gpu_is_asked_for_as_much_as_by_the_hosts_own_vae(native, vae):
+def test_a_gpu_is_asked_for_as_much_as_by_comfyuis_own_vae(native, vae):
     vae.device = torch.device("cuda")
     for dtype in (torch.float32, torch.bfloat16):
         for call, shape in (("decode", (1, 16, 128, 96)), ("encode", (1, 3, 1024, 768))):
@@ -242,7 +242,7 @@ def test_a_gpu_is_asked_for_as_much_as_by_the_hosts_own_vae(native, vae):
             assert asked == getattr(native, f"memory_used_{call}")(shape, dtype) > 0
 
 
-def test_what_the_host_adds_to_a_norms_weights_is_in_bands_too(pack, vae, samples, in_bands):
+def test_what_comfyui_adds_to_a_norms_weights_is_in_bands_too(pack, vae, samples, in_bands):
     plain = decode(pack, vae, samples, low_memory="off")
     norm = vae.first_stage_model.decoder.up[0].block[0].norm1
     norm.weight_function = [lambda weight: 1.5 * weight]

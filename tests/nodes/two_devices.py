@@ -1,4 +1,4 @@
-"""Runs the pack in the host's real memory manager between the CPU and a fake accelerator; prints what it saw as JSON.
+"""Runs the pack in ComfyUI's real memory manager between the CPU and a fake accelerator; prints what it saw as JSON.
 
 python tests/nodes/two_devices.py
 """
@@ -73,7 +73,7 @@ def sample(pack, model, cond) -> torch.Tensor:
 
 
 def take_over(mm) -> None:
-    """Makes the fake accelerator the host's device, with `free_on_device` bytes for weights."""
+    """Makes the fake accelerator ComfyUI's device, with `free_on_device` bytes for weights."""
     real = mm.get_free_memory
 
     def free_memory(dev=None, torch_free_too=False):
@@ -163,7 +163,7 @@ def evict(pack, mm, cond, latents: torch.Tensor, image: torch.Tensor) -> dict[st
 
 
 def out_of_memory(pack, mm, latents: torch.Tensor, image: torch.Tensor) -> dict[str, Any]:
-    """A decode that runs out of memory on the whole image: the host falls back to tiles."""
+    """A decode that runs out of memory on the whole image: ComfyUI falls back to tiles."""
     global free_on_device
     mm.unload_all_models()
     free_on_device = PLENTY

@@ -159,7 +159,7 @@ class Seen:
 
 
 def attention(seen: Seen, mm: Any, function: str) -> dict[str, Any]:
-    """As where the host avoids torch's attention for its VAE, or where that runs out of memory."""
+    """As where ComfyUI avoids torch's attention for its VAE, or where that runs out of memory."""
     import comfy.ops
 
     calls = {"torch": 0, "slices": 0}

@@ -145,7 +145,7 @@ def _filled(given: Sequence[Tensor | None], count: int) -> list[Tensor | None]:
 
 
 def _along(start: float, device: torch.device) -> Tensor:
-    """So far along the first axis of positions. Filled on the device: a copy would make the host wait for it."""
+    """So far along the first axis of positions. Filled on the device: a copy would make the CPU wait for it."""
     return torch.stack([torch.full((), float(step), device=device) for step in (start, 0, 0)])
 
 

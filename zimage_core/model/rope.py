@@ -35,7 +35,7 @@ def image_positions(
     `rope_options` stretches and shifts the grid (keys scale_x, scale_y, shift_x, shift_y, as ComfyUI names them).
     """
     options = rope_options or {}
-    # filled on the device: a copy would make the host wait for it
+    # filled on the device: a copy would make the CPU wait for it
     f = torch.stack([torch.full((), length + 1.0, device=device) for length in caption_lengths])
     y = torch.arange(rows, device=device) * options.get("scale_y", 1.0) + options.get("shift_y", 0.0)
     x = torch.arange(columns, device=device) * options.get("scale_x", 1.0) + options.get("shift_x", 0.0)
