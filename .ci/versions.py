@@ -100,7 +100,7 @@ def run(variant: Variant, folder: Path) -> int:
     if subprocess.run(made).returncode:
         print(f"uv finds no Python {variant.python}; put one first on PATH, or get it by `uv python install`")
         return 1
-    wanted = {_name(item): item for item in _host_requirements()}
+    wanted = {_name(item): item for item in _comfyui_requirements()}
     wanted |= {name: name for name in setup.pins()} | {_name(item): item for item in variant.requirements}
     kept = [item for name, item in wanted.items() if name not in variant.empty]
     subprocess.run([uv, "pip", "install", "--quiet", "--python", python, *kept], check=True)
@@ -117,7 +117,7 @@ def run(variant: Variant, folder: Path) -> int:
     return subprocess.run([python, "-m", "pytest", *TESTS, *options, *left_out], cwd=ROOT).returncode
 
 
-def _host_requirements() -> list[str]:
+def _comfyui_requirements() -> list[str]:
     lines = (provision.newest() / "requirements.txt").read_text().splitlines()
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 

@@ -24,7 +24,7 @@ SMALLEST = 40  # pixels of a 128x128 image; smaller specks are no objects (the s
 OVERLAP = 0.72  # intersection over union with the best outline below which a shape is none
 OUTLINE = 32  # pixels, the side at which outlines are compared
 FOLLOWED = 0.08  # of width and height: how far an object may be from where a control image has it
-PLACE_TOLERANCE = 0.125  # of width and height: half the distance between neighbouring places
+PLACE_TOLERANCE = 0.125  # of width and height: half the distance between neighboring places
 APART = 0.25  # of width or height: how far two related objects must be from each other, and how level at most
 SMALL_BELOW, LARGE_ABOVE = 0.155, 0.28  # half the object's side as a share of the image's shorter side
 

@@ -18,7 +18,7 @@ from zimage_core.backends.matmul import multiplies
 class Ranks:
     """The processes that train together: one thread each on the CPU, or one process on a GPU.
 
-    Two OpenMP threads lose most of their speed to any busy neighbour; two processes that average gradients do not.
+    Two OpenMP threads lose most of their speed to any busy neighbor; two processes that average gradients do not.
     """
 
     def __init__(self) -> None:

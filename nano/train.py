@@ -181,7 +181,7 @@ def noise_levels(batch: int) -> Tensor:
 
 
 def object_weights(clean: Tensor) -> Tensor:
-    """1 on background cells, 1 + OBJECT_WEIGHT on others: [B, h, w]. The median cell is background."""
+    """1 on background latent pixels, 1 + OBJECT_WEIGHT on others: [B, h, w]. The median one is background."""
     background = clean.flatten(2).median(dim=-1).values[:, :, None, None]
     return 1 + OBJECT_WEIGHT * ((clean - background).square().sum(1) > 1.0).float()
 

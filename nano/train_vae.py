@@ -94,7 +94,7 @@ class Trained(nn.Module):
                 nn.init.zeros_(module.bias)
         for module in self.vae.modules():
             if isinstance(module, ResnetBlock):
-                module.conv2.weight.data.mul_(0.1)  # residual branches start small, else the run stalls at grey
+                module.conv2.weight.data.mul_(0.1)  # residual branches start small, else the run stalls at gray
             if isinstance(module, AttentionBlock):
                 nn.init.zeros_(module.proj_out.weight)
         self.register_buffer("factors", torch.tensor(PREVIEW_FACTORS), persistent=False)
@@ -168,7 +168,7 @@ def _rgb(rng: random.Random) -> scenes.RGB:
 
 
 def reconstruction_loss(decoded: Tensor, image: Tensor, *, edges: bool) -> Tensor:
-    """L1 + 2 MSE, and half the L1 of neighbour differences, which sharpens outlines."""
+    """L1 + 2 MSE, and half the L1 of neighbor differences, which sharpens outlines."""
     error = decoded - image
     loss = error.abs().mean() + 2 * error.square().mean()
     if edges:

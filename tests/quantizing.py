@@ -1,4 +1,4 @@
-"""Quantized weights for tests, in every dialect: what a file holds, and the numbers that it means."""
+"""Quantized weights for tests, in every layout: what a file holds, and the numbers that it means."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def is_layer(name: str, tensor: Tensor) -> bool:
     return tensor.ndim == 2 and name.startswith(("layers.", "noise_refiner.", "context_refiner."))
 
 
-def quantize(plain: dict[str, Tensor], dialect: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def quantize(plain: dict[str, Tensor], layout: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(the tensors of a file, the values that it means in float64)."""
     stored, meant = dict(plain), {name: value.double() for name, value in plain.items()}
     form = str(dtype).removeprefix("torch.")
@@ -25,21 +25,21 @@ def quantize(plain: dict[str, Tensor], dialect: str, dtype: torch.dtype) -> tupl
             continue
         layer = name.removesuffix(".weight")
         scale = torch.tensor(1.0)
-        if dialect == "by rows":
+        if layout == "by rows":
             scale = tensor.float().abs().amax(1, keepdim=True) / torch.finfo(dtype).max
-        elif dialect != "alone":
+        elif layout != "alone":
             scale = tensor.float().abs().max() / torch.finfo(dtype).max
         stored[name] = (tensor.float() / scale).to(dtype)
         meant[name] = stored[name].double() * scale.double()
-        if dialect == "old":
+        if layout == "old":
             stored |= {f"{layer}.scale_weight": scale, f"{layer}.scale_input": torch.tensor(1.0)}
-        elif dialect in ("marked", "by rows"):
+        elif layout in ("marked", "by rows"):
             marker = json.dumps({"format": form, "full_precision_matrix_mult": False}).encode()
             stored |= {f"{layer}.weight_scale": scale, f"{layer}.input_scale": torch.tensor(1.0)}
             stored[f"{layer}.comfy_quant"] = torch.tensor(list(marker), dtype=torch.uint8)
-        elif dialect == "header":
+        elif layout == "header":
             stored[f"{layer}.weight_scale"] = scale
-    if dialect == "old":
+    if layout == "old":
         stored["scaled_fp8"] = torch.zeros(2, dtype=dtype)
     return stored, meant
 

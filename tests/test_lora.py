@@ -1,4 +1,4 @@
-"""LoRA files of every dialect and family: each key lands where it should, each change is the formula's."""
+"""LoRA files of every format and family: each key lands where it should, each change is the formula's."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def close(found: Tensor, expected: Tensor) -> bool:
     return bool((found.double() - expected).norm() <= 1e-5 * expected.norm())
 
 
-# Dialects: names as trainers write them
+# Formats: names as trainers write them
 
 
 @pytest.mark.one_in(4)
@@ -96,7 +96,7 @@ def close(found: Tensor, expected: Tensor) -> bool:
         ("attention.out", "attention.out", None),
     ],
 )
-def test_dotted_dialects(tmp_path, transformer, shapes, start, down, up, module, target, part):
+def test_dotted_formats(tmp_path, transformer, shapes, start, down, up, module, target, part):
     out = 3 * WIDTH if module == "attention.qkv" else WIDTH
     a, b = random(4, WIDTH), random(out, 4, seed=1)
     name = f"{start}layers.1.{module}"
@@ -128,7 +128,7 @@ def test_dotted_dialects(tmp_path, transformer, shapes, start, down, up, module,
         ("t_embedder_mlp_0", "t_embedder.mlp.0.weight"),
     ],
 )
-def test_underscored_dialects(tmp_path, shapes, start, module, parameter):
+def test_underscored_formats(tmp_path, shapes, start, module, parameter):
     out, width = shapes["transformer"][parameter]
     out = WIDTH if "to_q" in module else out
     tensors = {f"{start}{module}.lora_down.weight": random(2, width), f"{start}{module}.lora_up.weight": random(out, 2)}
@@ -154,7 +154,7 @@ def test_underscored_dialects(tmp_path, shapes, start, module, parameter):
         "clip.layers.1.self_attn.q_proj",
     ],
 )
-def test_text_encoder_dialects(tmp_path, text_encoder, shapes, module):
+def test_text_encoder_formats(tmp_path, text_encoder, shapes, module):
     parameter = "model.layers.1.self_attn.q_proj.weight"
     out, width = shapes["text_encoder"][parameter]
     a, b = random(2, width), random(out, 2, seed=1)
@@ -163,7 +163,7 @@ def test_text_encoder_dialects(tmp_path, text_encoder, shapes, module):
     assert close(changes(text_encoder, "text_encoder", (opened, 1.0))[parameter], b.double() @ a.double())
 
 
-def test_every_weight_has_a_name_of_its_own_in_every_dialect(shapes):
+def test_every_weight_has_a_name_of_its_own_in_every_format(shapes):
     """No two weights share a place, so nothing can land on the wrong one."""
     places = lora._places(shapes)
     thirds = {(target.name, target.part) for target in places.values()}

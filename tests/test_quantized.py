@@ -1,4 +1,4 @@
-"""Quantized files of every dialect: the numbers are exactly those that are meant; other formats are named."""
+"""Quantized files of every layout: the numbers are exactly those that are meant; other formats are named."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def plain() -> dict[str, Tensor]:
     return {name: value.clone() for name, value in Snapshot(NANO).transformer().state_dict().items()}
 
 
-def written(tmp_path: Path, stored: dict[str, Tensor], dialect: str, dtype: torch.dtype, prefix: str = "") -> Path:
+def written(tmp_path: Path, stored: dict[str, Tensor], layout: str, dtype: torch.dtype, prefix: str = "") -> Path:
     metadata = dict(CONFIG)
-    if dialect == "header":
+    if layout == "header":
         form = {"format": str(dtype).removeprefix("torch.")}
         layers = {name.removesuffix(".weight"): form for name, value in stored.items() if value.dtype == dtype}
         metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": layers})
@@ -41,11 +41,11 @@ def written(tmp_path: Path, stored: dict[str, Tensor], dialect: str, dtype: torc
 
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-@pytest.mark.parametrize("dialect", ["alone", "old", "marked", "by rows", "header"])
+@pytest.mark.parametrize("layout", ["alone", "old", "marked", "by rows", "header"])
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_values_are_exact(tmp_path, plain, dialect, dtype, prefix):
-    stored, meant = quantize(plain, dialect, dtype)
-    path = written(tmp_path, stored, dialect, dtype, prefix)
+def test_values_are_exact(tmp_path, plain, layout, dtype, prefix):
+    stored, meant = quantize(plain, layout, dtype)
+    path = written(tmp_path, stored, layout, dtype, prefix)
     found = open_component(path, "transformer").build(dtype=torch.float32).state_dict()
     assert found.keys() == meant.keys()
     for name, value in found.items():
@@ -178,11 +178,11 @@ def test_smoothing_belongs_to_the_weight(tmp_path, plain):
     torch.testing.assert_close(x @ found[f"{layer}.weight"].T, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dialect", ["marked", "header"])
-def test_other_formats_are_named(tmp_path, plain, dialect):
+@pytest.mark.parametrize("layout", ["marked", "header"])
+def test_other_formats_are_named(tmp_path, plain, layout):
     metadata = dict(CONFIG)
     stored = dict(plain)
-    if dialect == "marked":
+    if layout == "marked":
         marker = torch.tensor(list(json.dumps({"format": "fp2"}).encode()), dtype=torch.uint8)
         stored["layers.0.attention.qkv.comfy_quant"] = marker
     else:
@@ -225,10 +225,10 @@ def test_damaged_markers_and_scales(tmp_path, plain):
     stored, _ = quantize(plain, "marked", torch.float8_e4m3fn)
     broken = {**stored, "layers.0.attention.qkv.comfy_quant": torch.tensor([123], dtype=torch.uint8)}
     assert "comfy_quant is damaged" in refusal(written(tmp_path, broken, "marked", torch.float8_e4m3fn))
-    for dialect in ("marked", "header"):
-        unscaled, _ = quantize(plain, dialect, torch.float8_e4m3fn)
+    for layout in ("marked", "header"):
+        unscaled, _ = quantize(plain, layout, torch.float8_e4m3fn)
         del unscaled["layers.0.attention.qkv.weight_scale"]
-        message = refusal(written(tmp_path, unscaled, dialect, torch.float8_e4m3fn))
+        message = refusal(written(tmp_path, unscaled, layout, torch.float8_e4m3fn))
         assert "layers.0.attention.qkv.weight is quantized as" in message and "weight_scale is missing" in message
     broken = {**stored, "layers.0.attention.qkv.weight_scale": torch.ones(7)}
     message = refusal(written(tmp_path, broken, "marked", torch.float8_e4m3fn))

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from .helpers import NANO, ROOT
+from .helpers import NANO, ROOT, tracked
 
 README = ROOT / "README.md"
 HELP = sorted((ROOT / "web" / "docs").glob("*/*.md"))  # <node id>/<language>.md
@@ -330,3 +330,13 @@ def test_words_are_those_of_the_field():
         prose = re.sub(r"```.*?```|`[^`\n]*`|\]\([^)]*\)", "", TEXT[page], flags=re.DOTALL)
         found = re.search(rf"\b(?:{others})\b", prose, flags=re.IGNORECASE)
         assert not found, f"{found[0]!r} in {page}"
+
+
+def test_words_in_code_are_those_of_the_field():
+    """In names, comments and docstrings; a `host` is any program around `zimage_core`, ComfyUI has a name."""
+    others = r"colour|neighbour|behaviour|dialect|matrix product|(?:quanti|recogni|normali|optimi)s(?:e|ed|ing)\b"
+    others += r"|\bthe_host|\bthe hosts?\b|[^a-z]pictures?\b"
+    said_as_data = {"nano/captions.py", "tests/test_readme.py"}  # what people write in prompts, and these words
+    for name in sorted(tracked("*.py", "*.js") - said_as_data):
+        found = re.search(others, (ROOT / name).read_text(encoding="utf-8"), flags=re.IGNORECASE)
+        assert not found, f"{found[0]!r} in {name}"

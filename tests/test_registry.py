@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import ast
 import io
-import os
 import re
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from .helpers import ROOT, tracked
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     tomllib = pytest.importorskip("tomli")
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def tracked(*options: str) -> set[str]:
-    listed = subprocess.run(["git", "ls-files", "-z", *options], cwd=ROOT, capture_output=True, check=True).stdout
-    return {name for name in os.fsdecode(listed).split("\0") if name and (ROOT / name).is_file()}
-
 
 @pytest.fixture(scope="module")
 def archive() -> set[str]:
     """The files that users get: those of the repository that .comfyignore does not name."""
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a checkout")
     return tracked() - tracked("--cached", "--ignored", "--exclude-from=.comfyignore")
 
 

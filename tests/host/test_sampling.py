@@ -123,7 +123,7 @@ def test_our_vae_encodes_what_it_decodes(client):
 
 @pytest.fixture(scope="module")
 def lora_files(host: Server) -> list[str]:
-    """One and the same LoRA in three dialects: native, kohya on the native tree, diffusers."""
+    """One and the same LoRA in three formats: native, kohya on the native tree, diffusers."""
     generator = torch.Generator().manual_seed(0)
     weights = load_file(next((NANO / "transformer").glob("*.safetensors")))
     dim = weights["layers.0.attention.to_q.weight"].shape[0]
@@ -159,7 +159,7 @@ def lora_files(host: Server) -> list[str]:
 
 
 @pytest.mark.slow
-def test_stock_and_own_lora_loader_with_three_dialects(client, lora_files):
+def test_stock_and_own_lora_loader_with_three_formats(client, lora_files):
     without = latents(client, latent_prompt())
     results = []
     for name in lora_files:

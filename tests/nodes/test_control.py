@@ -267,8 +267,8 @@ def test_with_lora_and_half_of_it_elsewhere(pack, parts, steer, sample, comfy):
 
 
 @pytest.mark.one_in(3)
-@pytest.mark.parametrize("dialect", ["alone", "marked", "old"])
-def test_fp8_files(pack, file, steer, sample, tmp_path, dialect):
+@pytest.mark.parametrize("layout", ["alone", "marked", "old"])
+def test_fp8_files(pack, file, steer, sample, tmp_path, layout):
     """Stored in 8 bits, with and without scales; what they mean is what steers."""
     path = tmp_path / "patches" / file
     with safe_open(path, "pt") as opened:
@@ -279,7 +279,7 @@ def test_fp8_files(pack, file, steer, sample, tmp_path, dialect):
         if ".to_q." in name:
             rows = [apart[name.replace(".to_q.", f".to_{part}.")] for part in "qkv"]
             plain[name.replace("to_q", "qkv")] = torch.cat(rows)
-    stored, meant = quantizing.quantize(plain, dialect, torch.float8_e4m3fn)
+    stored, meant = quantizing.quantize(plain, layout, torch.float8_e4m3fn)
     found = []
     for tensors in (stored, {name: value.float() for name, value in meant.items()}):
         named = {name if name == "scaled_fp8" else f"control_{name}": value for name, value in tensors.items()}

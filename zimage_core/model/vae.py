@@ -209,7 +209,7 @@ class AttentionBlock(nn.Module):
         return x + self.proj_out(self.given(self.q(h), self.k(h), self.v(h)))  # type: ignore[misc]
 
     def uses_given(self, x: Tensor) -> bool:
-        """Whether the host's attention runs, which bounds its memory itself. On a CPU torch's stores no scores."""
+        """Whether a host's attention runs, which bounds its memory itself. On a CPU torch's stores no scores."""
         return self.given is not None and x.device.type != "cpu"
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
