@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,3 +106,13 @@ def test_one_that_fails_is_told_of_once_and_never_called_again(monkeypatch, capl
             assert fused.gated_(*pair()) is None
     (record,) = caplog.records
     assert "Triton does not work here (NotImplementedError: " in record.getMessage()
+
+
+def test_too_little_memory_is_no_fault_of_theirs(monkeypatch):
+    def gated_(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.ops, fused.SPACE, SimpleNamespace(gated_=gated_))
+    with torch.no_grad(), FakeTensorMode(), pytest.raises(torch.OutOfMemoryError):
+        fused.gated_(*pair())
+    assert not fused._broken

@@ -56,6 +56,8 @@ def _called(name: str, *arguments: Any) -> Tensor | None:
     try:
         found: Tensor = getattr(getattr(torch.ops, SPACE), name)(*arguments)
         return found
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # of a compiler, a linker, a driver, a file system: nothing has been computed yet
         _broken = True
         lines = str(error).strip().splitlines() or [""]
