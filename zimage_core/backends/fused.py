@@ -10,6 +10,7 @@ Letters: B batch, S tokens, D width.
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +19,9 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-# Operators, so that whatever looks at PyTorch's operators (FakeTensorMode, profilers) sees a kernel. The pack may be
-# loaded beside `zimage_core`: each has its own.
-SPACE = __name__.replace(".", "_")
+# Operators, so that whatever looks at PyTorch's operators (FakeTensorMode, profilers) sees a kernel. This module may be
+# loaded several times, as the pack and as `zimage_core`: each has its own.
+SPACE = f"zimage_{uuid.uuid4().hex}"
 SCHEMAS = (
     "gated_(Tensor(a!) a, Tensor b, float factor) -> Tensor(a!)",
     "add_normed(Tensor x, Tensor h, Tensor gain, Tensor? gate, float eps) -> Tensor",
