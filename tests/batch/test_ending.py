@@ -147,31 +147,39 @@ def test_kills_at_any_moment_lose_nothing(tmp_path):
     assert sorted({*done}) == sorted((line["row"], line["image"]) for line in whole.lines()) and len(done) == 45
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("room, left", [(60, 0), (60, 55)])
-def test_a_full_disk_stops_the_run_and_the_next_goes_on(tmp_path, room, left):
-    """On a file system of so many kB. left: of which something else takes so many, so that not one image fits."""
+def on_a_disk(run: Run, room: int, taken: int, *options: str) -> tuple[int, str, str]:
+    """Exit status and output of the command on a file system of so many kB, of which something else takes so many.
+
+    What it leaves is then where it would be.
+    """
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
         pytest.skip("this system mounts nothing for its users")
-    run = Run(tmp_path, [f"a star {number}" for number in range(40)], *SMALL, "--batch-size", "1")
     run.out.mkdir()
-    kept = tmp_path / "kept"
+    kept = run.out.with_name("kept")
     script = (
-        f'mount -t tmpfs -o size={room}k none "{run.out}" && head -c {left * 1024} /dev/zero > "{run.out}/other"; '
+        f'mount -t tmpfs -o size={room}k none "{run.out}" && head -c {taken * 1024} /dev/zero > "{run.out}/other"; '
         f'"$@"; code=$?; cp -a "{run.out}" "{kept}"; exit $code'
     )
-    process = started(run, before=("unshare", "-Urm", "sh", "-c", script, "sh"))
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 1, err
-    assert "there is no room left to write" in err and "make room, then run the same command again" in err
-    assert "Traceback" not in err and "stopped" in out
+    process = started(run, *options, before=("unshare", "-Urm", "sh", "-c", script, "sh"))
+    out, err = process.communicate(timeout=300)
     run.out.rmdir()
     kept.rename(run.out)
     (run.out / "other").unlink()
+    return process.returncode, out, err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room, taken", [(60, 0), (60, 55)])  # with the latter not one image fits
+def test_a_full_disk_stops_the_run_and_the_next_goes_on(tmp_path, room, taken):
+    run = Run(tmp_path, [f"a star {number}" for number in range(40)], *SMALL, "--batch-size", "1")
+    code, out, err = on_a_disk(run, room, taken)
+    assert code == 1, err
+    assert "there is no room left to write" in err and "make room, then run the same command again" in err
+    assert "Traceback" not in err and "stopped" in out
     text = run.journal.read_bytes()
     assert text == b"" or text.endswith(b"\n")
     made = len(run.lines())
-    assert (made == 0) == bool(left) and made < 40 and not [*run.out.glob("*.half")]
+    assert (made == 0) == bool(taken) and made < 40 and not [*run.out.glob("*.half")]
     assert len(run.images()) - made in (0, 1, 2)  # one or two may have been saved whose lines had no room
     for path in run.out.glob("*.png"):
         Image.open(path).load()

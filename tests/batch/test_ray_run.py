@@ -25,7 +25,7 @@ from zimage_core.batch.ray_run import SETTINGS, Cluster
 from ..helpers import NANO, ROOT
 from . import ray_workers
 from .making import SMALL, Run
-from .test_ending import HEARD
+from .test_ending import HEARD, on_a_disk
 
 os.environ.update(SETTINGS)
 pytestmark = pytest.mark.slow
@@ -191,6 +191,37 @@ def test_a_machine_that_goes_takes_nothing_with_it(tmp_path, cluster, ray, capfd
     assert capfd.readouterr().err == ""
     assert Counter(line["row"] for line in run.lines()) == {number: 1 for number in range(1, 151)}
     assert len(run.images()) == 150
+
+
+def test_a_full_disk_stops_the_run_and_a_local_one_goes_on(tmp_path):
+    run = Run(tmp_path, [f"a star {number}" for number in range(40)], *ALONE)
+    code, out, err = on_a_disk(run, 60, 0, "--ray", "--ray-actors", "2", "--ray-cpus", "1")
+    assert code == 1, err
+    assert "there is no room left to write" in err and "make room, then run the same command again" in err
+    assert "Traceback" not in err and "stopped" in out
+    assert 0 < len(run.lines()) < 40 and not [*run.out.glob("*.half")]
+    for path in run.out.glob("*.png"):
+        Image.open(path).load()
+    assert run() == 0 and len(run.lines()) == 40 == len(run.images())
+
+
+def test_a_cluster_that_goes_ends_the_run_and_a_local_one_goes_on(tmp_path):
+    """Its head machine, and with it all workers."""
+    from ray.cluster_utils import Cluster as Machines
+
+    made = Machines(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 * 2**20})
+    run = Run(tmp_path, [f"a star {number}" for number in range(400)], *ALONE, "-s", "8")
+    process = started(run, "--ray", made.address, "--ray-actors", "2", "--ray-cpus", "1")
+    try:
+        until(lambda: done(run) >= 10, "no images")
+    finally:
+        made.shutdown()
+    out, err = process.communicate(timeout=WAIT)
+    assert process.returncode == 1, err
+    assert "ended by Ray because its cluster stopped working" in err and "run the same command again to go on" in err
+    assert "Traceback" not in err
+    run.write([f"a star {number}" for number in range(40)])
+    assert run() == 0 and len({line["row"] for line in run.lines()} & {*range(1, 41)}) == 40
 
 
 def test_control_c_ends_the_cluster_and_a_local_run_goes_on(tmp_path):

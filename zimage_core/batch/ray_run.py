@@ -14,6 +14,8 @@ import os
 import pickle
 import queue
 import re
+import subprocess
+import sys
 import threading
 import uuid
 import warnings
@@ -124,6 +126,7 @@ class Cluster:
         self.wanted = wanted
         self._ray = _imported()
         self._connected = False
+        self._witness = Witness()
 
     def __enter__(self) -> Cluster:
         return self
@@ -135,6 +138,7 @@ class Cluster:
         """Ends the actors, and the cluster if it was started here."""
         if self._connected:
             self._connected = False
+            self._witness.dismiss()
             self._ray.shutdown()
 
     def device(self, cpu: bool) -> str:
@@ -164,6 +168,7 @@ class Cluster:
         except Exception as error:  # of many kinds, each with pages of advice
             where = "can't be started" if self.wanted.address == LOCAL else f"at {self.wanted.address} can't be reached"
             raise ValueError(f"the Ray cluster {where} ({_told(error)})") from None
+        self._witness.begin()
         self._connected = True
 
     def make(self, settings: Settings, store: Store, tasks: Sequence[Task], stop: Stop) -> Iterator[Outcome]:
@@ -232,6 +237,34 @@ class Cluster:
             say(("end", None))
         except BaseException as error:
             say(("lost", _told(error)))
+
+
+class Witness:
+    """A process that says what has happened if this one ends without a word, as Ray has it do when a cluster is gone."""
+
+    MESSAGE = (
+        "error: the process of this run is gone (killed, or ended by Ray because its cluster stopped working); run the "
+        "same command again to go on, with --ray or without"
+    )
+    CODE = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def begin(self) -> None:
+        # in a session of its own: Control-C is not for it
+        self._process = subprocess.Popen(
+            [sys.executable, "-ES", "-c", self.CODE, self.MESSAGE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+
+    def dismiss(self) -> None:
+        if self._process is not None:
+            self._process.communicate("this process goes on by itself")
+            self._process = None
 
 
 SETTINGS = {  # read when Ray is imported
