@@ -240,7 +240,7 @@ class Cluster:
 
 
 class Witness:
-    """A process that says what has happened if this one ends without a word, as Ray has it do when a cluster is gone."""
+    """A process that says what has happened if this one ends without a word, as Ray wants where a cluster is gone."""
 
     MESSAGE = (
         "error: the process of this run is gone (killed, or ended by Ray because its cluster stopped working); run the "
