@@ -43,6 +43,7 @@ class Variant:
 OLD_TORCH = {
     "fake CUDA tensors need torch 2.9": [
         "tests/nodes/test_gpu_work.py",
+        "tests/test_fused.py",
         "tests/test_gguf.py::test_uncompiled_moves_little_and_waits_for_nothing",
         "tests/test_gguf.py::test_tables_stay_on_their_device",
         "tests/test_lora_use.py::test_a_large_weight_is_changed_in_its_place",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from zimage_core.backends import fused
+from zimage_core.backends.half import HalfOperations
+from zimage_core.backends.operations import LeanOperations, read_gain
 
 from .. import memory, text, timing, vae
 from .report import Report
@@ -53,33 +57,38 @@ def _encoder(report: Report, device: torch.device, toy: bool) -> None:
 
 
 def _passes(report: Report, device: torch.device) -> None:
-    """Triton's kernels beside torch's own functions."""
+    """Those that Triton's kernels do, also by torch; in float16 as Turbo has them, with tokens of float32."""
     title = "passes over the tokens of a block, 1024²"
     report.table(title, ["pass", "dtype", ">ms in one kernel", ">ms by torch", ">difference"])
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype, of_tokens, operations in (
+        (torch.bfloat16, torch.bfloat16, LeanOperations(read_gain)),
+        (torch.float16, torch.float32, HalfOperations(read_gain)),
+    ):
         place: dict[str, Any] = {"device": device, "dtype": dtype}
-        x, h = torch.randn(2, 1, TOKENS, 3840, **place)
-        gain, gate = torch.randn(3840, **place), torch.randn(1, 1, 3840, **place)
-        a, b, own = torch.randn(3, 1, TOKENS, 10240, **place)
-        own.copy_(a)
-        passes: dict[str, timing.Calls] = {
-            "silu(a) * b": {
-                "ours": lambda a=own, b=b: fused.gated_(a, b),
-                "torch": lambda a=a, b=b: F.silu(a, inplace=True).mul_(b),
-            },
-            "x + gate * norm(h)": {
-                "ours": lambda x=x, h=h, gain=gain, gate=gate: fused.add_normed(x, h, gain, gate, 1e-5),
-                "torch": lambda x=x, h=h, gain=gain, gate=gate: torch.addcmul(
-                    x, gate, F.rms_norm(h, h.shape[-1:], gain, 1e-5)
-                ),
-            },
-        }
-        for name, calls in passes.items():
-            found = {of: call() for of, call in calls.items()}  # which overwrites `a`: each time it is another one
-            if found["ours"] is None:
-                report.remark(f"{name}: Triton does not run here")
+        drawn, b = torch.randn(2, 1, TOKENS, 10240, **place)
+        x, h = torch.randn(1, TOKENS, 3840, device=device, dtype=of_tokens), torch.randn(1, TOKENS, 3840, **place)
+        a, gate, norm = drawn.clone(), torch.randn(1, 1, 3840, **place), torch.nn.RMSNorm(3840, 1e-5, **place)
+        for name, call in {
+            "silu(a) * b": partial(operations.gated, a, b),
+            "x + gate * norm(h)": partial(operations.add_normed, x, h, norm, gate, operations.shrink**2),
+        }.items():
+            ways = {"ours": partial(_by_kernels, True, call), "torch": partial(_by_kernels, False, call)}
+            results = []
+            for way in ways.values():
+                a.copy_(drawn)  # which is overwritten
+                results.append(way().float())
+            if results[0].equal(results[1]):
+                report.remark(f"{name}, {dtype}: Triton does not run here")
                 continue
-            off = ((found["ours"] - found["torch"]).float().norm() / found["torch"].float().norm()).item()
-            times = timing.alternating(calls, 20, device)
+            off = ((results[0] - results[1]).norm() / results[1].norm()).item()
+            times = timing.alternating(ways, 20, device)
             cells = [f"{1000 * statistics.median(times[of]):.3f}" for of in ("ours", "torch")]
             report.row(title, name, str(dtype).removeprefix("torch."), *cells, f"{off:.1e}")
+
+
+def _by_kernels(enabled: bool, call: Callable[[], Tensor]) -> Tensor:
+    fused.enabled = enabled
+    try:
+        return call()
+    finally:
+        fused.enabled = True

@@ -6,8 +6,10 @@ from typing import Any
 
 import comfy.ops
 import torch
+from comfy.cli_args import args
 from torch import Tensor
 
+from ...zimage_core.backends import fused
 from ...zimage_core.backends.half import HalfOperations
 from ...zimage_core.backends.operations import LeanOperations, Operations
 
@@ -17,8 +19,25 @@ except ImportError:
     rms_rope = rms_rope1 = None
 
 
+def may_use_triton() -> bool:
+    """As ComfyUI's flag says; older ones have none."""
+    return not getattr(args, "disable_triton_backend", False)
+
+
+fused.enabled = may_use_triton()
+
+
 class _Kernels(Operations):
-    """The norm and rotation of q and k in one pass, by ComfyUI's kernel package."""
+    """In one pass: the norm and rotation of q and k by ComfyUI's kernel package, and a branch's norm with its sum."""
+
+    def add_normed(self, x: Tensor, h: Tensor, norm: Any, gate: Any, shrink: float) -> Tensor:
+        if fused.may_run(x, h):
+            weight, bias, lent = _cast(norm, h)
+            found = fused.add_normed(x, h, weight, gate, norm.eps * shrink**2)
+            comfy.ops.uncast_bias_weight(norm, weight, bias, lent)
+            if found is not None:
+                return found
+        return super().add_normed(x, h, norm, gate, shrink)
 
     def norm_rotate(self, q: Tensor, k: Tensor, rotations: Tensor, q_norm: Any, k_norm: Any) -> tuple[Tensor, Tensor]:
         if rms_rope is None or q.device.type == "cpu" or torch.is_grad_enabled():

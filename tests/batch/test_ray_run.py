@@ -218,8 +218,9 @@ def test_a_cluster_that_goes_ends_the_run_and_a_local_one_goes_on(tmp_path):
         made.shutdown()
     out, err = process.communicate(timeout=WAIT)
     assert process.returncode == 1, err
-    assert "ended by Ray because its cluster stopped working" in err and "run the same command again to go on" in err
-    assert "Traceback" not in err
+    # Ray ends the process, or tells it in time
+    assert "ended by Ray because its cluster stopped working" in err or "the Ray cluster stopped working (" in err
+    assert "run the same command again to go on" in err and "Traceback" not in err
     run.write([f"a star {number}" for number in range(40)])
     assert run() == 0 and len({line["row"] for line in run.lines()} & {*range(1, 41)}) == 40
 

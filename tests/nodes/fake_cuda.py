@@ -72,7 +72,7 @@ class Work(TorchDispatchMode):
 
     @contextmanager
     def whole(self, compiled: type) -> Iterator[None]:
-        """While it is entered, what a `fused.Compiled` does counts as one kernel, as torch.compile would make it."""
+        """While it is entered, what a `Compiled` of the core does counts as one kernel, as torch.compile makes it."""
         call = compiled.__call__
 
         def counted(function: Any, *arguments: Any) -> Any:

@@ -103,6 +103,16 @@ def test_float16_beside_float32_tokens_launches_no_more_than_comfyuis(pack):
     assert found[0] <= min(21, theirs[0]) and found[1] <= min(2445 * MB, theirs[1])
 
 
+def test_comfyuis_flag_keeps_triton_out(pack, comfy, monkeypatch):
+    kernels = importlib.import_module("zimage_pack.nodes.bridge.kernels")
+    assert kernels.may_use_triton() and core("backends.fused").enabled
+    monkeypatch.setattr(importlib.import_module("comfy.cli_args").args, "disable_triton_backend", True, raising=False)
+    assert not kernels.may_use_triton()
+    monkeypatch.setattr(core("backends.fused"), "enabled", False)
+    with on_cuda():
+        assert block(partial(ours, pack), torch.bfloat16)[0] == 20
+
+
 @pytest.mark.parametrize(
     ("dtype", "sums_fit", "traffic"),
     [(torch.bfloat16, True, 1740), (torch.float16, True, 1740), (torch.float16, False, 1940)],

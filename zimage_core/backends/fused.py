@@ -1,8 +1,8 @@
 """What PyTorch needs two passes over the tokens for, in one: kernels in Triton, for GPUs without torch.compile.
 
-Triton comes with PyTorch for GPUs on Linux and compiles a kernel in about a second, once per machine. Where it is
-missing or can't (no C compiler, no place to write, a GPU that it doesn't know), PyTorch's own functions go on, as they
-do wherever these functions return None.
+Triton comes with PyTorch for GPUs on Linux. It compiles a kernel in some seconds for the dtypes of a model and keeps it
+on the disk. Where it is missing or can't (no C compiler, no place to write, a GPU that it doesn't know), PyTorch's own
+functions go on, as they do wherever these functions return None.
 
 Letters: B batch, S tokens, D width.
 """
@@ -26,15 +26,19 @@ SCHEMAS = (
     "gated_(Tensor(a!) a, Tensor b, float factor) -> Tensor(a!)",
     "add_normed(Tensor x, Tensor h, Tensor gain, Tensor? gate, float eps) -> Tensor",
 )
+# Of fewer tokens a fast GPU is done before Python has asked for more, and starting a kernel of Triton's takes it longer
+FEWEST = 2048
+
+FAILED = "Triton does not work here (%s: %s); steps run on PyTorch's own functions and take some percent longer."
+enabled = True  # until Triton fails; a host may have it off
 _library = torch.library.Library(SPACE, "FRAGMENT")
-_broken = False
 
 
 def gated_(a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor | None:
     """a * sigmoid(factor * a) * b, which overwrites a; None where this can't be."""
     if not may_run(a, b) or not (a.is_contiguous() and b.is_contiguous() and a.shape == b.shape):
         return None
-    return _called("gated_", a, b, factor)
+    return _called(_GATED, a, b, factor)
 
 
 def add_normed(x: Tensor, h: Tensor, gain: Tensor, gate: Tensor | None, eps: float) -> Tensor | None:
@@ -42,31 +46,34 @@ def add_normed(x: Tensor, h: Tensor, gain: Tensor, gate: Tensor | None, eps: flo
     given = (x, h, gain) if gate is None else (x, h, gain, gate)
     if not may_run(*given) or h.ndim != 3 or x.shape != h.shape or any(part.stride(-1) != 1 for part in given):
         return None
-    return _called("add_normed", x, h, gain, None if gate is None else gate.expand(h.shape), eps)
+    return _called(_ADD_NORMED, x, h, gain, None if gate is None else gate.expand(h.shape), eps)
 
 
 def may_run(*given: Tensor) -> bool:
-    """On one GPU, without gradients, and where nobody compiles these passes in a way of their own."""
-    if _broken or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    """On one GPU, many tokens, without gradients, and where nobody compiles these passes in a way of their own."""
+    if not enabled or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return given[0].is_cuda and all(part.device == given[0].device for part in given)
+    first = given[0]
+    return (
+        first.is_cuda
+        and first.numel() >= FEWEST * first.shape[-1]
+        and all(part.device == first.device for part in given)
+    )
 
 
-def _called(name: str, *arguments: Any) -> Tensor | None:
-    global _broken
+def _called(operator: Any, *arguments: Any) -> Tensor | None:
+    global enabled
     try:
-        found: Tensor = getattr(getattr(torch.ops, SPACE), name)(*arguments)
+        found: Tensor = operator(*arguments)
         return found
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of a compiler, a linker, a driver, a file system: nothing has been computed yet
-        _broken = True
-        lines = str(error).strip().splitlines() or [""]
-        logger.info(
-            "Triton does not work here (%s: %s); steps run on PyTorch's own functions, which take some percent longer.",
-            type(error).__name__,
-            lines[0],
-        )
+        first = (str(error).strip().splitlines() or [""])[0]
+        if "out of memory" not in first:  # which Triton says when it loads a kernel on a full GPU; that passes
+            enabled = False
+            level = logging.INFO if isinstance(error, ImportError) else logging.WARNING
+            logger.log(level, FAILED, type(error).__name__, first)
         return None
 
 
@@ -101,3 +108,4 @@ def _register() -> None:
 
 
 _register()
+_GATED, _ADD_NORMED = (getattr(getattr(torch.ops, SPACE), name).default for name in ("gated_", "add_normed"))

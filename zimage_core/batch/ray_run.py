@@ -138,8 +138,10 @@ class Cluster:
         """Ends the actors, and the cluster if it was started here."""
         if self._connected:
             self._connected = False
-            self._witness.dismiss()
-            self._ray.shutdown()
+            try:
+                self._ray.shutdown()
+            finally:
+                self._witness.dismiss()
 
     def device(self, cpu: bool) -> str:
         """What the actors run on: "cuda" or "cpu"."""
@@ -168,8 +170,8 @@ class Cluster:
         except Exception as error:  # of many kinds, each with pages of advice
             where = "can't be started" if self.wanted.address == LOCAL else f"at {self.wanted.address} can't be reached"
             raise ValueError(f"the Ray cluster {where} ({_told(error)})") from None
-        self._witness.begin()
         self._connected = True
+        self._witness.begin()
 
     def make(self, settings: Settings, store: Store, tasks: Sequence[Task], stop: Stop) -> Iterator[Outcome]:
         """What became of each image, as it becomes known. `stop` ends the actors at once; what they saved is told.
@@ -243,8 +245,8 @@ class Witness:
     """A process that says what has happened if this one ends without a word, as Ray wants where a cluster is gone."""
 
     MESSAGE = (
-        "error: the process of this run is gone (killed, or ended by Ray because its cluster stopped working); run the "
-        "same command again to go on, with --ray or without"
+        "error: the process of this run is gone: killed, interrupted twice, or ended by Ray because its cluster "
+        "stopped working; run the same command again to go on, with --ray or without"
     )
     CODE = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
 
@@ -252,18 +254,20 @@ class Witness:
         self._process: subprocess.Popen[str] | None = None
 
     def begin(self) -> None:
-        # in a session of its own: Control-C is not for it
-        self._process = subprocess.Popen(
-            [sys.executable, "-ES", "-c", self.CODE, self.MESSAGE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
+        command = [sys.executable, "-ES", "-c", self.CODE, self.MESSAGE]
+        with contextlib.suppress(OSError):  # a run does without
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,  # Control-C is not for it
+            )
 
     def dismiss(self) -> None:
         if self._process is not None:
-            self._process.communicate("this process goes on by itself")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.communicate("this process goes on by itself", timeout=WAIT)
             self._process = None
 
 
