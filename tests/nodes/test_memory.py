@@ -76,13 +76,13 @@ def test_nothing_stays_on_the_device_when_models_are_unloaded(peaks):
 
 
 @pytest.mark.parametrize(("run", "batch"), [("one", 1), ("batch", 2), ("guidance", 2), ("chosen attention", 1)])
-def test_comfyui_waits_for_nothing_inside_a_step(peaks, run, batch):
+def test_the_cpu_waits_for_nothing_inside_a_step(peaks, run, batch):
     assert peaks["waits"][run] == 2 * [{"to device": 0, "from device": 0, "values": 0, "batch": batch}]
     assert min(peaks["waits"]["calls of the chosen attention by step"]) > 5
 
 
 @pytest.mark.parametrize("run", ["plain, LoRA", "gguf", "gguf, LoRA", "marked", "marked, LoRA"])
-def test_comfyui_waits_for_nothing_inside_a_step_of_a_file(peaks, run):
+def test_the_cpu_waits_for_nothing_inside_a_step_of_a_file(peaks, run):
     """Expanding a weight needs nothing from the CPU; a LoRA is in the weights, or its factors lie beside them."""
     assert peaks["waits of files"][run] == 2 * [{"to device": 0, "from device": 0, "values": 0, "batch": 1}]
 
@@ -91,7 +91,7 @@ def test_a_step_that_makes_the_cpu_wait_is_noticed(peaks):
     assert peaks["waits"]["one that looks"] == 2 * [{"to device": 1, "from device": 1, "values": 1}]
 
 
-def test_comfyui_waits_for_nothing_between_steps(peaks):
+def test_the_cpu_waits_for_nothing_between_steps(peaks):
     """Numbers that are not finite are looked for on the device, and asked for when the run is over."""
     found = peaks["waits"]["between steps"]
     assert found == peaks["waits"]["unwatched"]
