@@ -325,7 +325,8 @@ def _imported() -> Any:
         raise ValueError(MISSING) from None
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\.")
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):  # its files are kept
+        own = type(handler).__module__.startswith("ray.")  # and not whoever listens there
+        if own and isinstance(handler, logging.StreamHandler):  # its files are kept
             handler.setLevel(logging.CRITICAL + 1)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
