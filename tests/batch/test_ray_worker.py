@@ -91,6 +91,7 @@ def test_a_row_that_kills_is_given_up_after_so_many_tries(job, monkeypatch):
     assert [one.status for _, one in told(worker, todo)] == ["done", "failed", "done", "done"]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("tries, count, deaths", [(1, 1, 1), (1, 3, 2), (2, 1, 2), (2, 2, 2)])
 def test_tries(job, monkeypatch, tries, count, deaths):
     """Others of its chunk are never given up for it, which takes two deaths at least."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -102,11 +103,22 @@ def test_app_mode(page: Any, frontend: str, name: str):
 
 
 def place(page: Any, name: str) -> None:
-    """Double-click, the name as far as the search reads (it wants each word near the beginning), a click."""
-    page.mouse.dblclick(600, 450)
-    search = page.get_by_role("combobox").or_(page.get_by_placeholder("Search")).first
-    search.wait_for()
-    page.keyboard.type(name.split(" (")[0])
-    page.get_by_role("option", name=name).or_(page.get_by_text(name, exact=True)).first.click()
+    """Double-click, the name as far as the search reads (it wants each word near the beginning), a click.
+
+    Once more where nothing is found: a page finds no blueprints before it has fetched them.
+    """
+    from playwright.sync_api import TimeoutError as NotFound
+
+    found = page.get_by_role("option", name=name).or_(page.get_by_text(name, exact=True)).first
+    for _ in range(3):
+        page.mouse.dblclick(600, 450)
+        search = page.get_by_role("combobox").or_(page.get_by_placeholder("Search")).first
+        search.wait_for()
+        page.keyboard.type(name.split(" (")[0])
+        with contextlib.suppress(NotFound):
+            found.wait_for(timeout=10_000)
+            break
+        page.keyboard.press("Escape")
+    found.click()
     page.wait_for_function("() => window.app.graph.nodes.length === 1")
     browser.wait_until_still(page)

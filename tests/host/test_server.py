@@ -93,6 +93,7 @@ def test_port_in_use_is_refused(tmp_path: Path, host: Server):
         Server(host.comfyui, port=host.port, base=tmp_path).start()
 
 
+@pytest.mark.slow
 def test_stopping_ends_the_whole_process_group(tmp_path: Path):
     """A main.py that answers nobody, ignores SIGTERM and has a child: both must be gone."""
     (tmp_path / "comfy").mkdir()

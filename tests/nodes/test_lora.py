@@ -83,6 +83,7 @@ def predict(patcher) -> torch.Tensor:
     )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["plain", "lokr", "oft", "dora", "both"])
 def test_same_latents_as_the_core(pack, parts, folder, name):
     model, clip, report = load(pack, parts.model, name, 0.7, parts.clip, strength_clip=0.7)

@@ -37,7 +37,7 @@ def models(request, make_transformer, tmp_path_factory):
     return reference, Snapshot(folder)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("gradients", [True, False], ids=["as a module", "row blocks"])
 def test_forward(models, case, gradients):
