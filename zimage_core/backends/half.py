@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..model.rope import rotate
 from . import fused
-from .operations import Gain, Modulation, Operations, modulated
+from .operations import Gain, Modulation, Operations, add_normed_at_once, modulated
 
 # Values, attention and the two matmuls of the MLP are kept at a sixteenth (up to a million fits), what these two gate
 # and the MLP's result at its square (16 million). More room would cost small numbers their last bits.
@@ -60,7 +60,7 @@ class HalfOperations(Operations):
 
     def add_normed(self, x: Tensor, h: Tensor, norm: Any, gate: Any, shrink: float) -> Tensor:
         """x + gate * norm(h / shrink), in x's dtype."""
-        found = fused.add_normed(x, h, self.gain(norm, h), gate, norm.eps * shrink**2) if fused.may_run(x, h) else None
+        found = add_normed_at_once(x, h, norm, self.gain, gate, shrink)
         if found is not None:
             return found
         if x.dtype == torch.float16:

@@ -149,8 +149,15 @@ class LeanOperations(Operations):
         return F.silu(a, inplace=True).mul_(b) if found is None else found
 
     def add_normed(self, x: Tensor, h: Any, norm: Any, gate: Any, shrink: float) -> Tensor:
-        found = fused.add_normed(x, h, self.gain(norm, h), gate, norm.eps * shrink**2) if fused.may_run(x, h) else None
+        found = add_normed_at_once(x, h, norm, self.gain, gate, shrink)
         return super().add_normed(x, h, norm, gate, shrink) if found is None else found
+
+
+def add_normed_at_once(x: Tensor, h: Tensor, norm: Any, gain: Gain, gate: Any, shrink: float) -> Tensor | None:
+    """x + gate * norm(h / shrink) by one kernel; None where there is none."""
+    if not fused.may_run(x, h):  # asked before a weight is fetched
+        return None
+    return fused.add_normed(x, h, gain(norm, h), gate, norm.eps * shrink**2)
 
 
 def modulated(block: Any, time: Tensor) -> Tensor:
